@@ -1,0 +1,472 @@
+"""The public ops: check the arguments, choose an implementation, register with PyTorch.
+
+Every op is registered with `torch.library` (define, impl, fake, autograd), so `torch.compile(fullgraph=True)` sees one
+opaque node. Which implementation runs is decided inside that node, by the one table below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Who can compute each op, best first. impl=None takes the first that supports the inputs.
+IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "attention": {
+        "triton": "ldm_fast.kernels.attention",
+        "cpu": "ldm_fast.cpu",
+        "reference": "ldm_fast.reference",
+    },
+    "group_norm_silu": {
+        "triton": "ldm_fast.kernels.group_norm_silu",
+        "cpu": "ldm_fast.cpu",
+        "reference": "ldm_fast.reference",
+    },
+    "nearest_codebook": {
+        "cuda": "ldm_fast.cuda",
+        "cpu": "ldm_fast.cpu",
+        "reference": "ldm_fast.reference",
+    },
+}
+
+# Backward passes that are not written by the implementation of the forward pass itself.
+BACKWARD: dict[tuple[str, str], str] = {
+    ("attention", "cpu"): "reference",
+}
+
+IMPLEMENTATION_NAMES = ("triton", "cuda", "cpu", "reference")
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def use_impl(name: str | None) -> Iterator[None]:
+    """Inside the `with` block every op with `impl=None` runs `name`: "triton", "cuda", "cpu" or "reference".
+
+    An op that has no implementation of that name (nearest_codebook has no "triton") chooses as usual; one that has it
+    but cannot run it here raises, as an explicit `impl=` would. The setting is one per process, not one per thread.
+    """
+    global _forced
+    if name is not None and name not in IMPLEMENTATION_NAMES:
+        raise ValueError(f"use_impl: name must be one of {', '.join(IMPLEMENTATION_NAMES)}, got {name!r}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def _module(op: str, impl: str) -> ModuleType | str:
+    """The module that implements `op`, or the reason why it cannot be imported."""
+    try:
+        return importlib.import_module(IMPLEMENTATIONS[op][impl])
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+
+
+def _why_not(op: str, impl: str, args: tuple[Any, ...]) -> str | None:
+    module = _module(op, impl)
+    if isinstance(module, str):
+        return module
+    if not hasattr(module, op):
+        return f"{impl} has no {op} yet"
+    return module.unavailable() or getattr(module, f"{op}_unsupported")(*args)
+
+
+def _choose(op: str, impl: str, args: tuple[Any, ...]) -> str:
+    """The name of the implementation to run: `impl` where it is given, else the best one for these arguments."""
+    wanted = impl or (_forced if _forced in IMPLEMENTATIONS[op] else None)
+    if wanted is None:
+        return next(name for name in IMPLEMENTATIONS[op] if _why_not(op, name, args) is None)
+    reason = _why_not(op, wanted, args)
+    if reason is not None:
+        raise ValueError(f"{op}: impl={wanted!r} cannot run here: {reason}")
+    return wanted
+
+
+def _run(op: str, impl: str, args: tuple[Any, ...]) -> Any:
+    return getattr(importlib.import_module(IMPLEMENTATIONS[op][_choose(op, impl, args)]), op)(*args)
+
+
+def _run_backward(op: str, impl: str, forward_args: tuple[Any, ...], backward_args: tuple[Any, ...]) -> Any:
+    name = _choose(op, impl, forward_args)
+    name = BACKWARD.get((op, name), name)
+    return getattr(importlib.import_module(IMPLEMENTATIONS[op][name]), f"{op}_backward")(*backward_args)
+
+
+def _check_impl(op: str, impl: str | None) -> str:
+    if impl is not None and impl not in IMPLEMENTATIONS[op]:
+        raise ValueError(f"{op}: impl must be None or one of {', '.join(IMPLEMENTATIONS[op])}, got {impl!r}")
+    return impl or ""
+
+
+def _check_floating(op: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} must have a floating-point dtype, got {tensor.dtype}")
+
+
+_library = torch.library.Library("ldm_fast", "DEF")
+
+
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, run, device)
+    torch.library.register_fake(f"ldm_fast::{name}", fake, lib=_library)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """softmax(q kᵀ · scale + mask) v with the softmax in float32 (Vaswani et al., arXiv:1706.03762, eq. 1).
+
+    Args:
+        q: (B, H, N, D), any strides as long as the last one is 1 (others are copied). float32, float16, bfloat16, or
+            float64 (reference only).
+        k, v: (B, H, M, D), dtype and device of q.
+        mask: broadcastable to (B, H, N, M): boolean, True = may attend, or floating point, added to the scores. It gets
+            no gradient. A row with every key masked gives zeros.
+        scale: factor of the scores; default D ** -0.5.
+        impl: None for the best implementation that supports the inputs, or "triton", "cpu", "reference".
+
+    Returns:
+        (B, H, N, D) in q's dtype; its memory is laid out (B, N, H, D), so merging the heads is free.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or dtypes differ.
+        ValueError: shapes or devices do not fit, or the implementation named cannot run these inputs.
+    """
+    impl = _check_impl("attention", impl)
+    _check_floating("attention", q=q, k=k, v=v)
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"attention: q, k, v must be (B, H, N, D); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            "attention: k and v must be (B, H, M, D) with the B, H and D of q; "
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    if q.shape[3] == 0:
+        raise ValueError(f"attention: the head width D must be at least 1, got q {tuple(q.shape)}")
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(f"attention: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"attention: q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
+    if mask is not None:
+        mask = _check_mask(mask, q, k)
+    q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
+    return torch.ops.ldm_fast.attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else float(scale), impl)[0]
+
+
+def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The mask expanded to (B, H, N, M), without a copy."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention: mask must be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"attention: mask must be boolean or floating point, got {mask.dtype}")
+    if mask.requires_grad:
+        raise ValueError("attention: mask gets no gradient here; pass mask.detach()")
+    if mask.device != q.device:
+        raise ValueError(f"attention: mask must be on the device of q ({q.device}), got {mask.device}")
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    fits = mask.ndim <= 4 and all(m in (1, s) for m, s in zip(mask.shape[::-1], shape[::-1], strict=False))
+    if not fits:
+        raise ValueError(f"attention: mask must broadcast to (B, H, N, M) = {shape}, got {tuple(mask.shape)}")
+    return mask.expand(shape)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, impl: str):
+    if q.numel() == 0 or k.numel() == 0:
+        out, lse = _attention_fake(q, k, v, mask, scale, impl)
+        return out.zero_(), lse.fill_(float("-inf"))
+    return _run("attention", impl, (q, k, v, mask, scale))
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, impl: str):
+    batch, heads, rows, width = q.shape
+    out = q.new_empty((batch, rows, heads, width)).transpose(1, 2)
+    return out, q.new_empty((batch, heads, rows), dtype=_statistics_dtype(q))
+
+
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    impl: str,
+):
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    gradients = _run_backward(
+        "attention", impl, (q, k, v, mask, scale), (grad, q, k, v, mask, scale, out, lse)
+    )
+    return tuple(_dense(g) for g in gradients)
+
+
+def _attention_backward_fake(grad, q, k, v, mask, scale, out, lse, impl):
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.contiguous()
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, ctx.scale, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, mask, *output)
+
+
+def _attention_autograd(ctx: Any, grad: Tensor, _grad_lse: Tensor):
+    q, k, v, mask, out, lse = ctx.saved_tensors
+    gradients = torch.ops.ldm_fast.attention_backward(grad, q, k, v, mask, ctx.scale, out, lse, ctx.impl)
+    return (*gradients, None, None, None)
+
+
+_define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str impl) -> (Tensor, Tensor)",
+    _attention,
+    _attention_fake,
+)
+_define(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, Tensor out, Tensor lse, "
+    "str impl) -> (Tensor, Tensor, Tensor)",
+    _attention_backward,
+    _attention_backward_fake,
+)
+torch.library.register_autograd(
+    "ldm_fast::attention", _attention_autograd, setup_context=_attention_setup, lib=_library
+)
+
+
+# ---- group_norm_silu -------------------------------------------------------------------------------------------------
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = "silu",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """silu(group_norm(x) · (1 + scale) + shift), statistics and arithmetic in float32 (Wu & He, arXiv:1803.08494).
+
+    Args:
+        x: (B, C, *spatial) with 0 to 3 spatial dimensions, contiguous or channels_last (others are copied). float32,
+            float16, bfloat16, or float64 (reference only).
+        num_groups: divides C.
+        weight, bias: (C,) or None; x's dtype or float32.
+        eps: added to the variance; above 0.
+        activation: "silu" or None.
+        scale, shift: (B, C) or None, the scale-shift modulation by a time embedding (arXiv:2105.05233, "AdaGN").
+        impl: None for the best implementation that supports the inputs, or "triton", "cpu", "reference".
+
+    Returns:
+        a tensor with x's shape, dtype and memory layout.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: shapes do not fit, or the implementation named cannot run these inputs.
+    """
+    impl = _check_impl("group_norm_silu", impl)
+    _check_floating("group_norm_silu", x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    if not 2 <= x.ndim <= 5:
+        raise ValueError(f"group_norm_silu: x must be (B, C, *spatial) with 0 to 3 spatial dims, got {tuple(x.shape)}")
+    batch, channels = x.shape[:2]
+    if num_groups < 1 or channels % num_groups != 0:
+        raise ValueError(f"group_norm_silu: num_groups must divide the {channels} channels of x, got {num_groups}")
+    if activation not in ("silu", None):
+        raise ValueError(f'group_norm_silu: activation must be "silu" or None, got {activation!r}')
+    if not eps > 0:
+        raise ValueError(f"group_norm_silu: eps must be above 0, got {eps}")
+    for name, tensor, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("scale", scale, (batch, channels)),
+        ("shift", shift, (batch, channels)),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"group_norm_silu: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"group_norm_silu: {name} must be on the device of x ({x.device}), got {tensor.device}")
+    x = x if _is_dense(x) else x.contiguous()
+    return torch.ops.ldm_fast.group_norm_silu(
+        x, num_groups, weight, bias, float(eps), activation or "", scale, shift, impl
+    )[0]
+
+
+def _is_dense(x: Tensor) -> bool:
+    if x.is_contiguous():
+        return True
+    if x.ndim == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def _group_norm_silu(x, num_groups, weight, bias, eps, activation, scale, shift, impl):
+    if x.numel() == 0:
+        return _group_norm_silu_fake(x, num_groups, weight, bias, eps, activation, scale, shift, impl)
+    return _run("group_norm_silu", impl, (x, num_groups, weight, bias, eps, activation or None, scale, shift))
+
+
+def _group_norm_silu_fake(x, num_groups, weight, bias, eps, activation, scale, shift, impl):
+    statistics = (x.new_empty((x.shape[0], num_groups), dtype=_statistics_dtype(x)) for _ in range(2))
+    return (torch.empty_like(x), *statistics)
+
+
+def _group_norm_silu_backward(
+    grad, x, num_groups, weight, bias, eps, activation, scale, shift, mean, rstd, impl
+) -> tuple[Tensor, ...]:
+    if x.numel() == 0:
+        fakes = _group_norm_silu_backward_fake(
+            grad, x, num_groups, weight, bias, eps, activation, scale, shift, mean, rstd, impl
+        )
+        return tuple(t.zero_() for t in fakes)
+    if grad.stride() != x.stride():
+        grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
+    activation = activation or None
+    gradients = _run_backward(
+        "group_norm_silu",
+        impl,
+        (x, num_groups, weight, bias, eps, activation, scale, shift),
+        (grad, x, num_groups, weight, bias, activation, scale, shift, mean, rstd),
+    )
+    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+
+
+def _group_norm_silu_backward_fake(
+    grad, x, num_groups, weight, bias, eps, activation, scale, shift, mean, rstd, impl
+) -> tuple[Tensor, ...]:
+    optional = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, bias, scale, shift))
+    return (torch.empty_like(x), *optional)
+
+
+def _group_norm_silu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, ctx.num_groups, weight, bias, ctx.eps, ctx.activation, scale, shift, ctx.impl = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, weight, bias, scale, shift, *output[1:])
+
+
+def _group_norm_silu_autograd(ctx: Any, grad: Tensor, *_: Tensor):
+    x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+    dx, dweight, dbias, dscale, dshift = torch.ops.ldm_fast.group_norm_silu_backward(
+        grad, x, ctx.num_groups, weight, bias, ctx.eps, ctx.activation, scale, shift, mean, rstd, ctx.impl
+    )
+    present = (
+        None if tensor is None else gradient
+        for tensor, gradient in ((weight, dweight), (bias, dbias), (scale, dscale), (shift, dshift))
+    )
+    dweight, dbias, dscale, dshift = present
+    return dx, None, dweight, dbias, None, None, dscale, dshift, None
+
+
+_define(
+    "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, str activation, Tensor? scale, "
+    "Tensor? shift, str impl) -> (Tensor, Tensor, Tensor)",
+    _group_norm_silu,
+    _group_norm_silu_fake,
+)
+_define(
+    "group_norm_silu_backward(Tensor grad, Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, "
+    "str activation, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _group_norm_silu_backward,
+    _group_norm_silu_backward_fake,
+)
+torch.library.register_autograd(
+    "ldm_fast::group_norm_silu", _group_norm_silu_autograd, setup_context=_group_norm_silu_setup, lib=_library
+)
+
+
+# ---- nearest_codebook ------------------------------------------------------------------------------------------------
+
+
+def nearest_codebook(z: Tensor, codebook: Tensor, *, impl: str | None = None) -> Tensor:
+    """The index of the code nearest to each vector, argmin_k ‖z_n - e_k‖² (van den Oord et al., arXiv:1711.00937, eq. 1).
+
+    The distance is evaluated as ½‖e_k‖² - ⟨z_n, e_k⟩, in float32 with fused multiply-adds in index order (the reference:
+    in float64). Equal distances give the lowest index; a NaN distance never wins; a row of nothing but NaN gives 0.
+
+    Args:
+        z: (N, d), or a channel-first map (B, d, H, W). float32, float16 or bfloat16 (float64: reference only).
+        codebook: (K, d) with K ≥ 1 and d ≥ 1; dtype and device of z.
+        impl: None for the best implementation that supports the inputs, or "cuda", "cpu", "reference".
+
+    Returns:
+        int64 indices, (N,) or (B, H, W). Not differentiable.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or dtypes differ.
+        ValueError: shapes or devices do not fit, or the implementation named cannot run these inputs.
+    """
+    impl = _check_impl("nearest_codebook", impl)
+    _check_floating("nearest_codebook", z=z, codebook=codebook)
+    if z.ndim not in (2, 4):
+        raise ValueError(f"nearest_codebook: z must be (N, d) or (B, d, H, W), got {tuple(z.shape)}")
+    if codebook.ndim != 2 or codebook.shape[0] < 1 or codebook.shape[1] < 1:
+        raise ValueError(f"nearest_codebook: codebook must be (K, d), both at least 1, got {tuple(codebook.shape)}")
+    if z.shape[1] != codebook.shape[1]:
+        raise ValueError(
+            f"nearest_codebook: z must hold vectors of the codebook's {codebook.shape[1]} numbers, got {tuple(z.shape)}"
+        )
+    if z.dtype != codebook.dtype:
+        raise TypeError(f"nearest_codebook: z and codebook must have one dtype, got {z.dtype} and {codebook.dtype}")
+    if z.device != codebook.device:
+        raise ValueError(f"nearest_codebook: z and codebook must be on one device: {z.device}, {codebook.device}")
+    z, codebook = z.detach(), codebook.detach()
+    if z.ndim == 2:
+        return torch.ops.ldm_fast.nearest_codebook(z, codebook, impl)
+    batch, width, height, columns = z.shape
+    rows = z.permute(0, 2, 3, 1).reshape(-1, width)
+    return torch.ops.ldm_fast.nearest_codebook(rows, codebook, impl).reshape(batch, height, columns)
+
+
+def _nearest_codebook(z: Tensor, codebook: Tensor, impl: str) -> Tensor:
+    if z.shape[0] == 0:
+        return _nearest_codebook_fake(z, codebook, impl)
+    return _run("nearest_codebook", impl, (z, codebook))
+
+
+def _nearest_codebook_fake(z: Tensor, codebook: Tensor, impl: str) -> Tensor:
+    return z.new_empty((z.shape[0],), dtype=torch.int64)
+
+
+_define("nearest_codebook(Tensor z, Tensor codebook, str impl) -> Tensor", _nearest_codebook, _nearest_codebook_fake)

@@ -1,0 +1,208 @@
+"""The ops in plain PyTorch. This file defines what "correct" means; nothing here is fast.
+
+Every function has the name, the argument order and the results of its fast twins (`ldm_fast/cpu.py`, `ldm_fast/cuda.py`,
+`ldm_fast/kernels/`). float64 in means float64 throughout, which is what the tests compare against; every other dtype
+computes in float32 and rounds once, on the way out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def attention_unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
+    return None
+
+
+def group_norm_silu_unsupported(x: Tensor, *_: object) -> str | None:
+    return None
+
+
+def nearest_codebook_unsupported(z: Tensor, codebook: Tensor) -> str | None:
+    return None
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Scaled and masked scores (B, H, N, M) in the accumulation dtype."""
+    dtype = _accumulation_dtype(q)
+    scores = (q.to(dtype) * scale) @ k.to(dtype).transpose(-1, -2)
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, float("-inf"))
+    return scores + mask.to(dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ · scale + mask) v, and the log-sum-exp of each row's scores.
+
+    q (B, H, N, D), k and v (B, H, M, D), mask broadcastable to (B, H, N, M). Returns out (B, H, N, D), whose memory is
+    laid out (B, N, H, D) so that merging the heads costs nothing, and lse (B, H, N). A fully masked row gives zeros
+    and lse = -inf.
+    """
+    scores = _scores(q, k, mask, scale)  # (B, H, N, M)
+    lse = torch.logsumexp(scores, dim=-1)  # (B, H, N)
+    probabilities = torch.exp(scores - _finite(lse)[..., None])
+    out = probabilities @ v.to(scores.dtype)  # (B, H, N, D)
+    return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention` for q, k and v, with the probabilities recomputed from lse.
+
+    With P the probabilities: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP - rowsum(dO ∘ O)), dQ = dS K · scale,
+    dK = dSᵀ Q · scale (FlashAttention, arXiv:2205.14135, appendix B).
+    """
+    dtype = _accumulation_dtype(q)
+    scores = _scores(q, k, mask, scale)
+    probabilities = torch.exp(scores - _finite(lse.to(dtype))[..., None])  # (B, H, N, M)
+    grad, out = grad.to(dtype), out.to(dtype)
+    dv = probabilities.transpose(-1, -2) @ grad  # (B, H, M, D)
+    dp = grad @ v.to(dtype).transpose(-1, -2)  # (B, H, N, M)
+    ds = probabilities * (dp - (grad * out).sum(-1, keepdim=True))
+    dq = ds @ k.to(dtype) * scale  # (B, H, N, D)
+    dk = ds.transpose(-1, -2) @ q.to(dtype) * scale  # (B, H, M, D)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """lse with -inf (fully masked rows) replaced by 0, so that exp(-inf - lse) is 0 and not NaN."""
+    return lse.masked_fill(lse == float("-inf"), 0.0)
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """silu(group_norm(x) · (1 + scale) + shift), and the mean and 1/std of each group.
+
+    x (B, C, *spatial); weight, bias (C,); scale, shift (B, C). Returns y like x, mean and rstd (B, num_groups).
+    """
+    dtype = _accumulation_dtype(x)
+    groups = x.to(dtype).reshape(x.shape[0], num_groups, -1)  # (B, G, C/G · spatial)
+    mean = groups.mean(-1)  # (B, G)
+    rstd = ((groups - mean[..., None]).square().mean(-1) + eps).rsqrt()  # (B, G)
+    h = _modulated(_normalised(x, num_groups, mean, rstd), weight, bias, scale, shift)
+    y = h * torch.sigmoid(h) if activation == "silu" else h
+    return _like(y, x), mean, rstd
+
+
+def group_norm_silu_backward(
+    grad: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `group_norm_silu` for x, weight, bias, scale and shift; y is recomputed from x.
+
+    With x̂ the normalised x and g = dL/dx̂: dx = rstd · (g - mean(g) - x̂ · mean(g ∘ x̂)), means over a group.
+    """
+    dtype = _accumulation_dtype(x)
+    x_hat = _normalised(x, num_groups, mean.to(dtype), rstd.to(dtype))  # (B, C, *spatial)
+    h = _modulated(x_hat, weight, bias, scale, shift)
+    grad = grad.to(dtype)
+    if activation == "silu":
+        s = torch.sigmoid(h)
+        grad = grad * s * (1 + h * (1 - s))  # dL/dh
+    spatial = tuple(range(2, x.ndim))
+    dh = _sum(grad, spatial)  # (B, C): Σ dL/dh over the pixels
+    dh_x_hat = _sum(grad * x_hat, spatial)  # (B, C)
+    gamma = weight.to(dtype) if weight is not None else x_hat.new_ones(x.shape[1])
+    beta = bias.to(dtype) if bias is not None else x_hat.new_zeros(x.shape[1])
+    gain = 1 + scale.to(dtype) if scale is not None else x_hat.new_ones(x.shape[:2])  # (B, C)
+
+    g = grad * _per_channel(gain * gamma, x)  # dL/dx̂
+    grouped = (x.shape[0], num_groups, -1)
+    mean_g = g.reshape(grouped).mean(-1)
+    mean_g_x_hat = (g * x_hat).reshape(grouped).mean(-1)
+    dx = (g - _per_group(mean_g, x, num_groups) - x_hat * _per_group(mean_g_x_hat, x, num_groups)) * _per_group(
+        rstd.to(dtype), x, num_groups
+    )
+    return (
+        _like(dx, x),
+        (gain * dh_x_hat).sum(0).to(weight.dtype) if weight is not None else None,
+        (gain * dh).sum(0).to(bias.dtype) if bias is not None else None,
+        (gamma * dh_x_hat + beta * dh).to(scale.dtype) if scale is not None else None,
+        dh.to(shift.dtype) if shift is not None else None,
+    )
+
+
+def _normalised(x: Tensor, num_groups: int, mean: Tensor, rstd: Tensor) -> Tensor:
+    return (x.to(mean.dtype) - _per_group(mean, x, num_groups)) * _per_group(rstd, x, num_groups)
+
+
+def _modulated(
+    x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    h = x_hat
+    if weight is not None:
+        h = h * _per_channel(weight.to(h.dtype)[None], h)
+    if bias is not None:
+        h = h + _per_channel(bias.to(h.dtype)[None], h)
+    if scale is not None:
+        h = h * _per_channel(1 + scale.to(h.dtype), h)
+    if shift is not None:
+        h = h + _per_channel(shift.to(h.dtype), h)
+    return h
+
+
+def _per_channel(a: Tensor, x: Tensor) -> Tensor:
+    """(B or 1, C) as (B or 1, C, 1, …), to broadcast over the pixels of x."""
+    return a.reshape(*a.shape, *(1,) * (x.ndim - 2))
+
+
+def _per_group(a: Tensor, x: Tensor, num_groups: int) -> Tensor:
+    """(B, G) as (B, C, 1, …), each group's value repeated for its channels."""
+    return _per_channel(a.repeat_interleave(x.shape[1] // num_groups, dim=1), x)
+
+
+def _sum(a: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return a.sum(dims) if dims else a
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """y in the dtype and memory layout of x."""
+    return torch.empty_like(x).copy_(y)
+
+
+def nearest_codebook(z: Tensor, codebook: Tensor) -> Tensor:
+    """argmin over k of ½‖e_k‖² - ⟨z_n, e_k⟩, which orders the codes as ‖z_n - e_k‖² does.
+
+    z (N, d), codebook (K, d) → int64 (N,). Evaluated in float64, a slab of rows at a time, so that memory stays O(K)
+    per row. Equal distances: the lowest index. A NaN distance never wins; a row of nothing but NaN gives 0.
+    """
+    codes = codebook.double()
+    half_norms = codes.square().sum(-1) / 2  # (K,)
+    indices = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
+    rows = max(1, (1 << 22) // max(1, codes.shape[0]))
+    numbers = torch.arange(codes.shape[0], device=z.device)
+    for start in range(0, z.shape[0], rows):
+        distances = half_norms - z[start : start + rows].double() @ codes.T  # (rows, K)
+        distances = distances.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+        smallest = distances.amin(-1, keepdim=True)
+        first = torch.where(distances == smallest, numbers, codes.shape[0]).amin(-1)
+        indices[start : start + rows] = first
+    return indices
