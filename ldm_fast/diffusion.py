@@ -1,0 +1,146 @@
+"""The forward process q(z_t | z_0), noise schedules, parameterisations and the training target.
+
+Notation of Ho et al. (arXiv:2006.11239): β_t, α_t = 1 - β_t, ᾱ_t = Π α_s, z_t = √ᾱ_t z_0 + √(1 - ᾱ_t) ε.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("scaled_linear", "linear", "cosine", "sqrt")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+def beta_schedule(name: str, steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
+    """β_1 … β_T as a float64 tensor (steps,).
+
+    "scaled_linear" is linear in √β and what the LDM code calls "linear"; "linear" is linear in β and what it calls
+    "sqrt_linear"; "cosine" is that of Nichol & Dhariwal (arXiv:2102.09672) and ignores start and end; "sqrt" is the
+    square root of a linear one.
+
+    Raises:
+        ValueError: unknown name, or steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"beta_schedule: steps must be at least 1, got {steps}")
+    if name == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    if name == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float64)
+    if name == "sqrt":
+        return torch.linspace(start, end, steps, dtype=torch.float64) ** 0.5
+    if name == "cosine":
+        s = 0.008
+        t = torch.arange(steps + 1, dtype=torch.float64) / steps
+        alphas_cumprod = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
+        return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(0, 0.999)
+    raise ValueError(f"beta_schedule: name must be one of {', '.join(SCHEDULES)}, got {name!r}")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """A noise schedule and what the network predicts. The defaults are Stable Diffusion 1.x.
+
+    `zero_terminal_snr` rescales the schedule so that z_T is pure noise (Lin et al., arXiv:2305.08891); it needs
+    prediction_type "v_prediction" or "sample", since ε at T says nothing of z_0.
+    """
+
+    schedule: str = "scaled_linear"
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction_type: str = "epsilon"
+    zero_terminal_snr: bool = False
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"DiffusionConfig: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"DiffusionConfig: prediction_type must be one of {', '.join(PREDICTION_TYPES)}, "
+                f"got {self.prediction_type!r}"
+            )
+        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+            raise ValueError("DiffusionConfig: zero_terminal_snr needs prediction_type v_prediction or sample")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """q(z_t | z_0) and the conversions between ε, z_0 and v. `t` is always a (B,) tensor of integers in [0, T)."""
+
+    config: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """ᾱ_t, float64 (T,) on the CPU."""
+        config = self.config
+        betas = beta_schedule(config.schedule, config.num_train_timesteps, config.beta_start, config.beta_end)
+        alphas_cumprod = (1 - betas).cumprod(0)
+        return _zero_terminal_snr(alphas_cumprod) if config.zero_terminal_snr else alphas_cumprod
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.config.num_train_timesteps
+
+    @property
+    def prediction_type(self) -> str:
+        return self.config.prediction_type
+
+    def signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ_t and √(1 - ᾱ_t), each (B, 1, 1, …) to multiply `like`, in its dtype and on its device."""
+        alphas_cumprod = self.alphas_cumprod[t.cpu().long()].reshape(-1, *(1,) * (like.ndim - 1))
+        return tuple(a.sqrt().to(like) for a in (alphas_cumprod, 1 - alphas_cumprod))
+
+    def add_noise(self, z_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """A sample of q(z_t | z_0)."""
+        signal, sigma = self.signal_and_noise(t, z_0)
+        return signal * z_0 + sigma * noise
+
+    def target(self, z_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network is to predict: ε, z_0 or v = √ᾱ ε - √(1 - ᾱ) z_0 (arXiv:2202.00512)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return z_0
+        signal, sigma = self.signal_and_noise(t, z_0)
+        return signal * noise - sigma * z_0
+
+    def to_x0(self, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """The z_0 that a prediction implies."""
+        if self.prediction_type == "sample":
+            return prediction
+        signal, sigma = self.signal_and_noise(t, z_t)
+        if self.prediction_type == "epsilon":
+            return (z_t - sigma * prediction) / signal
+        return signal * z_t - sigma * prediction
+
+    def to_eps(self, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """The ε that a prediction implies."""
+        if self.prediction_type == "epsilon":
+            return prediction
+        signal, sigma = self.signal_and_noise(t, z_t)
+        if self.prediction_type == "sample":
+            return (z_t - signal * prediction) / sigma
+        return signal * prediction + sigma * z_t
+
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """Loss weight of each sample, (B,) float32: min(SNR, γ) over the weight that the parameterisation already has.
+
+        Hang et al., arXiv:2303.09556: min(SNR, γ) for z_0, divided by SNR for ε and by SNR + 1 for v.
+        """
+        alphas_cumprod = self.alphas_cumprod[t.cpu().long()]
+        snr = alphas_cumprod / (1 - alphas_cumprod)
+        clipped = snr.clamp(max=gamma)
+        divisor = {"sample": 1, "epsilon": snr, "v_prediction": snr + 1}[self.prediction_type]
+        return (clipped / divisor).float().to(t.device)
+
+
+def _zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """√ᾱ shifted so that the last is 0 and scaled so that the first stays (arXiv:2305.08891, algorithm 1)."""
+    roots = alphas_cumprod.sqrt()
+    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
