@@ -1,0 +1,55 @@
+"""The command line: `ldm-fast generate | reconstruct | evaluate | train | doctor | bench`.
+
+Here is what every command shares: where it starts and how its errors reach the user. The options are in options.py, one
+function for each command in commands.py. Everything that costs time to import is imported inside the command that needs
+it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+import warnings
+from typing import Any
+
+from ldm_fast.cli.options import build_parser
+
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code. Errors of the input are one line on stderr."""
+    options = build_parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = _show_warning
+        try:
+            return options.run(options) or 0
+        except KeyboardInterrupt:
+            return _fail(options, "interrupted", 130)
+        except Exception as error:
+            # By its name: importing ldm_fast.training for the class would cost every command time.
+            expected = isinstance(error, EXPECTED_ERRORS) or type(error).__name__ == "TrainingStopped"
+            name = "" if expected else f"this is a bug; --debug shows where: {type(error).__name__}: "
+            return _fail(options, name + _one_line(error), 1)
+
+
+def _fail(options: argparse.Namespace, message: str, code: int) -> int:
+    if options.debug:
+        traceback.print_exc()
+    print(f"ldm-fast: {message}", file=sys.stderr)
+    return code
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, MemoryError) or "not enough memory" in str(error):
+        return "not enough memory for this size and number of images"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    if not issubclass(category, (DeprecationWarning, FutureWarning)):
+        print(f"ldm-fast: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,0 +1,196 @@
+"""The commands. Each takes the parsed options; errors are raised and become one line in `main`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm_fast import __version__
+from ldm_fast.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm_fast.pipeline import LatentDiffusion
+
+MAX_SIDE = 2048  # pixels; attention over a larger picture's latent takes hours and all memory
+
+
+def generate(options: argparse.Namespace) -> None:
+    from ldm_fast import images as pictures
+    from ldm_fast.files import check_writable
+    from ldm_fast.pipeline import LatentDiffusion
+
+    prompts = [prompt for prompt in options.prompts for _ in range(options.num)]
+    paths = _output_paths(options, 1 if options.grid else len(prompts))
+    for path in paths:
+        check_writable(path)
+    model = LatentDiffusion.load(options.model)
+    size = options.size or model.image_size
+    init, mask = _read_init_and_mask(options, size)
+    began = time.perf_counter()
+    with Progress() as progress:
+        images = model.generate(
+            prompts,
+            negative=options.negative,
+            steps=options.steps,
+            guidance=options.guidance,
+            sampler=options.sampler,
+            seed=options.seed,
+            size=size,
+            init=init,
+            strength=options.strength,
+            mask=mask,
+            progress=lambda done, total: progress("sampling", done, total),
+        )
+    seconds = time.perf_counter() - began
+    about = _about(model, options, size)
+    if options.grid:
+        text = {"prompt": json.dumps(prompts, ensure_ascii=False), "seed": str(options.seed), **about}
+        pictures.write_png(paths[0], pictures.grid(images), text)
+    else:
+        for i, (path, prompt, image) in enumerate(zip(paths, prompts, images, strict=True)):
+            pictures.write_png(path, image, {"prompt": prompt, "seed": str(options.seed + i), **about})
+    names = f"{paths[0]}" if len(paths) == 1 else f"{paths[0]} ... {paths[-1]}"
+    count = f"{len(images)} images of " if len(images) > 1 else ""
+    print(f"{names}: {count}{size[1]}x{size[0]} pixels in {seconds:.1f} s")
+
+
+def _output_paths(options: argparse.Namespace, count: int) -> list[Path]:
+    words = re.findall(r"\w+", options.prompts[0].lower())[:8]
+    out = Path(options.out or ("-".join(words)[:60] or "unconditional") + ".png")
+    if not out.suffix:
+        out = out.with_name(out.name + ".png")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: only PNG files can be written; give a name that ends in .png")
+    if count == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-{i:0{len(str(count))}d}.png") for i in range(1, count + 1)]
+
+
+def _read_init_and_mask(options: argparse.Namespace, size: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+    from ldm_fast.images import read_image, read_mask
+
+    if options.init is None:
+        for name in ("strength", "mask"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name} needs --init IMAGE")
+        return None, None
+    if options.mask is not None:
+        shapes = [tuple(read(path).shape[:2]) for read, path in ((read_image, options.init), (read_mask, options.mask))]
+        if shapes[0] != shapes[1]:
+            (h, w), (mh, mw) = shapes
+            raise ValueError(f"--mask {options.mask} is {mw}x{mh} pixels, --init {options.init} {w}x{h}; both must fit")
+    mask = None if options.mask is None else read_mask(options.mask, size)
+    return read_image(options.init, size), mask
+
+
+def _about(model: LatentDiffusion, options: argparse.Namespace, size: tuple[int, int]) -> dict[str, str]:
+    """What goes into a PNG beside prompt and seed: with the model file, enough to make it again."""
+    chosen = {name: getattr(options, name) for name in ("steps", "guidance", "sampler")}
+    about = {name: str(getattr(model.defaults, name) if v is None else v) for name, v in chosen.items()}
+    about |= {"size": f"{size[1]}x{size[0]}", "model": model.origin, "software": f"ldm_fast {__version__}"}
+    about |= {name: str(value) for name in ("negative", "strength") if (value := getattr(options, name)) is not None}
+    about |= {name: Path(value).name for name in ("init", "mask") if (value := getattr(options, name)) is not None}
+    return about
+
+
+def reconstruct(options: argparse.Namespace) -> None:
+    from ldm_fast import images as pictures
+    from ldm_fast.files import check_writable
+    from ldm_fast.pipeline import LatentDiffusion
+
+    source = Path(options.image)
+    out = Path(options.out or source.with_name(f"{source.stem}-reconstructed.png"))
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: only PNG files can be written; give a name that ends in .png")
+    check_writable(out)
+    image = pictures.read_image(source, options.size)
+    if max(image.shape[:2]) > MAX_SIDE:
+        raise ValueError(f"{source} is {image.shape[1]}x{image.shape[0]}; give --size with at most {MAX_SIDE} a side")
+    model = LatentDiffusion.load(options.model)
+    again = model.reconstruct(image[None])[0]
+    error = (again.double() - image.double()).square().mean().clamp(min=1e-4)
+    psnr = float(10 * (255**2 / error).log10())
+    pictures.write_png(
+        out, again, {"source": source.name, "model": model.origin, "software": f"ldm_fast {__version__}"}
+    )
+    print(f"{out}: {again.shape[1]}x{again.shape[0]} pixels, PSNR {psnr:.2f} dB")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from ldm_fast import evaluate as evaluation
+    from ldm_fast.pipeline import LatentDiffusion
+    from ldm_fast.training.data import DataConfig, load_data
+
+    model = LatentDiffusion.load(options.model)
+    data = load_data(DataConfig(kind="emoji", size=model.image_size[0]))
+    with Progress() as report:
+        metrics = evaluation.evaluate(
+            model,
+            data,
+            seen=options.seen,
+            held_out=options.held_out,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            report=report,
+        )
+    print(f"model {model.origin}")
+    print(evaluation.table(metrics))
+    print(evaluation.json_line(metrics))
+
+
+def train(options: argparse.Namespace) -> None:
+    from ldm_fast.training import train as run_training
+
+    run_dir = Path(options.run_dir or Path("runs") / Path(options.recipe).stem)
+    path = run_training(
+        options.recipe, run_dir, stage=options.stage, resume=not options.restart, first_stage=options.first_stage
+    )
+    print(f"{path}: written")
+
+
+def doctor(options: argparse.Namespace) -> None:
+    import platform
+
+    import torch
+
+    import ldm_fast
+
+    print(f"ldm_fast {__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}")
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads")
+    if torch.cuda.is_available():
+        print(f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name()}")
+    print("\nbuilt")
+    build = Path(ldm_fast.__file__).with_name("_build.json")
+    built = json.loads(build.read_text()) if build.is_file() else {}
+    for name, what in (("_native", "native CPU kernels"), ("_native_cuda", "CUDA kernels")):
+        facts = built.get(name, {"built": False, "message": "never built: run pip install -e ."})
+        found = [facts.get("compiler"), "/".join(facts.get("isas", []))]
+        extras = f" ({', '.join(filter(None, found))})" if any(found) else ""
+        print(f"  {what}: " + (f"yes{extras}" if facts["built"] else f"no: {' '.join(facts['message'].split())}"))
+    print("\nwhat runs here")
+    print("\n".join(f"  {line}" for line in str(ldm_fast.explain()).splitlines()))
+    shipped = Path(ldm_fast.__file__).parent / "assets" / "emoji.safetensors"
+    print(f"\nshipped model: {shipped if shipped.is_file() else 'missing: give --model PATH'}")
+
+
+def bench(options: argparse.Namespace) -> int:
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    known = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+    if not known:
+        raise ValueError(f"no benchmarks in {folder}: they come with a clone of the repository, not with the package")
+    unknown = [name for name in options.names if name not in known]
+    if unknown:
+        raise ValueError(f"no benchmark called {unknown[0]!r}; there are {', '.join(known)}")
+    codes = []
+    for name in options.names or known:
+        print(f"== {name}", flush=True)
+        codes.append(subprocess.run([sys.executable, str(folder / f"{name}.py")], check=False).returncode)
+    return max(map(abs, codes))

@@ -1,0 +1,308 @@
+"""Conditioning encoders tau_theta and the conditioning keys (Rombach et al. 2022, section 3.3, figure 3).
+
+An encoder turns what the user gives (words, a class, a map) into tensors; a conditioning key says where the UNet takes
+them in: as context of its cross attention, as extra input channels, as both, or added to its time embedding.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_fast import ops
+
+PAD, UNKNOWN, START = "<pad>", "<unk>", "<start>"
+
+
+@dataclass(frozen=True)
+class ClassEmbedderConfig:
+    num_classes: int
+    width: int
+    null_class: int | None = None  # the class that stands for "no condition", where the model was trained with one
+
+
+class ClassEmbedder(nn.Module):
+    """Class label -> context of one token: (B,) int64 -> (B, 1, width)."""
+
+    def __init__(self, config: ClassEmbedderConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.num_classes, config.width)
+
+    def forward(self, labels: Tensor | Sequence[int]) -> Tensor:
+        """labels (B,) integers in [0, num_classes) -> (B, 1, width). ValueError for a label out of range."""
+        labels = torch.as_tensor(labels, dtype=torch.int64, device=self.embedding.weight.device)
+        if labels.ndim != 1:
+            raise ValueError(
+                f"ClassEmbedder: labels have shape {tuple(labels.shape)}; one label per image (B,) is needed"
+            )
+        wrong = [n for n in labels.tolist() if not 0 <= n < self.config.num_classes]
+        if wrong:
+            raise ValueError(f"ClassEmbedder: label {wrong[0]} is not in 0..{self.config.num_classes - 1}")
+        return self.embedding(labels)[:, None]
+
+    def unconditional(self, batch: int) -> Tensor:
+        """(batch, 1, width) of the null class. ValueError where the model has none."""
+        if self.config.null_class is None:
+            raise ValueError(
+                "ClassEmbedder: this model has no null class; give the class to steer away from, or guidance 1"
+            )
+        return self([self.config.null_class] * batch)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    vocab_size: int
+    width: int
+    depth: int
+    max_length: int = 77
+    heads: int = 8
+    head_dim: int = 64
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, heads * head_dim, bias=False)
+        self.to_k = nn.Linear(width, heads * head_dim, bias=False)
+        self.to_v = nn.Linear(width, heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
+        out = ops.attention(q, k, v)  # (B, H, L, D)
+        return self.to_out(out.transpose(1, 2).flatten(2))  # (B, L, width)
+
+
+class TransformerLayer(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = SelfAttention(config.width, config.heads, config.head_dim)
+        self.feed_forward_norm = nn.LayerNorm(config.width)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(config.width, 4 * config.width), nn.GELU(), nn.Linear(4 * config.width, config.width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class TransformerEmbedder(nn.Module):
+    """The BERT-style encoder that LDM trains along with its text-to-image UNet: (B, L) tokens -> (B, L, width)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.max_length, config.width)
+        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, L) int64 with L <= max_length -> (B, L, width). Padding takes part: it is how LDM's encoder was
+        trained, and what makes the all-padding prompt a proper unconditional context."""
+        if tokens.ndim != 2 or tokens.shape[1] > self.config.max_length:
+            raise ValueError(
+                f"TransformerEmbedder: tokens have shape {tuple(tokens.shape)}; "
+                f"(B, L) with L <= {self.config.max_length} is needed"
+            )
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)  # (B, L, width)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+@dataclass(frozen=True)
+class SpatialRescalerConfig:
+    in_channels: int
+    out_channels: int
+    n_stages: int = 1
+    multiplier: float = 0.5
+
+
+class SpatialRescaler(nn.Module):
+    """A map (segmentation, low resolution image) brought to the latent's size: (B, C, H, W) -> (B, out, h, w)."""
+
+    def __init__(self, config: SpatialRescalerConfig):
+        super().__init__()
+        self.config = config
+        self.channel_mapper = nn.Conv2d(config.in_channels, config.out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.config.n_stages):
+            x = F.interpolate(x, scale_factor=self.config.multiplier, mode="bilinear")
+        return self.channel_mapper(x)
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words and single punctuation marks, accents removed: "Piñata, 2!" -> ["pinata", ",", "2", "!"]."""
+    if not isinstance(text, str):
+        raise TypeError(f"a prompt must be a str, not {type(text).__name__}")
+    decomposed = unicodedata.normalize("NFKD", text.replace("’", "'")).casefold()
+    plain = "".join(c for c in decomposed if not unicodedata.combining(c))
+    return re.findall(r"[^\W_]+|[^\w\s]", plain)
+
+
+class WordTokenizer:
+    """Words -> token ids of a closed vocabulary, padded to max_length.
+
+    A prompt becomes <start> word word ... <pad> <pad>; the empty prompt is padding alone, which is what condition
+    dropout trains as "no condition". Ids are positions in `vocabulary`, whose first three entries are the special ones.
+    """
+
+    def __init__(self, vocabulary: Sequence[str], max_length: int = 32):
+        if list(vocabulary[:3]) != [PAD, UNKNOWN, START]:
+            raise ValueError(f"WordTokenizer: a vocabulary starts with {PAD}, {UNKNOWN}, {START}, not {vocabulary[:3]}")
+        if len(set(vocabulary)) != len(vocabulary):
+            raise ValueError("WordTokenizer: the vocabulary names a word twice")
+        if max_length < 2:
+            raise ValueError(f"WordTokenizer: max_length is {max_length}; at least 2 (start and one word) is needed")
+        self.vocabulary = tuple(vocabulary)
+        self.max_length = max_length
+        self._ids = {word: i for i, word in enumerate(self.vocabulary)}
+
+    @classmethod
+    def from_captions(cls, captions: Iterable[str], max_length: int = 32) -> WordTokenizer:
+        """The vocabulary of all words in the captions, sorted, so that it depends on the set of captions alone."""
+        words = {word for caption in captions for word in split_words(caption)}
+        return cls([PAD, UNKNOWN, START, *sorted(words)], max_length)
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+    def __call__(self, prompts: str | Sequence[str]) -> Tensor:
+        """Prompts -> (B, max_length) int64. Warns (UserWarning) of a cut prompt and of unknown words."""
+        rows = [self._encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
+
+    def _encode(self, prompt: str) -> list[int]:
+        words = split_words(prompt)
+        if len(words) > self.max_length - 1:
+            kept = self.max_length - 1
+            warnings.warn(
+                f"the prompt has {len(words)} words; only the first {kept} are used, {len(words) - kept} are cut off",
+                stacklevel=3,
+            )
+            words = words[:kept]
+        unknown = dict.fromkeys(word for word in words if word not in self._ids)
+        if unknown:
+            named = ", ".join(self._describe_unknown(word) for word in unknown)
+            warnings.warn(f"the model does not know {named}", stacklevel=3)
+        ids = [self._ids[START]] if words else []
+        ids += [self._ids.get(word, self._ids[UNKNOWN]) for word in words]
+        return ids + [self._ids[PAD]] * (self.max_length - len(ids))
+
+    def _describe_unknown(self, word: str) -> str:
+        shown = word if len(word) <= 40 else word[:40] + "…"
+        near = difflib.get_close_matches(word[:40], self.vocabulary[3:], n=1, cutoff=0.6)
+        return f"'{shown}' (nearest known word: '{near[0]}')" if near else f"'{shown}'"
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """vocab_size and max_length of the transformer are the tokenizer's."""
+
+    vocabulary: tuple[str, ...]
+    max_length: int
+    width: int
+    depth: int
+    heads: int = 8
+    head_dim: int = 64
+
+
+class TextEncoder(nn.Module):
+    """Prompts -> context for cross attention: list of B str -> (B, max_length, width)."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.tokenizer = WordTokenizer(config.vocabulary, config.max_length)
+        sizes = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "vocabulary"}
+        self.transformer = TransformerEmbedder(TransformerConfig(vocab_size=len(config.vocabulary), **sizes))
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: WordTokenizer, **sizes: int) -> TextEncoder:
+        """sizes: width, depth and optionally heads, head_dim."""
+        return cls(TextEncoderConfig(vocabulary=tokenizer.vocabulary, max_length=tokenizer.max_length, **sizes))
+
+    def forward(self, prompts: str | Sequence[str]) -> Tensor:
+        return self.transformer(self.tokenizer(prompts).to(self.transformer.norm.weight.device))
+
+    def unconditional(self, batch: int) -> Tensor:
+        """The context of the empty prompt, (batch, max_length, width)."""
+        return self([""]).expand(batch, -1, -1)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a UNet is conditioned on: crossattn (B, L, d), concat (B, C, H, W), adm (B,) labels or (B, d) vectors."""
+
+    crossattn: Tensor | None = None
+    concat: Tensor | None = None
+    adm: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if len({len(t) for t in self.tensors().values()}) > 1:
+            sizes = {name: len(t) for name, t in self.tensors().items()}
+            raise ValueError(f"Condition: batch sizes differ: {sizes}")
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def __getitem__(self, rows: slice) -> Condition:
+        return Condition(**{name: t[rows] for name, t in self.tensors().items()})
+
+    def cat(self, other: Condition) -> Condition:
+        """Both batches, one after the other. ValueError when they do not hold the same kinds of tensor."""
+        mine, theirs = self.tensors(), other.tensors()
+        if mine.keys() != theirs.keys():
+            raise ValueError(f"Condition.cat: one has {sorted(mine)}, the other {sorted(theirs)}")
+        return Condition(**{name: torch.cat([t, theirs[name]]) for name, t in mine.items()})
+
+
+CONDITIONING_KEYS: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "crossattn": ("crossattn",),
+    "concat": ("concat",),
+    "hybrid": ("crossattn", "concat"),
+    "adm": ("adm",),
+}
+
+
+def unet_arguments(key: str | None, z_t: Tensor, condition: Condition) -> dict[str, Tensor]:
+    """The UNet's arguments for a noisy latent z_t (B, C, H, W) under a conditioning key.
+
+    crossattn -> encoder_hidden_states; concat -> channels appended to the sample; hybrid -> both; adm -> class_labels.
+    ValueError for an unknown key or where the condition does not hold exactly what the key needs.
+    """
+    if key not in CONDITIONING_KEYS:
+        raise ValueError(
+            f"unet_arguments: unknown conditioning key {key!r}; known: {', '.join(map(str, CONDITIONING_KEYS))}"
+        )
+    given = condition.tensors()
+    if given.keys() != set(CONDITIONING_KEYS[key]):
+        raise ValueError(f"unet_arguments: key {key!r} needs {list(CONDITIONING_KEYS[key])}, got {sorted(given)}")
+    arguments = {"sample": z_t}
+    if "concat" in given:
+        arguments["sample"] = torch.cat([z_t, given["concat"].to(z_t.dtype)], dim=1)
+    if "crossattn" in given:
+        arguments["encoder_hidden_states"] = given["crossattn"]
+    if "adm" in given:
+        arguments["class_labels"] = given["adm"]
+    return arguments

@@ -1,0 +1,103 @@
+"""Pictures as uint8 tensors (B, H, W, 3): checks, and reading and writing files with Pillow."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_fast.files import write_atomically
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def check_images(images: Tensor) -> Tensor:
+    images = torch.as_tensor(images)
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+        raise ValueError(f"images must be uint8 (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+    return images
+
+
+def check_multiple(side: int, factor: int, what: str) -> None:
+    if not isinstance(side, int) or side < 1 or side % factor:
+        below = max(int(side) // factor, 1) * factor
+        raise ValueError(f"{what} must be a multiple of {factor}, got {side}; nearest are {below} and {below + factor}")
+
+
+def to_pil(images: Tensor) -> list[Image]:
+    """uint8 (B, H, W, 3) -> Pillow images."""
+    from PIL import Image
+
+    return [Image.fromarray(np.asarray(image)) for image in check_images(images)]
+
+
+def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+    """The picture at `path` as uint8 (H, W, 3), transparency on white, turned as its EXIF says.
+
+    size (height, width): scaled to cover it, then cut in the middle. Raises FileNotFoundError, or ValueError for a file
+    that is no picture.
+    """
+    from PIL import Image, ImageOps
+
+    picture = _open(path).convert("RGBA")
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    if size is not None:
+        picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture))
+
+
+def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+    """The mask at `path` as bool (H, W), True where it is lighter than mid-grey; scaled as `read_image` scales."""
+    from PIL import Image, ImageOps
+
+    picture = _open(path).convert("L")
+    if size is not None:
+        picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(picture) > 127)
+
+
+def _open(path: str | Path) -> Image:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such image file: {path}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image that can be read") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
+def png_bytes(image: Tensor, text: dict[str, str]) -> bytes:
+    """uint8 (H, W, 3) as a PNG file with text entries; the same input gives the same bytes."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value) if not value.isascii() else info.add_text(key, value)
+    buffer = io.BytesIO()
+    to_pil(image[None])[0].save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def write_png(path: str | Path, image: Tensor, text: dict[str, str]) -> None:
+    """Writes a PNG, whole or not at all. Raises OSError naming the path where it cannot be written."""
+    write_atomically(path, png_bytes(image, text))
+
+
+def grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """(B, H, W, 3) -> one picture of rows and columns, as square as can be, white where there is none."""
+    images = check_images(images)
+    count, height, width, _ = images.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    sheet = torch.full((rows * columns, height, width, 3), 255, dtype=torch.uint8)
+    sheet[:count] = images
+    return sheet.reshape(rows, columns, height, width, 3).transpose(1, 2).reshape(rows * height, columns * width, 3)

@@ -1,0 +1,359 @@
+"""LatentDiffusion: condition -> sample -> decode, and the one file such a model is stored in.
+
+prompt --tau_theta--> context
+noise z_T --UNet and sampler under the context--> z_0 --first stage's decoder--> image
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_fast.conditioning import Condition, unet_arguments
+from ldm_fast.diffusion import NoiseSchedule
+from ldm_fast.images import check_images, check_multiple
+from ldm_fast.samplers import SAMPLERS, Step, classifier_free_guidance, noise_like, spaced_timesteps
+
+Prompts = str | Sequence[str] | Sequence[int] | Tensor | Condition | int
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """How a model samples best; stored with it and used wherever `generate` is not told otherwise."""
+
+    steps: int = 25
+    guidance: float = 3.0
+    sampler: str = "ddim"
+    eta: float = 0.0
+    spacing: str = "trailing"
+
+
+class LatentDiffusion(nn.Module):
+    """A first stage, a UNet on its latents, and what conditions it (Rombach et al. 2022, figure 3).
+
+    Args:
+        unet: UNet; its config's sample_size is the native latent size.
+        first_stage: AutoencoderKL or VQModel.
+        cond_stage: TextEncoder, ClassEmbedder, SpatialRescaler, or None where conditions come ready-made.
+        schedule: NoiseSchedule.
+        scaling_factor: the UNet sees latents multiplied by it (1 / standard deviation of the latents).
+        conditioning_key: None, "crossattn", "concat", "hybrid" or "adm"; see `conditioning.unet_arguments`.
+        defaults: sampling settings stored with the model.
+        card: model card fields (data, licence, recipe, metrics ...), anything JSON can hold.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        first_stage: nn.Module,
+        cond_stage: nn.Module | None,
+        schedule: NoiseSchedule,
+        scaling_factor: float = 1.0,
+        *,
+        conditioning_key: str | None = "crossattn",
+        defaults: Defaults | None = None,
+        card: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.unet, self.first_stage, self.cond_stage = unet, first_stage, cond_stage
+        self.schedule, self.scaling_factor = schedule, float(scaling_factor)
+        self.conditioning_key = conditioning_key
+        self.defaults = defaults or Defaults()
+        self.card = dict(card or {})
+        self.origin = "not loaded from a file"
+
+    @property
+    def downsampling_factor(self) -> int:
+        return self.first_stage.config.downsampling_factor
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """The native image size (height, width)."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.downsampling_factor, width * self.downsampling_factor
+
+    @classmethod
+    def load(cls, path: str | Path | None = None) -> LatentDiffusion:
+        """The model stored at `path`, or the shipped one; float32 on the CPU. See `model_file.load`."""
+        from ldm_fast import model_file
+
+        return model_file.load(path)
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes the whole model to one .safetensors file. See `model_file.save`."""
+        from ldm_fast import model_file
+
+        model_file.save(self, path, dtype)
+
+    # Images and latents
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """uint8 (B, H, W, 3), H and W multiples of f -> scaled latents (B, C, H/f, W/f)."""
+        images = check_images(images)
+        for size in images.shape[1:3]:
+            check_multiple(size, self.downsampling_factor, "an image's side")
+        stage = self.first_stage
+        x = images.to(stage.device).permute(0, 3, 1, 2).to(stage.dtype) / 127.5 - 1
+        return stage.encode_latents(x, generator=generator).float() * self.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> uint8 (B, h f, w f, 3) on the CPU."""
+        stage = self.first_stage
+        x = stage.decode((z / self.scaling_factor).to(stage.device, stage.dtype)).sample
+        x = ((x.float() + 1) * 127.5).round().clamp(0, 255)
+        return x.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) of any size through the first stage and back. Sides that are no multiple of f are padded
+        by repeating the border and cut again afterwards."""
+        images = check_images(images)
+        height, width = images.shape[1:3]
+        rows, columns = (
+            torch.arange(-(-n // self.downsampling_factor) * self.downsampling_factor).clamp(max=n - 1)
+            for n in (height, width)
+        )
+        return self.decode(self.encode(images[:, rows][:, :, columns]))[:, :height, :width]
+
+    # Conditions
+
+    @torch.no_grad()
+    def condition(self, prompts: Prompts) -> tuple[Condition, int]:
+        """(what the UNet is conditioned on, number of images).
+
+        prompts: for a text model one str or a list; for a class model a list of labels; for a concat model a map
+        (B, C, H, W); for an unconditional one the number of images; or a Condition made elsewhere.
+        """
+        key = self.conditioning_key
+        if isinstance(prompts, Condition):
+            tensors = list(prompts.tensors().values())
+            if not tensors:
+                raise ValueError(
+                    "generate: the Condition given is empty; an unconditional model takes a number of images"
+                )
+            return prompts, len(tensors[0])
+        if key is None:
+            if not isinstance(prompts, int) or prompts < 1:
+                raise ValueError(f"generate: this model is unconditional and takes a number of images, got {prompts!r}")
+            return Condition(), prompts
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if isinstance(prompts, int) or len(prompts) == 0:
+            raise ValueError(f"generate: at least one prompt is needed, got {prompts!r}")
+        if key == "hybrid":
+            raise ValueError("generate: a hybrid model takes a Condition with both crossattn and concat")
+        if self.cond_stage is None:
+            return Condition(**{key: torch.as_tensor(prompts)}), len(prompts)
+        if isinstance(prompts, Tensor):
+            return Condition(**{key: self.cond_stage(prompts)}), len(prompts)
+        distinct = list(dict.fromkeys(prompts))  # four images of one prompt: encoded, and warned about, once
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
+        encoded = self.cond_stage(distinct)
+        return Condition(**{key: encoded[rows.to(encoded.device)]}), len(prompts)
+
+    def _uncondition(self, negative: Prompts | None, condition: Condition, count: int) -> Condition:
+        if negative is None:
+            if not hasattr(self.cond_stage, "unconditional"):
+                raise ValueError("generate: this model has no unconditional input; give a negative one, or guidance 1")
+            return Condition(**{self.conditioning_key: self.cond_stage.unconditional(count)})
+        if isinstance(negative, str):
+            negative = [negative] * count
+        uncondition, given = self.condition(negative)
+        if given != count:
+            raise ValueError(f"generate: {given} negative prompts for {count} images; give one, or one per image")
+        return uncondition
+
+    # Sampling
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        negative: Prompts | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        eta: float | None = None,
+        spacing: str | None = None,
+        seed: int = 0,
+        size: int | tuple[int, int] | None = None,
+        init: Tensor | None = None,
+        strength: float | None = None,
+        mask: Tensor | None = None,
+        batch_size: int = 32,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Images for prompts: uint8 (B, H, W, 3) on the CPU.
+
+        Args:
+            prompts: one str, a list, or whatever else `condition` takes. The empty prompt is unconditional.
+            negative: what to steer away from; default the unconditional input. Without effect at guidance 1.
+            steps, guidance, sampler, eta, spacing: default `self.defaults`; eta is ddim's, spacing is "leading" (the
+                original's), "trailing" or "linspace".
+            seed: image i draws all its random numbers from seed + i, whatever the batch size.
+            size: height and width, multiples of f; default `init`'s, else the native size.
+            init: uint8 (H, W, 3) or (B, H, W, 3) to start from (SDEdit, Meng et al. 2022); (B, ...) is one per prompt.
+            strength: share of the steps that are run on a noised `init`, above 0 up to 1; default 0.75, 1 with a mask.
+            mask: bool (H, W) or (B, H, W), True where `init` is to be repainted. The rest is re-noised at every step
+                and pasted back as latent at the end, so it changes by no more than a reconstruction does.
+            batch_size: how many images are sampled at once.
+            progress: called with (steps done, steps in all).
+
+        Raises:
+            ValueError, TypeError: an argument is out of range; the message names it.
+        """
+        settings = self._settings(steps, guidance, sampler, eta, spacing)
+        condition, count = self.condition(prompts)
+        uncondition = self._uncondition(negative, condition, count) if settings.guidance != 1 else None
+        check_seed(seed, count)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"generate: batch_size must be at least 1, got {batch_size!r}")
+        start = _Start.prepare(self, count, size, init, strength, mask)
+        timesteps = spaced_timesteps(self.schedule.num_train_timesteps, settings.steps, settings.spacing)
+        timesteps = timesteps[len(timesteps) - max(1, round(start.strength * len(timesteps))) :]
+        images = []
+        for first in range(0, count, batch_size):
+            rows = slice(first, min(first + batch_size, count))
+            generators = [torch.Generator().manual_seed(seed + i) for i in range(rows.start, rows.stop)]
+            denoise = classifier_free_guidance(
+                self._denoise,
+                condition[rows],
+                None if uncondition is None else uncondition[rows],
+                settings.guidance,
+            )
+
+            def report(done: int, before: int = first // batch_size) -> None:
+                if progress is not None:
+                    progress(before * len(timesteps) + done, -(-count // batch_size) * len(timesteps))
+
+            images.append(self.decode(self._sample(denoise, start.rows(rows), timesteps, settings, generators, report)))
+        return torch.cat(images)
+
+    def _settings(self, steps, guidance, sampler, eta, spacing) -> Defaults:
+        given = {"steps": steps, "guidance": guidance, "sampler": sampler, "eta": eta, "spacing": spacing}
+        settings = Defaults(
+            **{name: getattr(self.defaults, name) if value is None else value for name, value in given.items()}
+        )
+        spaced_timesteps(self.schedule.num_train_timesteps, settings.steps, settings.spacing)
+        if settings.sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {settings.sampler!r}; known: {', '.join(SAMPLERS)}")
+        if not math.isfinite(settings.guidance):
+            raise ValueError(f"guidance must be a finite number, got {settings.guidance}")
+        if not 0 <= settings.eta <= 1:
+            raise ValueError(f"eta must be between 0 and 1, got {settings.eta}")
+        return settings
+
+    def _denoise(self, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        unet = self.unet
+        arguments = unet_arguments(self.conditioning_key, z, condition)
+        arguments = {
+            name: a.to(unet.device, unet.dtype if a.is_floating_point() else None) for name, a in arguments.items()
+        }
+        return unet(timestep=t.to(unet.device), **arguments).sample.to(z.dtype)
+
+    def _sample(self, denoise, start: _Start, timesteps, settings: Defaults, generators, report) -> Tensor:
+        """One batch: noise, or the noised start, down to z_0."""
+        # The original's spacing ends where the original ends; the others end at the clean latent.
+        alpha_end = None if settings.spacing == "leading" else 1.0
+        shape = (len(generators), self.first_stage.config.latent_channels, *start.latent_size)
+        noise = noise_like(torch.empty(shape, device=self.unet.device), generators)
+        z = noise
+        known: Callable[[float], Tensor] | None = None
+        if start.z is not None:
+
+            def known(alpha: float) -> Tensor:
+                return math.sqrt(alpha) * start.z + math.sqrt(1 - alpha) * noise
+
+            noised = known(self.schedule.alphas_cumprod[timesteps[0]].item())
+            if start.strength < 1:
+                z = noised
+            if start.keep is not None:
+                z = torch.where(start.keep, noised, z)
+
+        def on_step(step: Step) -> Tensor | None:
+            report(step.index + 1)
+            if start.keep is None:
+                return None
+            last = step.index == step.total - 1
+            return torch.where(start.keep, start.z if last else known(step.alpha), step.z)
+
+        extra = {"eta": settings.eta} if settings.sampler == "ddim" else {}
+        sample = SAMPLERS[settings.sampler]
+        return sample(
+            denoise,
+            z,
+            self.schedule,
+            timesteps,
+            generator=generators,
+            on_step=on_step,
+            alpha_end=alpha_end,
+            **extra,
+        )
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What sampling starts from: nothing but a size, or latents z (B, C, h, w) of which `keep` (B, 1, h, w) stays."""
+
+    latent_size: tuple[int, int]
+    strength: float = 1.0
+    z: Tensor | None = None
+    keep: Tensor | None = None
+
+    def rows(self, rows: slice) -> _Start:
+        pick = [t if t is None else t[rows] for t in (self.z, self.keep)]
+        return _Start(self.latent_size, self.strength, *pick)
+
+    @classmethod
+    def prepare(cls, model: LatentDiffusion, count: int, size, init, strength, mask) -> _Start:
+        factor = model.downsampling_factor
+        if init is None:
+            if mask is not None or strength is not None:
+                raise ValueError(f"generate: {'mask' if mask is not None else 'strength'} needs an init image")
+            height, width = model.image_size if size is None else (size, size) if isinstance(size, int) else size
+            for side in (height, width):
+                check_multiple(side, factor, "size")
+            return cls((height // factor, width // factor))
+        strength = (0.75 if mask is None else 1.0) if strength is None else strength
+        if not 0 < strength <= 1:
+            raise ValueError(f"generate: strength must be above 0 and at most 1, got {strength}")
+        images = check_images(init if init.ndim == 4 else init[None])
+        given = tuple(images.shape[1:3])
+        if len(images) not in (1, count):
+            raise ValueError(f"generate: {len(images)} init images for {count} images; give one, or one per image")
+        if size is not None and given != ((size, size) if isinstance(size, int) else tuple(size)):
+            raise ValueError(f"generate: init is {given[0]}x{given[1]}, but size {size} is asked for")
+        # One by one: a KL-reg first stage draws noise, and that must not depend on the batch.
+        z = torch.cat([model.encode(image[None], torch.Generator().manual_seed(0)) for image in images])
+        keep = None if mask is None else _keep_in_latent(mask, given, factor, count).to(z.device)
+        return cls(tuple(z.shape[2:]), float(strength), z.expand(count, -1, -1, -1), keep)
+
+
+def _keep_in_latent(mask: Tensor, size: tuple[int, int], factor: int, count: int) -> Tensor:
+    """mask (H, W) or (B, H, W), True = repaint -> (count, 1, H/f, W/f), True = keep: no masked pixel there."""
+    mask = torch.as_tensor(mask)
+    mask = mask if mask.ndim == 3 else mask[None]
+    if tuple(mask.shape[1:]) != size or len(mask) not in (1, count):
+        raise ValueError(
+            f"generate: mask has shape {tuple(mask.shape)}; init needs (1 or {count}, {size[0]}, {size[1]})"
+        )
+    touched = nn.functional.max_pool2d((mask != 0).float()[:, None], factor) > 0
+    return ~touched.expand(count, -1, -1, -1)
+
+
+def check_seed(seed: int, count: int = 1) -> None:
+    """PyTorch's CPU generator tells seeds apart by 32 bits; two larger ones could silently be the same."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be a whole number, got {seed!r}")
+    if not 0 <= seed <= 2**32 - count:
+        raise ValueError(f"seed must be between 0 and {2**32 - count}, got {seed}")

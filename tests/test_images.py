@@ -1,0 +1,110 @@
+"""Reading and writing pictures and files."""
+
+import os
+import stat
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from ldm_fast.files import check_writable, write_atomically
+from ldm_fast.images import grid, png_bytes, read_image, read_mask, to_pil
+
+
+def numbered(height, width):
+    """Every pixel another colour."""
+    n = torch.arange(height * width)
+    return torch.stack([n % 256, n // 256 % 256, n * 7 % 256], -1).reshape(height, width, 3).to(torch.uint8)
+
+
+def test_a_picture_survives_png(tmp_path):
+    image = numbered(5, 7)
+    (tmp_path / "x.png").write_bytes(png_bytes(image, {"prompt": "apple", "other": "яблоко"}))
+    assert torch.equal(read_image(tmp_path / "x.png"), image)
+    assert Image.open(tmp_path / "x.png").text == {"prompt": "apple", "other": "яблоко"}
+
+
+def test_transparency_becomes_white(tmp_path):
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "x.png")
+    assert (read_image(tmp_path / "x.png") == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "RGBA", "CMYK", "I;16"])
+def test_modes(tmp_path, mode):
+    suffix = "tiff" if mode == "CMYK" else "png"
+    Image.new("L", (3, 2), 255).convert(mode).save(tmp_path / f"x.{suffix}")
+    assert read_image(tmp_path / f"x.{suffix}").shape == (2, 3, 3)
+
+
+def test_a_photo_is_turned_as_its_exif_says(tmp_path):
+    image = to_pil(numbered(4, 6)[None])[0]
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "x.png", exif=exif)
+    assert read_image(tmp_path / "x.png").shape == (6, 4, 3)
+
+
+def test_fitting_covers_the_size_and_cuts_the_middle(tmp_path):
+    image = torch.zeros(8, 24, 3, dtype=torch.uint8)
+    image[:, 8:16] = 255
+    to_pil(image[None])[0].save(tmp_path / "x.png")
+    assert (read_image(tmp_path / "x.png", (8, 8)) == 255).all()
+    assert read_mask(tmp_path / "x.png", (8, 8)).all()
+    assert read_image(tmp_path / "x.png", (4, 12)).shape == (4, 12, 3)
+
+
+def test_mask_is_true_where_it_is_light(tmp_path):
+    Image.frombytes("L", (4, 1), bytes([0, 127, 128, 255])).save(tmp_path / "m.png")
+    assert read_mask(tmp_path / "m.png").tolist() == [[False, False, True, True]]
+
+
+def test_grid_places_images_by_rows():
+    images = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 2, 3, 3)
+    sheet = grid(images)
+    assert sheet.shape == (4, 9, 3)
+    assert sheet[::2, ::3, 0].tolist() == [[0, 1, 2], [3, 4, 255]]
+    assert grid(images, columns=1).shape == (10, 3, 3)
+
+
+def test_write_replaces_a_file_whole(tmp_path):
+    path = tmp_path / "x.bin"
+    write_atomically(path, b"one")
+    write_atomically(path, b"two")
+    assert path.read_bytes() == b"two" and list(tmp_path.iterdir()) == [path]
+
+
+def test_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.bin"
+    write_atomically(path, b"one")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"cannot write: No space left on device: .*x\.bin"):
+        write_atomically(path, b"two")
+    assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")
+def test_modes_of_written_files(tmp_path):
+    path = tmp_path / "x.bin"
+    before = os.umask(0o027)
+    try:
+        write_atomically(path, b"one")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    path.chmod(0o600)
+    write_atomically(path, b"two")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_check_writable(tmp_path):
+    check_writable(tmp_path / "new.png")
+    with pytest.raises(IsADirectoryError, match="it is a folder"):
+        check_writable(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        check_writable(tmp_path / "no" / "x.png")
+    assert list(tmp_path.iterdir()) == []

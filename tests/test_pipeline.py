@@ -1,0 +1,486 @@
+"""LatentDiffusion with tiny random weights: seeds, sizes, img2img, inpainting, and its file."""
+
+import hashlib
+import json
+import struct
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ldm_fast import evaluate as evaluation
+from ldm_fast import model_file
+from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
+from ldm_fast.conditioning import ClassEmbedder, ClassEmbedderConfig, Condition, TextEncoder, WordTokenizer
+from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule
+from ldm_fast.pipeline import Defaults, LatentDiffusion
+from ldm_fast.samplers import SAMPLERS
+from ldm_fast.training.data import ImageSet
+from ldm_fast.unet import UNet, UNetConfig
+
+CHANNELS, WIDTH = 4, 16
+UNET = UNetConfig(
+    sample_size=8,
+    in_channels=CHANNELS,
+    out_channels=CHANNELS,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    block_out_channels=(16, 16),
+    layers_per_block=1,
+    cross_attention_dim=WIDTH,
+    num_attention_heads=2,
+    norm_num_groups=8,
+)
+UNCONDITIONAL_UNET = replace(
+    UNET,
+    down_block_types=("DownBlock2D",) * 2,
+    mid_block_type="UNetMidBlock2D",
+    cross_attention_dim=None,
+)
+FIRST_STAGE = {
+    "block_out_channels": (16, 16),
+    "layers_per_block": 1,
+    "latent_channels": CHANNELS,
+    "norm_num_groups": 8,
+    "mid_block_add_attention": False,
+}
+QUICK = Defaults(steps=3, guidance=2.0)
+
+
+def text_model(kl=False, **options):
+    torch.manual_seed(0)
+    tokenizer = WordTokenizer.from_captions(["red apple", "green tree"], max_length=6)
+    first_stage = (
+        AutoencoderKL(AutoencoderConfig(**FIRST_STAGE))
+        if kl
+        else VQModel(VQConfig(num_vq_embeddings=32, **FIRST_STAGE))
+    )
+    if not kl:
+        torch.nn.init.normal_(first_stage.quantize.embedding.weight)
+    options = {
+        "defaults": QUICK,
+        "scaling_factor": 1.5,
+        "card": {"licence": "none", "metrics": {"psnr": 1.5}},
+    } | options
+    return LatentDiffusion(
+        UNet(UNET),
+        first_stage,
+        TextEncoder.from_tokenizer(tokenizer, width=WIDTH, depth=1, heads=2, head_dim=8),
+        NoiseSchedule(DiffusionConfig(prediction_type="v_prediction")),
+        **options,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return text_model()
+
+
+def close(a, b):
+    """Equal but for rounding: batches of other sizes multiply matrices in another order."""
+    return (a.int() - b.int()).abs().max() <= 2
+
+
+def picture(height=16, width=16, seed=0):
+    return torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def test_images(model):
+    images = model.generate(["red apple", "green tree"])
+    assert images.shape == (2, 16, 16, 3) and images.dtype == torch.uint8 and images.is_contiguous()
+    assert model.image_size == (16, 16)
+    assert not close(images[0], images[1])
+    assert torch.equal(images, model.generate(["red apple", "green tree"]))
+    assert torch.equal(model.generate("red apple"), model.generate(["red apple"]))
+
+
+def test_image_i_depends_on_seed_plus_i_alone():
+    # A KL-reg first stage: quantizing would blow a rounding error up to another code.
+    model = text_model(kl=True)
+    prompts = ["red apple", "green tree", "", "red apple"]
+    images = model.generate(prompts, seed=5)
+    assert close(images, model.generate(prompts, seed=5, batch_size=3))
+    for i, prompt in enumerate(prompts):
+        assert close(images[i], model.generate(prompt, seed=5 + i)[0])
+    assert not close(images[0], images[3])
+
+
+def test_generate_neither_uses_nor_changes_the_global_random_state(model):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = model.generate("red apple", sampler="ddpm")
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert torch.equal(first, model.generate("red apple", sampler="ddpm"))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers(model, sampler):
+    images = model.generate("red apple", sampler=sampler, steps=4)
+    assert images.shape == (1, 16, 16, 3)
+    if sampler != "ddim":
+        assert not torch.equal(images, model.generate("red apple", sampler="ddim", steps=4))
+
+
+def test_guidance_and_negative_prompt(model):
+    plain = model.generate("red apple", guidance=1.0)
+    guided = model.generate("red apple", guidance=4.0)
+    assert not torch.equal(plain, guided)
+    assert torch.equal(guided, model.generate("red apple", guidance=4.0, negative=""))
+    assert not torch.equal(guided, model.generate("red apple", guidance=4.0, negative="green tree"))
+    # Steering away from the prompt itself leaves the prompt alone.
+    assert close(plain, model.generate("red apple", guidance=4.0, negative="red apple"))
+
+
+def test_progress(model):
+    calls = []
+    model.generate(["red apple"] * 3, steps=2, batch_size=2, progress=lambda *call: calls.append(call))
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_prompt_given_twice_is_warned_about_once(model):
+    with pytest.warns(UserWarning) as caught:
+        model.generate(["blue apple"] * 3, steps=1)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("size", [(16, 24), (10, 6), 20])
+def test_sizes(model, size):
+    height, width = (size, size) if isinstance(size, int) else size
+    assert model.generate("red apple", size=size, steps=1).shape == (1, height, width, 3)
+
+
+BAD_ARGUMENTS = {
+    "steps 0": ({"steps": 0}, "steps must be between 1 and 1000, got 0"),
+    "steps negative": ({"steps": -2}, "got -2"),
+    "sampler": ({"sampler": "euler"}, "unknown sampler 'euler'; known: ddim, ddpm"),
+    "spacing": ({"spacing": "log"}, "unknown timestep spacing 'log'"),
+    "guidance": ({"guidance": float("nan")}, "guidance must be a finite number"),
+    "eta": ({"eta": 1.5}, "eta must be between 0 and 1"),
+    "size": ({"size": 17}, "size must be a multiple of 2, got 17; nearest are 16 and 18"),
+    "size 0": ({"size": 0}, "size must be a multiple of 2, got 0"),
+    "seed": ({"seed": -1}, "seed must be between 0 and 4294967295, got -1"),
+    "seed type": ({"seed": 1.5}, "seed must be a whole number"),
+    "strength alone": ({"strength": 0.5}, "strength needs an init image"),
+    "mask alone": ({"mask": torch.ones(16, 16)}, "mask needs an init image"),
+    "strength": ({"init": picture(), "strength": 0.0}, "strength must be above 0"),
+    "init dtype": ({"init": picture().float()}, "images must be uint8"),
+    "init size": ({"init": picture(15, 16)}, "multiple of 2, got 15"),
+    "init and size": ({"init": picture(), "size": 8}, "init is 16x16, but size 8"),
+    "init count": ({"init": torch.stack([picture()] * 2)}, "2 init images for 1 images"),
+    "mask size": ({"init": picture(), "mask": torch.ones(8, 16)}, "mask has shape"),
+    "negatives": ({"negative": ["a", "b", "c"]}, "3 negative prompts for 1 images"),
+    "batch size": ({"batch_size": 0}, "batch_size must be at least 1"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_arguments(model, arguments, message):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises((ValueError, TypeError), match=message):
+            model.generate("red apple", **arguments)
+
+
+def test_bad_prompts(model):
+    for prompts, error in (([], ValueError), (3, ValueError), ([3], TypeError), (Condition(), ValueError)):
+        with pytest.raises(error):
+            model.generate(prompts)
+
+
+def test_reconstruct_any_size(model):
+    images = torch.stack([picture(7, 9), picture(7, 9, seed=1)])
+    again = model.reconstruct(images)
+    assert again.shape == images.shape and again.dtype == torch.uint8
+    even = torch.stack([picture(8, 10), picture(8, 10, seed=1)])
+    assert torch.equal(model.reconstruct(even), model.decode(model.encode(even)))
+
+
+def test_encode_scales_the_pre_quantized_latent(model):
+    x = picture()[None]
+    expected = model.first_stage.encode(x.permute(0, 3, 1, 2) / 127.5 - 1).latents * 1.5
+    torch.testing.assert_close(model.encode(x), expected)
+
+
+def test_decode_undoes_the_scaling(model):
+    z = model.encode(picture()[None])
+    expected = model.first_stage.decode(z / 1.5).sample
+    expected = ((expected.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert torch.equal(model.decode(z), expected)
+
+
+def test_img2img_keeps_more_at_low_strength():
+    model = text_model(kl=True, defaults=Defaults(steps=20, guidance=1.0))
+    init = picture()
+    z = model.encode(init[None], torch.Generator().manual_seed(0))
+
+    def distance(strength):
+        torch.manual_seed(0)
+        images = model.generate("red apple", init=init, strength=strength)
+        return (images.float() - model.decode(z).float()).square().mean()
+
+    assert distance(0.05) < distance(0.5) < distance(1.0)
+
+
+@pytest.mark.parametrize("kl", [False, True], ids=["vq", "kl"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_inpainting_keeps_the_known_latents_exactly(sampler, kl):
+    model = text_model(kl=kl)
+    init = picture()
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[3:8, 9:] = True  # touches latent rows 1 to 3, columns 4 to 7
+    caught = []
+    model.decode = lambda z: caught.append(z) or torch.zeros(len(z), 16, 16, 3, dtype=torch.uint8)
+    model.generate("red apple", init=init, mask=mask, sampler=sampler, steps=4)
+    known = model.encode(init[None], torch.Generator().manual_seed(0))
+    changed = (caught[0] != known).any(1)[0]
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[1:4, 4:] = True
+    assert torch.equal(changed, expected)
+
+
+def test_a_batch_of_inits_and_masks(model):
+    inits = torch.stack([picture(seed=1), picture(seed=2)])
+    masks = torch.zeros(2, 16, 16)
+    masks[1] = 1
+    images = model.generate(["red apple"] * 2, init=inits, mask=masks, batch_size=1)
+    assert close(images[0], model.reconstruct(inits[:1])[0])
+    assert not close(images[1], model.reconstruct(inits[1:])[0])
+
+
+def test_class_conditional_model():
+    model = text_model()
+    model.cond_stage = ClassEmbedder(ClassEmbedderConfig(num_classes=4, width=WIDTH, null_class=3))
+    images = model.generate([0, 2])
+    assert images.shape == (2, 16, 16, 3)
+    assert close(model.generate([0], guidance=3.0, negative=[3]), model.generate([0], guidance=3.0))
+    with pytest.raises(ValueError, match="label 4 is not in 0..3"):
+        model.generate([4])
+
+
+def test_unconditional_and_concat_models():
+    model = text_model()
+    model.unet, model.cond_stage = UNet(UNCONDITIONAL_UNET).eval(), None
+    model.conditioning_key = None
+    assert model.generate(3, guidance=1.0).shape == (3, 16, 16, 3)
+    with pytest.raises(ValueError, match="no unconditional input"):
+        model.generate(1, guidance=2.0)
+    with pytest.raises(ValueError, match="takes a number of images, got 'red apple'"):
+        model.generate("red apple", guidance=1.0)
+    model.unet = UNet(replace(UNCONDITIONAL_UNET, in_channels=CHANNELS + 3)).eval()
+    model.conditioning_key = "concat"
+    maps = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.generate(maps, guidance=1.0), model.generate(Condition(concat=maps), guidance=1.0))
+
+
+# The file
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    model.save(path)
+    return path
+
+
+@pytest.mark.parametrize("kl", [False, True], ids=["vq", "kl"])
+def test_file_holds_the_whole_model(tmp_path, kl):
+    model = text_model(kl=kl)
+    path = tmp_path / "m.safetensors"
+    model.save(path)
+    before = torch.get_rng_state()
+    again = LatentDiffusion.load(path)
+    assert torch.equal(before, torch.get_rng_state())
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    for part in ("unet", "first_stage", "cond_stage", "schedule"):
+        assert getattr(again, part).config == getattr(model, part).config
+    assert (again.defaults, again.card, again.scaling_factor) == (model.defaults, model.card, 1.5)
+    assert again.origin.startswith("m.safetensors sha256:") and not again.training
+    assert torch.equal(again.generate("red apple"), model.generate("red apple"))
+    again.save(tmp_path / "n.safetensors")
+    assert (tmp_path / "n.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_half_precision_file(tmp_path, model):
+    path = tmp_path / "half.safetensors"
+    model.save(path, dtype=torch.float16)
+    again = LatentDiffusion.load(path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.half().float(), again.state_dict()[name])
+    with torch.no_grad():
+        again.unet.conv_in.bias[0] = 1e6
+    with pytest.raises(ValueError, match=r"unet.conv_in.bias: it holds values that are not finite in torch.float16"):
+        again.save(path, dtype=torch.float16)
+    LatentDiffusion.load(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model file at .*nowhere"):
+        LatentDiffusion.load(tmp_path / "nowhere.safetensors")
+
+
+def header_of(content):
+    length = struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def with_header(header, data):
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def flipped(content):
+    return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
+
+
+def with_other_description(content):
+    header, data = header_of(content)
+    header["__metadata__"]["ldm_fast"] = header["__metadata__"]["ldm_fast"].replace('"steps": 3', '"steps": 4')
+    return with_header(header, data)
+
+
+def without_description(content):
+    header, data = header_of(content)
+    del header["__metadata__"]
+    return with_header(header, data)
+
+
+DAMAGE = {
+    "empty": (lambda content: b"", "not a whole safetensors file"),
+    "truncated": (lambda content: content[: len(content) // 2], "not a whole safetensors file"),
+    "one byte short": (lambda content: content[:-1], "not a whole safetensors file"),
+    "in the header": (lambda content: content[:100], "not a whole safetensors file"),
+    "text": (lambda content: b"hello world, this is no model\n" * 9, "not a whole safetensors file"),
+    "pickle": (lambda content: b"\x80\x04\x95" + bytes(64), "not a whole safetensors file"),
+    "one bit": (flipped, "changed or damaged"),
+    "description": (with_other_description, "changed or damaged"),
+    "foreign": (without_description, "not a model of ldm_fast"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files(saved, tmp_path, damage, message):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(damage(saved.read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        LatentDiffusion.load(path)
+    assert str(path) in str(caught.value)
+
+
+def signed(saved, path, change_about=None, change_tensors=None):
+    """A file with a right checksum, as another version of the program could have written it."""
+    from safetensors.torch import load_file, save_file
+
+    header, _ = header_of(saved.read_bytes())
+    about, tensors = json.loads(header["__metadata__"]["ldm_fast"]), load_file(saved)
+    if change_about:
+        change_about(about)
+    if change_tensors:
+        change_tensors(tensors)
+    about["sha256"] = model_file._digest(about, tensors)
+    save_file(tensors, path, {"ldm_fast": json.dumps(about)})
+
+
+def rename(tensors):
+    tensors["unet.stranger"] = tensors.pop("unet.conv_in.bias")
+    tensors["unet.conv_out.bias"] = torch.zeros(7)
+
+
+MISFITS = {
+    "tensors": (
+        {"change_tensors": rename},
+        r"missing unet.conv_in.bias; unexpected unet.stranger; unet.conv_out.bias is \(7,\) instead of \(4,\)",
+    ),
+    "format": ({"change_about": lambda about: about.update(format=2)}, "format 2; this version of ldm_fast reads 1"),
+    "field": (
+        {"change_about": lambda about: about["unet"]["config"].update(sample_sise=1)},
+        r"UNetConfig: unknown fields \['sample_sise'\]",
+    ),
+    "class": (
+        {"change_about": lambda about: about["unet"].update({"class": "os.system"})},
+        "unknown unet class 'os.sys",
+    ),
+    "nothing": ({"change_about": lambda about: about.pop("schedule")}, "'schedule' is missing"),
+    "nonsense": (
+        {"change_about": lambda about: about["unet"]["config"].update(block_out_channels="x")},
+        "does not hold a usable model",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), MISFITS.values(), ids=MISFITS)
+def test_files_that_do_not_fit(saved, tmp_path, changes, message):
+    path = tmp_path / "other.safetensors"
+    signed(saved, path, **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        LatentDiffusion.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_leaves_the_old_file_as_it_was(model, saved, monkeypatch):
+    before = hashlib.sha256(saved.read_bytes()).hexdigest()
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        model.save(saved)
+    assert caught.value.filename == str(saved)
+    assert hashlib.sha256(saved.read_bytes()).hexdigest() == before
+    assert len(list(saved.parent.iterdir())) == 1
+
+
+# Metrics
+
+
+def test_rank_counts_only_strictly_closer_images():
+    candidates = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 0.0], [9.0, 9.0]])
+    near = torch.tensor([2.0, 0.0])
+    assert [evaluation.rank(near, candidates, truth) for truth in range(4)] == [3, 1, 1, 4]
+
+
+def test_fingerprint_is_the_mean_over_blocks():
+    images = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
+    expected = images.double().reshape(3, 3, 16, 4, 16, 4).mean((3, 5)).flatten(1)
+    assert torch.equal(evaluation.fingerprint(images), expected)
+
+
+def test_evaluate(model):
+    images = torch.stack([picture(seed=i).permute(2, 0, 1) for i in range(6)])
+    captions = ("red apple", "green tree", "apple", "tree", "green apple", "red tree")
+    held_out = torch.tensor([False, True, False, False, True, False])
+    data = ImageSet(images, names=captions, captions=captions, held_out=held_out)
+    metrics = evaluation.evaluate(model, data, seen=3, batch_size=4)
+    assert metrics["seen_count"] == 3 and metrics["held_out_count"] == 2
+    again = model.reconstruct(images[held_out].permute(0, 2, 3, 1)).double()
+    error = (again - images[held_out].permute(0, 2, 3, 1)).square().mean((1, 2, 3))
+    assert metrics["psnr"] == pytest.approx((10 * (255**2 / error).log10()).mean().item())
+    z = model.encode(images.permute(0, 2, 3, 1)) / model.scaling_factor
+    assert metrics["codebook_usage"] == len(model.first_stage.quantize(z).indices.unique()) / 32
+    for group in ("seen", "held_out"):
+        assert 0 <= metrics[f"{group}_top1"] <= metrics[f"{group}_top5"] <= 1
+    assert "held out" in evaluation.table(metrics)
+    assert json.loads(evaluation.json_line(metrics))["seen_count"] == 3
+
+
+def test_evaluate_finds_the_true_images(model, monkeypatch):
+    """A model that draws the true picture of each caption has rank 1 everywhere; one that draws another's has not."""
+    images = torch.stack([picture(seed=i).permute(2, 0, 1) for i in range(8)])
+    captions = tuple("abcdefgh")
+    data = ImageSet(images, names=captions, captions=captions, held_out=torch.arange(8) % 2 == 0)
+
+    def drawing(shift):
+        def generate(prompts, **_):
+            return torch.stack([images[(captions.index(p) + shift) % 8].permute(1, 2, 0) for p in prompts])
+
+        return generate
+
+    monkeypatch.setattr(model, "generate", drawing(0))
+    metrics = evaluation.evaluate(model, data, seen=4)
+    assert metrics["seen_top1"] == metrics["held_out_top1"] == 1
+    monkeypatch.setattr(model, "generate", drawing(1))
+    assert evaluation.evaluate(model, data, seen=4)["seen_top1"] == 0
