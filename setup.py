@@ -154,7 +154,8 @@ def build_cuda(folder, target):
     newest = architectures[-1]  # its PTX too, for GPUs that come later
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+    # --threads=0: the architectures of one source are compiled side by side.
+    flags = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
     objects = [(f"{source.stem}.cu.o", source, [*flags, *codes]) for source in sources]
     includes = [flag.replace("-isystem", "-I") for flag in include_flags()]
     objects.append(("bindings_cuda.o", ROOT / "csrc/bindings_cuda.cpp", [*flags, *includes]))

@@ -1,0 +1,162 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <new>
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace ldm {
+namespace {
+
+struct Kernels {
+    const char* isa;
+    bool (*group_norm_silu)(const GroupNormSilu&);
+    bool (*group_norm_silu_backward)(const GroupNormSiluBackward&);
+    bool (*attention)(const Attention&);
+    bool (*nearest_codebook)(const NearestCodebook&);
+    void (*exp_array)(const float*, float*, int64_t);
+};
+
+#define LDM_KERNELS(name)                                                                                      \
+    Kernels {                                                                                                  \
+        #name, name::group_norm_silu, name::group_norm_silu_backward, name::attention, name::nearest_codebook, \
+            name::exp_array                                                                                    \
+    }
+
+// __builtin_cpu_supports also asks whether the operating system saves the wide registers.
+std::vector<Kernels> supported() {
+    std::vector<Kernels> found{LDM_KERNELS(portable)};
+#ifdef LDM_HAVE_AVX2
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2) found.push_back(LDM_KERNELS(avx2));
+#endif
+#ifdef LDM_HAVE_AVX512
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512) found.push_back(LDM_KERNELS(avx512));
+#endif
+#ifdef LDM_HAVE_AVX512BF16
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(LDM_KERNELS(avx512bf16));
+#endif
+    return found;
+}
+
+const std::vector<Kernels>& all() {
+    static const std::vector<Kernels> found = supported();
+    return found;
+}
+
+const Kernels*& chosen() {
+    static const Kernels* kernels = &all().back();
+    return kernels;
+}
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void check(bool had_memory) {
+    if (!had_memory) throw std::bad_alloc();
+}
+
+template <size_t n>
+void copy(const std::array<int64_t, n>& from, int64_t (&to)[n]) {
+    std::copy(from.begin(), from.end(), to);
+}
+
+}  // namespace
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (const Kernels& kernels : all()) names.emplace_back(kernels.isa);
+    return names;
+}
+
+std::string isa() { return chosen()->isa; }
+
+void set_isa(const std::string& name) {
+    for (const Kernels& kernels : all()) {
+        if (name == kernels.isa) {
+            chosen() = &kernels;
+            return;
+        }
+    }
+    throw std::invalid_argument("set_isa: this CPU or build has no " + name);
+}
+
+void group_norm_silu(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address x, Address weight,
+                     Address bias, Address scale, Address shift, Address y, Address mean, Address rstd, float eps,
+                     int threads) {
+    GroupNormSilu args{};
+    args.dtype = static_cast<Dtype>(dtype);
+    args.channels_last = channels_last;
+    args.silu = silu;
+    args.batch = shape[0], args.channels = shape[1], args.spatial = shape[2], args.groups = shape[3];
+    args.x = pointer<const void>(x);
+    args.weight = pointer<const float>(weight), args.bias = pointer<const float>(bias);
+    args.scale = pointer<const float>(scale), args.shift = pointer<const float>(shift);
+    args.y = pointer<void>(y);
+    args.mean = pointer<float>(mean), args.rstd = pointer<float>(rstd);
+    args.eps = eps;
+    args.threads = threads;
+    check(chosen()->group_norm_silu(args));
+}
+
+void group_norm_silu_backward(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address grad,
+                              Address x, Address weight, Address bias, Address scale, Address shift, Address mean,
+                              Address rstd, Address dx, Address dweight, Address dbias, Address dscale, Address dshift,
+                              int threads) {
+    GroupNormSiluBackward args{};
+    args.dtype = static_cast<Dtype>(dtype);
+    args.channels_last = channels_last;
+    args.silu = silu;
+    args.batch = shape[0], args.channels = shape[1], args.spatial = shape[2], args.groups = shape[3];
+    args.grad = pointer<const void>(grad), args.x = pointer<const void>(x);
+    args.weight = pointer<const float>(weight), args.bias = pointer<const float>(bias);
+    args.scale = pointer<const float>(scale), args.shift = pointer<const float>(shift);
+    args.mean = pointer<const float>(mean), args.rstd = pointer<const float>(rstd);
+    args.dx = pointer<void>(dx);
+    args.dweight = pointer<float>(dweight), args.dbias = pointer<float>(dbias);
+    args.dscale = pointer<float>(dscale), args.dshift = pointer<float>(dshift);
+    args.threads = threads;
+    check(chosen()->group_norm_silu_backward(args));
+}
+
+void attention(int dtype, int mask_kind, std::array<int64_t, 5> shape, Address q, Address k, Address v, Address mask,
+               Address out, Address lse, std::array<int64_t, 3> q_stride, std::array<int64_t, 3> k_stride,
+               std::array<int64_t, 3> v_stride, std::array<int64_t, 3> out_stride, std::array<int64_t, 4> mask_stride,
+               float scale, int threads) {
+    Attention args{};
+    args.dtype = static_cast<Dtype>(dtype);
+    args.mask_kind = static_cast<MaskKind>(mask_kind);
+    args.batch = shape[0], args.heads = shape[1], args.rows = shape[2], args.keys = shape[3], args.width = shape[4];
+    args.q = pointer<const void>(q), args.k = pointer<const void>(k), args.v = pointer<const void>(v);
+    args.mask = pointer<const void>(mask);
+    args.out = pointer<void>(out);
+    args.lse = pointer<float>(lse);
+    copy(q_stride, args.q_stride), copy(k_stride, args.k_stride), copy(v_stride, args.v_stride);
+    copy(out_stride, args.out_stride), copy(mask_stride, args.mask_stride);
+    args.scale = scale;
+    args.threads = threads;
+    check(chosen()->attention(args));
+}
+
+void nearest_codebook(int dtype, std::array<int64_t, 3> shape, Address z, Address codebook,
+                      std::array<int64_t, 2> z_stride, std::array<int64_t, 2> codebook_stride, Address index,
+                      int threads) {
+    NearestCodebook args{};
+    args.dtype = static_cast<Dtype>(dtype);
+    args.rows = shape[0], args.codes = shape[1], args.width = shape[2];
+    args.z = pointer<const void>(z), args.codebook = pointer<const void>(codebook);
+    copy(z_stride, args.z_stride), copy(codebook_stride, args.codebook_stride);
+    args.index = pointer<int64_t>(index);
+    args.threads = threads;
+    check(chosen()->nearest_codebook(args));
+}
+
+void exp_array(Address x, Address y, int64_t n) { chosen()->exp_array(pointer<const float>(x), pointer<float>(y), n); }
+
+}  // namespace ldm

@@ -1,0 +1,42 @@
+// The functions bindings.cpp exposes: arguments as plain numbers, checked by ldm_fast/cpu.py.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace ldm {
+
+// Instruction sets compiled in and known to this CPU, widest last.
+std::vector<std::string> isas();
+
+// The one in use: the widest, or what set_isa chose (for tests). set_isa throws std::invalid_argument on an unknown
+// name.
+std::string isa();
+void set_isa(const std::string& name);
+
+using Address = uintptr_t;
+
+void group_norm_silu(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address x, Address weight,
+                     Address bias, Address scale, Address shift, Address y, Address mean, Address rstd, float eps,
+                     int threads);
+
+void group_norm_silu_backward(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address grad,
+                              Address x, Address weight, Address bias, Address scale, Address shift, Address mean,
+                              Address rstd, Address dx, Address dweight, Address dbias, Address dscale, Address dshift,
+                              int threads);
+
+void attention(int dtype, int mask_kind, std::array<int64_t, 5> shape, Address q, Address k, Address v, Address mask,
+               Address out, Address lse, std::array<int64_t, 3> q_stride, std::array<int64_t, 3> k_stride,
+               std::array<int64_t, 3> v_stride, std::array<int64_t, 3> out_stride, std::array<int64_t, 4> mask_stride,
+               float scale, int threads);
+
+void nearest_codebook(int dtype, std::array<int64_t, 3> shape, Address z, Address codebook,
+                      std::array<int64_t, 2> z_stride, std::array<int64_t, 2> codebook_stride, Address index,
+                      int threads);
+
+// y[i] = the kernels' exp(x[i]), float32; for tests.
+void exp_array(Address x, Address y, int64_t n);
+
+}  // namespace ldm

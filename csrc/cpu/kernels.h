@@ -1,0 +1,82 @@
+// What every instruction set provides: one struct of arguments and one function for each op.
+//
+// The kernel sources are compiled once per instruction set, each time in a namespace of its own (LDM_ISA = portable,
+// avx2, avx512, avx512bf16). dispatch.cpp picks one by cpuid. Nothing outside these namespaces may be compiled with the
+// wider instructions, or the linker could keep that copy of a shared inline function for every machine: kernels use no
+// templates of the standard library.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace ldm {
+
+// x and y (B, C, S) contiguous, or (B, S, C) if channels_last. weight and bias (C), scale and shift (B, C) in float32,
+// null where absent. mean and rstd (B, G).
+struct GroupNormSilu {
+    Dtype dtype;
+    bool channels_last, silu;
+    int64_t batch, channels, spatial, groups;
+    const void* x;
+    const float *weight, *bias, *scale, *shift;
+    void* y;
+    float *mean, *rstd;
+    float eps;
+    int threads;
+};
+
+// grad and dx like x. dweight, dbias (C), dscale, dshift (B, C) in float32, null where not wanted.
+struct GroupNormSiluBackward {
+    Dtype dtype;
+    bool channels_last, silu;
+    int64_t batch, channels, spatial, groups;
+    const void *grad, *x;
+    const float *weight, *bias, *scale, *shift, *mean, *rstd;
+    void* dx;
+    float *dweight, *dbias, *dscale, *dshift;
+    int threads;
+};
+
+// q and out (B, H, N, D), k and v (B, H, M, D): strides in elements of the first three dimensions, the last one is 1.
+// mask (B, H, N, M) with four strides; lse (B, H, N) contiguous.
+struct Attention {
+    Dtype dtype;
+    MaskKind mask_kind;
+    int64_t batch, heads, rows, keys, width;
+    const void *q, *k, *v, *mask;
+    void* out;
+    float* lse;
+    int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3], mask_stride[4];
+    float scale;
+    int threads;
+};
+
+// z (N, d) with any strides, codebook (K, d) with any strides, index (N).
+struct NearestCodebook {
+    Dtype dtype;
+    int64_t rows, codes, width;
+    const void *z, *codebook;
+    int64_t z_stride[2], codebook_stride[2];
+    int64_t* index;
+    int threads;
+};
+
+// Each returns false if it could not get the scratch memory it needs; nothing throws.
+#define LDM_DECLARE_KERNELS(isa)                                 \
+    namespace isa {                                              \
+    bool group_norm_silu(const GroupNormSilu&);                  \
+    bool group_norm_silu_backward(const GroupNormSiluBackward&); \
+    bool attention(const Attention&);                            \
+    bool nearest_codebook(const NearestCodebook&);               \
+    void exp_array(const float* x, float* y, int64_t n);         \
+    }
+
+LDM_DECLARE_KERNELS(portable)
+LDM_DECLARE_KERNELS(avx2)
+LDM_DECLARE_KERNELS(avx512)
+LDM_DECLARE_KERNELS(avx512bf16)
+
+#undef LDM_DECLARE_KERNELS
+
+}  // namespace ldm

@@ -1,0 +1,53 @@
+// parallel_for over the OpenMP runtime that torch has already loaded.
+//
+// A second OpenMP runtime in the process would bring a second pool of threads that fights with the first for the same
+// cores. So nothing here is compiled with -fopenmp and nothing is linked: ldm_fast/cpu.py finds the runtime torch uses
+// and hands over the address of its GOMP_parallel (the entry point of GCC's ABI, which LLVM's and Intel's runtimes
+// export too). Until that has happened everything runs on the calling thread.
+//
+// Work is claimed piece by piece from a shared counter, so a core that something else keeps busy does not hold up the
+// others. Who computes a piece never changes what is computed.
+#pragma once
+
+#include <cstdint>
+
+namespace ldm {
+
+// Address of GOMP_parallel, or 0 for none.
+void set_openmp(uintptr_t gomp_parallel);
+
+// Runs body(data) on at most `threads` threads at once, the calling one among them; returns when all are done.
+void run_team(void (*body)(void*), void* data, int threads);
+
+}  // namespace ldm
+
+#ifdef LDM_ISA
+namespace ldm::LDM_ISA {
+
+// Calls fn(begin, end, slot) for pieces of at most `grain` that cover [0, n). Pieces with one slot, 0 <= slot <
+// threads, never run at the same time, so a slot may own scratch memory. fn must not throw.
+template <class Fn>
+void parallel_for(int64_t n, int64_t grain, int threads, const Fn& fn) {
+    struct Shared {
+        const Fn* fn;
+        int64_t n, grain, next;
+        int slots;
+    } shared{&fn, n, grain < 1 ? 1 : grain, 0, 0};
+    if (threads <= 1 || n <= shared.grain) {
+        if (n > 0) fn(int64_t{0}, n, 0);
+        return;
+    }
+    auto body = [](void* data) {
+        Shared& s = *static_cast<Shared*>(data);
+        const int slot = __atomic_fetch_add(&s.slots, 1, __ATOMIC_RELAXED);
+        for (;;) {
+            const int64_t begin = __atomic_fetch_add(&s.next, s.grain, __ATOMIC_RELAXED);
+            if (begin >= s.n) return;
+            (*s.fn)(begin, begin + s.grain < s.n ? begin + s.grain : s.n, slot);
+        }
+    };
+    run_team(body, &shared, threads);
+}
+
+}  // namespace ldm::LDM_ISA
+#endif

@@ -1,0 +1,263 @@
+// One vector type for every instruction set: F holds W floats, and +, -, *, / work lane by lane (GCC and Clang
+// vectors).
+//
+// load and store convert bf16 and f16 on the way. They take the number of lanes as Full or as Part{n}, 0 < n < W: a
+// Part touches no memory behind its n elements, and load fills the other lanes with zeros. Loops over ranges of any
+// length go through each_vector, which calls its body with Full as long as it can and once with Part for the rest.
+//
+// min and max return the second argument if either is NaN, as the x86 instructions do.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../dtype.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace ldm::LDM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+using F = float __attribute__((vector_size(W * 4)));
+using I = int32_t __attribute__((vector_size(W * 4)));
+
+struct Full {
+    static constexpr int n = W;
+};
+struct Part {
+    int n;
+};
+
+template <class Body>
+inline void each_vector(int64_t n, const Body& body) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) body(i, Full{});
+    if (i < n) body(i, Part{static_cast<int>(n - i)});
+}
+
+inline F set(float value) {
+#if defined(__AVX512F__)
+    return (F)_mm512_set1_ps(value);
+#elif defined(__AVX2__)
+    return (F)_mm256_set1_ps(value);
+#else
+    F v;
+    for (int i = 0; i < W; ++i) v[i] = value;
+    return v;
+#endif
+}
+inline F zero() { return F{}; }
+inline F as_float(I v) { return reinterpret_cast<F>(v); }
+
+// ---- loads and stores ----
+
+inline F load(const float* p, Full) {
+    F v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(float* p, F v, Full) { memcpy(p, &v, sizeof v); }
+
+#if defined(__AVX512F__)
+
+inline __mmask16 lanes(Part part) { return static_cast<__mmask16>((1u << part.n) - 1u); }
+
+inline __m256i round_bf16(__m512 v) {
+#if defined(__AVX512BF16__)
+    return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+#endif
+}
+
+inline F widen_bf16(__m256i bits) { return (F)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+
+inline F load(const bf16* p, Full) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+inline F load(const f16* p, Full) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline F load(const float* p, Part n) { return (F)_mm512_maskz_loadu_ps(lanes(n), p); }
+inline F load(const bf16* p, Part n) { return widen_bf16(_mm256_maskz_loadu_epi16(lanes(n), p)); }
+inline F load(const f16* p, Part n) { return (F)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(n), p)); }
+
+inline __m256i round_f16(F v) { return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline void store(bf16* p, F v, Full) { _mm256_storeu_si256((__m256i*)p, round_bf16((__m512)v)); }
+inline void store(f16* p, F v, Full) { _mm256_storeu_si256((__m256i*)p, round_f16(v)); }
+inline void store(float* p, F v, Part n) { _mm512_mask_storeu_ps(p, lanes(n), (__m512)v); }
+inline void store(bf16* p, F v, Part n) { _mm256_mask_storeu_epi16(p, lanes(n), round_bf16((__m512)v)); }
+inline void store(f16* p, F v, Part n) { _mm256_mask_storeu_epi16(p, lanes(n), round_f16(v)); }
+
+#else
+
+#if defined(__AVX2__)
+
+inline F load(const bf16* p, Full) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+    return (F)_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
+
+inline F load(const f16* p, Full) { return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+
+inline void store(bf16* p, F v, Full) {
+    const __m256i bits = (__m256i)v;
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = (__m256i)_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i words = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m256i packed = _mm256_packus_epi32(words, words);  // lane by lane: 0 1 0 1 | 2 3 2 3 in quarters
+    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+
+inline void store(f16* p, F v, Full) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#else
+
+template <class T>
+inline F load(const T* p, Full) {
+    F v;
+    for (int i = 0; i < W; ++i) v[i] = to_float(p[i]);
+    return v;
+}
+
+template <class T>
+inline void store(T* p, F v, Full) {
+    for (int i = 0; i < W; ++i) from_float(v[i], p[i]);
+}
+
+#endif
+
+template <class T>
+inline F load(const T* p, Part part) {
+    T buffer[W] = {};
+    memcpy(buffer, p, part.n * sizeof(T));
+    return load(buffer, Full{});
+}
+
+template <class T>
+inline void store(T* p, F v, Part part) {
+    T buffer[W];
+    store(buffer, v, Full{});
+    memcpy(p, buffer, part.n * sizeof(T));
+}
+
+#endif
+
+// ---- arithmetic ----
+
+#if defined(__AVX512F__)
+inline F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
+inline F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+inline F only(F v, Part n) { return (F)_mm512_maskz_mov_ps(lanes(n), (__m512)v); }
+inline float sum(F v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float largest(F v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+#if defined(__AVX2__)
+inline F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+inline F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
+// Fused where the machine can do it at the price of a multiplication; elsewhere the rounding in between is harmless.
+inline F fma(F a, F b, F c) {
+#if defined(__FP_FAST_FMAF) || defined(__aarch64__)
+    for (int i = 0; i < W; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
+inline F min(F a, F b) { return a < b ? a : b; }
+inline F max(F a, F b) { return a > b ? a : b; }
+#endif
+
+inline F only(F v, Part part) {
+    for (int i = 0; i < W; ++i) v[i] = i < part.n ? v[i] : 0.0f;
+    return v;
+}
+
+// Pairwise, the same tree as the reduction of AVX-512: W lanes, then W / 2, ...
+inline float sum(F v) {
+    float lane[W];
+    memcpy(lane, &v, sizeof v);
+    for (int width = W / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+    return lane[0];
+}
+
+inline float largest(F v) {
+    float lane[W];
+    memcpy(lane, &v, sizeof v);
+    for (int width = W / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+    return lane[0];
+}
+#endif
+
+inline F only(F v, Full) { return v; }
+
+// a b + c rounded once, whatever it costs: for results that must not depend on the instruction set.
+inline F fused(F a, F b, F c) {
+#if defined(__AVX2__) || defined(__FP_FAST_FMAF) || defined(__aarch64__)
+    return fma(a, b, c);
+#else
+    // The product is exact in float64. Only a sum that float64 rounds to the middle between two float32 could differ.
+    for (int i = 0; i < W; ++i) c[i] = static_cast<float>(static_cast<double>(a[i]) * b[i] + c[i]);
+    return c;
+#endif
+}
+
+// 2^t for every float: 0 at -inf, inf from 128 on, NaN at NaN; relative error below 1.2e-7. With t = n + f and n =
+// floor(t), 2^f is a minimax polynomial of degree 6 on [0, 1) (relative error 2e-9), exactly 1 at 0.
+inline F exp2(F t) {
+#if defined(__AVX512F__)
+    const F f = (F)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+    t = min(set(128.0f), max(set(-150.0f), t));
+#if defined(__AVX2__)
+    const F n = (F)_mm256_floor_ps((__m256)t);
+#else
+    const F nearest = (t + 0x1.8p23f) - 0x1.8p23f;
+    const F n = nearest > t ? nearest - 1.0f : nearest;
+#endif
+    const F f = t - n;
+#endif
+    F p = fma(set(2.161291512e-4f), f, set(1.246784639e-3f));
+    p = fma(p, f, set(9.675451574e-3f));
+    p = fma(p, f, set(5.548528061e-2f));
+    p = fma(p, f, set(2.402293056e-1f));
+    p = fma(p, f, set(6.931470444e-1f));
+    p = fma(p, f, set(1.0f));
+#if defined(__AVX512F__)
+    return (F)_mm512_scalef_ps((__m512)p, (__m512)t);  // takes floor(t) itself
+#else
+    // 2^n in two factors, so that results below the smallest normal number come out right.
+    const I whole = __builtin_convertvector(n, I), half = whole >> 1;
+    return p * as_float((half + 127) << 23) * as_float((whole - half + 127) << 23);
+#endif
+}
+
+constexpr float LOG2_E = 0x1.715476p0f;
+
+// Rounding x log2(e) adds a relative error of |x| 7.5e-8, which no sum of exponentials and no sigmoid can notice.
+inline F exp(F x) { return exp2(x * LOG2_E); }
+
+inline F sigmoid(F x) { return 1.0f / (1.0f + exp(-x)); }
+
+}  // namespace ldm::LDM_ISA

@@ -1,0 +1,265 @@
+"""The ops by the native CPU kernels: tensors become addresses, shapes and strides for `ldm_fast._native` (csrc/cpu).
+
+The kernels compute in float32 for float32, bfloat16 and float16 storage, with AVX-512, AVX2 or portable code,
+whichever is the widest this CPU has, on the threads of the OpenMP runtime that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None, str | None]:
+    """The extension module, why it is missing, and the path of the OpenMP runtime whose threads it uses."""
+    try:
+        from ldm_fast import _native
+    except ImportError as error:
+        return None, _why_missing(error), None
+    path, address = _find_openmp()
+    _native.set_openmp(address)
+    return _native, None, path
+
+
+def _native() -> Any:
+    return _load()[0]
+
+
+def _build_record() -> dict[str, Any]:
+    """What setup.py noted about the build; empty if there was none."""
+    try:
+        return json.loads((Path(__file__).parent / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _why_missing(error: ImportError) -> str:
+    record = _build_record().get("_native")
+    if record is None:
+        return "the native CPU kernels were never built: run `pip install -e .` in the repository"
+    if not record["built"]:
+        return f"the native CPU kernels were not built ({record['message']}); mend that and install ldm_fast again"
+    return f"the native CPU kernels cannot be loaded ({error}); install ldm_fast again"
+
+
+def _find_openmp() -> tuple[str | None, int]:
+    """Path of the OpenMP runtime this process has already loaded, and the address of its GOMP_parallel (0: none).
+
+    torch's own copy goes first. Nothing is loaded here: RTLD_NOLOAD only opens what is mapped.
+    """
+    if not hasattr(os, "RTLD_NOLOAD"):
+        return None, 0
+    for path in sorted(openmp_runtimes(), key=lambda path: "torch" not in path):
+        try:
+            runtime = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            return path, ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value or 0
+        except (OSError, AttributeError):
+            continue
+    return None, 0
+
+
+def openmp_runtimes() -> list[str]:
+    """Paths of the OpenMP runtimes mapped in this process; the empty list where /proc does not tell."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    return sorted(set(re.findall(r"(/\S*/lib(?:gomp|omp|iomp5)\b[^/\n]*\.so[^/\n]*)$", maps, flags=re.MULTILINE)))
+
+
+def build_info() -> dict[str, Any]:
+    """For `ldm-fast doctor`: how the kernels were built and what they run on here."""
+    native, missing, openmp = _load()
+    threads = torch.get_num_threads() if openmp else 1
+    info = {"missing": missing, "compiler": _build_record().get("_native", {}).get("compiler")}
+    info["isas"] = native.isas() if native else []
+    info["isa"] = native.isa() if native else None
+    info["openmp"] = openmp or "none found in this process: the kernels run on one thread"
+    return {**info, "threads": threads}
+
+
+def unavailable() -> str | None:
+    """Why no op can run here, in one line; None if they can."""
+    return _load()[1]
+
+
+def _unsupported(**tensors: Tensor | None) -> str | None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"runs on CPU tensors, {name} is on {tensor.device}"
+        if tensor.dtype not in _DTYPES:
+            return f"computes float32, bfloat16 and float16, {name} is {tensor.dtype}"
+    return None
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _parameter(tensor: Tensor | None) -> Tensor | None:
+    """Small vectors go to the kernels as contiguous float32."""
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+# ---- attention ----
+
+
+def attention_unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
+    if mask is not None and mask.dtype not in _MASK_KINDS:
+        return f"takes boolean, float32, bfloat16 and float16 masks, mask is {mask.dtype}"
+    return _unsupported(q=q, k=k, v=v)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """See `reference.attention`; the last stride of q, k and v is 1."""
+    batch, heads, rows, width = q.shape
+    out = q.new_empty((batch, rows, heads, width)).transpose(1, 2)
+    lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
+    _native().attention(
+        _DTYPES[q.dtype],
+        0 if mask is None else _MASK_KINDS[mask.dtype],
+        (batch, heads, rows, k.shape[2], width),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        _address(mask),
+        out.data_ptr(),
+        lse.data_ptr(),
+        q.stride()[:3],
+        k.stride()[:3],
+        v.stride()[:3],
+        out.stride()[:3],
+        (0, 0, 0, 0) if mask is None else mask.stride(),
+        scale,
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+# ---- group_norm_silu ----
+
+
+def group_norm_silu_unsupported(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> str | None:
+    return _unsupported(x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+
+
+def _shape(x: Tensor, num_groups: int) -> tuple[bool, tuple[int, int, int, int]]:
+    """Whether x is channels_last and not contiguous, and (B, C, S, G)."""
+    batch, channels = x.shape[:2]
+    return not x.is_contiguous(), (batch, channels, x.numel() // (batch * channels), num_groups)
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.group_norm_silu`; x contiguous or channels_last."""
+    channels_last, shape = _shape(x, num_groups)
+    y = torch.empty_like(x)
+    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
+    parameters = [_parameter(t) for t in (weight, bias, scale, shift)]
+    _native().group_norm_silu(
+        _DTYPES[x.dtype],
+        channels_last,
+        activation == "silu",
+        shape,
+        x.data_ptr(),
+        *map(_address, parameters),
+        y.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        eps,
+        torch.get_num_threads(),
+    )
+    return y, mean, rstd
+
+
+def group_norm_silu_backward(
+    grad: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See `reference.group_norm_silu_backward`; grad in the layout of x."""
+    channels_last, shape = _shape(x, num_groups)
+    grad = grad.to(x.dtype)
+    if grad.stride() != x.stride():
+        grad = torch.empty_like(x).copy_(grad)
+    dx = torch.empty_like(x)
+    inputs = (weight, bias, scale, shift)
+    parameters = [_parameter(t) for t in inputs]
+    gradients = [None if t is None else torch.empty_like(t) for t in parameters]
+    _native().group_norm_silu_backward(
+        _DTYPES[x.dtype],
+        channels_last,
+        activation == "silu",
+        shape,
+        grad.data_ptr(),
+        x.data_ptr(),
+        *map(_address, parameters),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        dx.data_ptr(),
+        *map(_address, gradients),
+        torch.get_num_threads(),
+    )
+    return dx, *(None if g is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True))
+
+
+# ---- nearest_codebook ----
+
+
+def nearest_codebook_unsupported(z: Tensor, codebook: Tensor) -> str | None:
+    return _unsupported(z=z, codebook=codebook)
+
+
+def nearest_codebook(z: Tensor, codebook: Tensor) -> Tensor:
+    """See `reference.nearest_codebook`; distances in float32 with fused multiply-adds in index order."""
+    index = torch.empty(z.shape[0], dtype=torch.int64)
+    _native().nearest_codebook(
+        _DTYPES[z.dtype],
+        (z.shape[0], *codebook.shape),
+        z.data_ptr(),
+        codebook.data_ptr(),
+        z.stride(),
+        codebook.stride(),
+        index.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return index

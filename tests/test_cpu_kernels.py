@@ -1,0 +1,224 @@
+"""The native CPU kernels beyond the table of all ops (test_ops.py): threads, instruction sets, exp, memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ldm_fast import cpu, reference
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+
+ISAS = cpu.build_info()["isas"]
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@pytest.fixture
+def isa(request):
+    """Run with the instruction set the test is parametrised by."""
+    before = cpu._native().isa()
+    cpu._native().set_isa(request.param)
+    yield request.param
+    cpu._native().set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """Set the number of threads; the old one comes back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def group_norm_arguments(shape, groups, channels_last, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    x = normal(*shape).to(dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    batch, channels = shape[:2]
+    return x, groups, normal(channels), normal(channels), 1e-5, "silu", normal(batch, channels), normal(batch, channels)
+
+
+def attention_arguments(shape, dtype=torch.float32):
+    batch, heads, rows, keys, width = shape
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, rows, heads, width, generator=generator).to(dtype).transpose(1, 2)
+    k, v = torch.randn(2, batch, keys, heads, width, generator=generator).to(dtype).transpose(2, 3)
+    mask = torch.rand(1, 1, rows, keys, generator=generator) > 0.3
+    return q, k, v, mask.expand(batch, heads, rows, keys), width**-0.5
+
+
+def codebook_arguments(rows, codes, width):
+    generator = torch.Generator().manual_seed(0)
+    codebook = torch.randn(codes, width, generator=generator)
+    codebook[codes // 2 :] = codebook[: codes - codes // 2]  # every code twice: ties everywhere
+    return torch.randn(rows, width, generator=generator), codebook
+
+
+def run_group_norm(shape, groups, channels_last, dtype=torch.float32):
+    """Forward and backward; a flat list of tensors."""
+    x, groups, weight, bias, eps, activation, scale, shift = group_norm_arguments(shape, groups, channels_last, dtype)
+    y, mean, rstd = cpu.group_norm_silu(x, groups, weight, bias, eps, activation, scale, shift)
+    grad = torch.empty_like(x).copy_(torch.linspace(-1, 1, x.numel()).view(shape))
+    gradients = cpu.group_norm_silu_backward(grad, x, groups, weight, bias, activation, scale, shift, mean, rstd)
+    return [y, mean, rstd, *gradients]
+
+
+# Shapes on both sides of every decision the kernels take: one slab or several, more units than threads or fewer, full
+# vectors or a rest.
+RUNS = {
+    "group_norm one slab": lambda: run_group_norm((3, 30, 7, 5), 3, False),
+    "group_norm many slabs": lambda: run_group_norm((1, 64, 70, 65), 2, False),
+    "group_norm few units": lambda: run_group_norm((1, 6, 300, 301), 1, False),
+    "group_norm channels_last": lambda: run_group_norm((3, 320, 16, 16), 32, True),
+    "group_norm channels_last many slabs": lambda: run_group_norm((1, 37, 90, 70), 1, True),
+    "group_norm bfloat16": lambda: run_group_norm((5, 64, 33, 17), 32, True, torch.bfloat16),
+    "attention many heads": lambda: cpu.attention(*attention_arguments((2, 4, 130, 77, 40))),
+    "attention one head": lambda: cpu.attention(*attention_arguments((1, 1, 700, 600, 33))),
+    "attention bfloat16": lambda: cpu.attention(*attention_arguments((1, 3, 300, 301, 40), torch.bfloat16)),
+    "nearest_codebook": lambda: [cpu.nearest_codebook(*codebook_arguments(1000, 1500, 5))],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_result_does_not_depend_on_threads(name, threads):
+    threads(1)
+    expected = [t.clone() for t in RUNS[name]()]
+    for count in (2, 3, 7):
+        threads(count)
+        for got, want in zip(RUNS[name](), expected, strict=True):
+            assert torch.equal(got, want), f"{count} threads"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_element_is_written(name):
+    """PyTorch fills new tensors with NaN (integers: the largest), so an element nobody wrote shows."""
+    expected = [t.clone() for t in RUNS[name]()]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+        got = list(RUNS[name]())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_group_norm_on_every_isa(isa, channels_last, dtype):
+    x, groups, *rest = group_norm_arguments((2, 30, 11, 7), 3, channels_last, dtype)
+    y, mean, rstd = cpu.group_norm_silu(x, groups, *rest)
+    doubled = [t.double() if isinstance(t, torch.Tensor) else t for t in rest]
+    expected = reference.group_norm_silu(x.double(), groups, *doubled)
+    rounding = {torch.float32: 3e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
+    assert (y.double() - expected[0]).norm() <= rounding * expected[0].norm()
+    torch.testing.assert_close(mean.double(), expected[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rstd.double(), expected[2], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_group_norm_with_mean_far_above_std(isa, channels_last):
+    x, groups, weight, bias, *_ = group_norm_arguments((2, 64, 64, 64), 32, channels_last)
+    x = x + 1000
+    y, _, _ = cpu.group_norm_silu(x, groups, weight, bias, 1e-5, "silu", None, None)
+    expected, _, _ = reference.group_norm_silu(
+        x.double(), groups, weight.double(), bias.double(), 1e-5, "silu", None, None
+    )
+    assert (y.double() - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_on_every_isa(isa, dtype):
+    arguments = attention_arguments((1, 2, 61, 333, 41), dtype)
+    out, lse = cpu.attention(*arguments)
+    expected, expected_lse = reference.attention(*(t.double() for t in arguments[:3]), *arguments[3:])
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}[dtype]
+    assert (out.double() - expected).norm() <= rounding * expected.norm()
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=2e-6)
+
+
+def test_nearest_codebook_is_the_same_on_every_isa():
+    z, codebook = codebook_arguments(500, 1500, 9)
+    z[0], z[1, 3], codebook[:3] = float("nan"), float("inf"), float("nan")
+    found = []
+    for isa in ISAS:
+        before = cpu._native().isa()
+        cpu._native().set_isa(isa)
+        found.append(cpu.nearest_codebook(z, codebook))
+        cpu._native().set_isa(before)
+    assert found[0][0] == 0
+    assert (found[0][2:] < 750).all() or (found[0][2:] >= 3).all()
+    for index in found[1:]:
+        assert torch.equal(index, found[0])
+
+
+def exp(x):
+    y = torch.full_like(x, float("nan"))
+    cpu._native().exp_array(x.data_ptr(), y.data_ptr(), x.numel())
+    return y
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_exp_accuracy(isa):
+    """Every 997th float32 between -110 and 95: the relative error stays within (2 + 1.25 |x|) 2^-24."""
+    bits = torch.arange(0, 0x7F800000, 997, dtype=torch.int32)
+    x = bits.view(torch.float32)
+    x = torch.cat([x[x <= 95], -x[x <= 110]])
+    expected = x.double().exp()
+    error = (exp(x).double() - expected).abs()
+    overflow = expected > torch.finfo(torch.float32).max
+    assert (exp(x)[overflow & (x > 88.8)] == float("inf")).all()
+    allowed = (2 + 1.25 * x.double().abs()) * 2.0**-24 * expected + 2.0**-149
+    assert (error <= allowed)[~overflow].all()
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_exp_special_values_and_bounds(isa):
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([-inf, inf, nan, 0.0, -0.0, -3e38, 3e38])
+    expected = torch.tensor([0.0, inf, nan, 1.0, 1.0, 0.0, inf])
+    torch.testing.assert_close(exp(x), expected, rtol=0, atol=0, equal_nan=True)
+    for n in range(35):  # no element behind the n asked for is touched
+        guarded = torch.full((n + 20,), 7.0)
+        x = torch.zeros(n)
+        cpu._native().exp_array(x.data_ptr(), guarded.data_ptr(), n)
+        assert (guarded[:n] == 1).all() and (guarded[n:] == 7).all()
+
+
+def test_unknown_isa_is_an_error():
+    with pytest.raises(ValueError, match="no quantum"):
+        cpu._native().set_isa("quantum")
+
+
+ONE_RUNTIME = """
+import os, torch
+from ldm_fast import cpu
+torch.set_num_threads(3)
+before = len(os.listdir("/proc/self/task"))
+x = torch.randn(8, 64, 32, 32)
+y, mean, rstd = cpu.group_norm_silu(x, 32, None, None, 1e-5, "silu", None, None)
+print("started", len(os.listdir("/proc/self/task")) - before)
+cpu.group_norm_silu_backward(x, x, 32, None, None, "silu", None, None, mean, rstd)
+q = torch.randn(2, 8, 256, 40)
+cpu.attention(q, q, q, None, 0.1)
+cpu.nearest_codebook(torch.randn(1000, 4), torch.randn(1000, 4))
+torch.randn(500, 500) @ torch.randn(500, 500)
+print("all", len(os.listdir("/proc/self/task")) - before)
+print("runtimes", len(cpu.openmp_runtimes()), "used", cpu.build_info()["openmp"] in cpu.openmp_runtimes())
+"""
+
+
+@LINUX
+def test_threads_come_from_the_one_openmp_runtime_of_torch():
+    """The kernels start two threads besides their own, and neither they nor torch need others after that."""
+    done = subprocess.run([sys.executable, "-c", ONE_RUNTIME], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["started 2", "all 2", "runtimes 1 used True"]
