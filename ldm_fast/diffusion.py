@@ -91,9 +91,16 @@ class NoiseSchedule:
     def prediction_type(self) -> str:
         return self.config.prediction_type
 
+    def _alphas_cumprod_at(self, t: Tensor) -> Tensor:
+        t = t.cpu().long()
+        outside = (t < 0) | (t >= self.num_train_timesteps)
+        if outside.any():
+            raise ValueError(f"NoiseSchedule: t must lie in [0, {self.num_train_timesteps}), got {t.tolist()}")
+        return self.alphas_cumprod[t]
+
     def signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1 - ᾱ_t), each (B, 1, 1, …) to multiply `like`, in its dtype and on its device."""
-        alphas_cumprod = self.alphas_cumprod[t.cpu().long()].reshape(-1, *(1,) * (like.ndim - 1))
+        alphas_cumprod = self._alphas_cumprod_at(t).reshape(-1, *(1,) * (like.ndim - 1))
         return tuple(a.sqrt().to(like) for a in (alphas_cumprod, 1 - alphas_cumprod))
 
     def add_noise(self, z_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -133,7 +140,7 @@ class NoiseSchedule:
 
         Hang et al., arXiv:2303.09556: min(SNR, γ) for z_0, divided by SNR for ε and by SNR + 1 for v.
         """
-        alphas_cumprod = self.alphas_cumprod[t.cpu().long()]
+        alphas_cumprod = self._alphas_cumprod_at(t)
         snr = alphas_cumprod / (1 - alphas_cumprod)
         clipped = snr.clamp(max=gamma)
         divisor = {"sample": 1, "epsilon": snr, "v_prediction": snr + 1}[self.prediction_type]

@@ -109,6 +109,23 @@ class UNet(nn.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
+    @torch.no_grad()
+    def zero_residuals(self) -> None:
+        """Sets the last layer of every residual branch, and of the whole, to zero: how training is to start."""
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                last = module.conv2
+            elif isinstance(module, SpatialTransformer):
+                last = module.proj_out
+            elif isinstance(module, SelfAttention2d):
+                last = module.to_out[0]
+            else:
+                continue
+            last.weight.zero_()
+            last.bias.zero_()
+        self.conv_out.weight.zero_()
+        self.conv_out.bias.zero_()
+
     @property
     def dtype(self) -> torch.dtype:
         return self.conv_in.weight.dtype

@@ -1,0 +1,424 @@
+"""Checkpoint layouts: the parameter names of the original latent-diffusion code ("compvis") and ours, both ways.
+
+    config = unet_config_from_compvis(params)            # what the original's constructor was given
+    ours = compvis_to_ours(state_dict, config)           # for UNet(config).load_state_dict
+    theirs = ours_to_compvis(ours, config)               # the identity again
+
+A layout pairs modules, ours with theirs: a walk over the config says which block stands where, a table says what the
+parts of a block are called. Shapes come from our model, built on the meta device. What a rename cannot say is said by
+`Entry`: the original's attention over pixels keeps q, k and v in one convolution (interleaved head by head) or in three
+1x1 convolutions, where ours has three linear layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
+from ldm_fast.conditioning import (
+    ClassEmbedder,
+    ClassEmbedderConfig,
+    SpatialRescaler,
+    SpatialRescalerConfig,
+    TransformerConfig,
+    TransformerEmbedder,
+)
+from ldm_fast.layers import SelfAttention2d
+from ldm_fast.unet import UNet, UNetConfig
+
+Config = UNetConfig | AutoencoderConfig | TransformerConfig | ClassEmbedderConfig | SpatialRescalerConfig
+Names = Iterable[tuple[str, str]]  # (our module, their module)
+
+# What the parts of a block are called: our name, theirs.
+
+UNET_RES_BLOCK = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+UNET_SELF_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "qkv",
+    "to_k": "qkv",
+    "to_v": "qkv",
+    "to_out.0": "proj_out",
+}
+FIRST_STAGE_RES_BLOCK = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "conv_shortcut": "nin_shortcut",
+}
+FIRST_STAGE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+TRANSFORMER_LAYER = {  # theirs counts attention and feed-forward as a layer each: 2 i and 2 i + 1
+    "attention_norm": "{attention}.0",
+    "attention.to_q": "{attention}.1.to_q",
+    "attention.to_k": "{attention}.1.to_k",
+    "attention.to_v": "{attention}.1.to_v",
+    "attention.to_out": "{attention}.1.to_out",
+    "feed_forward_norm": "{feed_forward}.0",
+    "feed_forward.0": "{feed_forward}.1.net.0.0",
+    "feed_forward.2": "{feed_forward}.1.net.2",
+}
+
+
+def _parts(ours: str, theirs: str, table: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for our_part, their_part in table.items():
+        yield f"{ours}.{our_part}", f"{theirs}.{their_part}"
+
+
+def _unet_names(config: UNetConfig) -> Iterator[tuple[str, str]]:
+    """Theirs is a flat list of input blocks (the convolution, then block after block, then each reduction), a middle
+    and a flat list of output blocks; inside each: residual block, attention where there is one, upsampling."""
+    yield from {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "class_embedding": "label_emb",
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }.items()
+    levels, count = len(config.block_out_channels), 0
+    for level, block_type in enumerate(config.down_block_types):
+        ours = f"down_blocks.{level}"
+        for i in range(config.layers_per_block):
+            count += 1
+            yield from _unet_block(f"{ours}.resnets.{i}", f"{ours}.attentions.{i}", f"input_blocks.{count}", block_type)
+        if level < levels - 1:
+            count += 1
+            yield from _unet_resampler(config, f"{ours}.downsamplers.0", f"input_blocks.{count}.0", "op")
+
+    yield from _unet_block("mid_block.resnets.0", "mid_block.attentions.0", "middle_block", config.mid_block_type)
+    yield from _parts("mid_block.resnets.1", "middle_block.2", UNET_RES_BLOCK)
+
+    count = 0
+    for up, block_type in enumerate(reversed(config.down_block_types)):
+        ours = f"up_blocks.{up}"
+        for i in range(config.layers_per_block + 1):
+            theirs = f"output_blocks.{count}"
+            yield from _unet_block(f"{ours}.resnets.{i}", f"{ours}.attentions.{i}", theirs, block_type)
+            count += 1
+        if up < levels - 1:
+            position = 1 if block_type == "DownBlock2D" else 2
+            yield from _unet_resampler(config, f"{ours}.upsamplers.0", f"{theirs}.{position}", "conv")
+
+
+def _unet_block(resnet: str, attention: str, theirs: str, block_type: str) -> Iterator[tuple[str, str]]:
+    yield from _parts(resnet, f"{theirs}.0", UNET_RES_BLOCK)
+    if "CrossAttn" in block_type:
+        yield attention, f"{theirs}.1"  # inside a spatial transformer both use the same names
+    else:
+        yield from _parts(attention, f"{theirs}.1", UNET_SELF_ATTENTION)
+
+
+def _unet_resampler(config: UNetConfig, ours: str, theirs: str, convolution: str) -> Iterator[tuple[str, str]]:
+    yield from _parts(ours, theirs, UNET_RES_BLOCK if config.resample_type == "resnet" else {"conv": convolution})
+
+
+def _first_stage_names(config: AutoencoderConfig) -> Iterator[tuple[str, str]]:
+    levels = len(config.block_out_channels)
+    for side in ("encoder", "decoder"):
+        yield f"{side}.conv_in", f"{side}.conv_in"
+        yield f"{side}.conv_norm_out", f"{side}.norm_out"
+        yield f"{side}.conv_out", f"{side}.conv_out"
+        yield from _parts(f"{side}.mid_block.resnets.0", f"{side}.mid.block_1", FIRST_STAGE_RES_BLOCK)
+        yield from _parts(f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1", FIRST_STAGE_ATTENTION)
+        yield from _parts(f"{side}.mid_block.resnets.1", f"{side}.mid.block_2", FIRST_STAGE_RES_BLOCK)
+    for level in range(levels):
+        # Theirs numbers the decoder's levels by resolution, ours in the order the data meets them.
+        for ours, theirs, count, resampler in (
+            (f"encoder.down_blocks.{level}", f"encoder.down.{level}", config.layers_per_block, "down"),
+            (f"decoder.up_blocks.{levels - 1 - level}", f"decoder.up.{level}", config.layers_per_block + 1, "up"),
+        ):
+            for i in range(count):
+                yield from _parts(f"{ours}.resnets.{i}", f"{theirs}.block.{i}", FIRST_STAGE_RES_BLOCK)
+                yield from _parts(f"{ours}.attentions.{i}", f"{theirs}.attn.{i}", FIRST_STAGE_ATTENTION)
+            yield f"{ours}.{resampler}samplers.0", f"{theirs}.{resampler}sample"
+    for same in ("quant_conv", "post_quant_conv", "quantize.embedding"):
+        yield same, same
+
+
+def _transformer_names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
+    yield "token_embedding", "transformer.token_emb"
+    yield "position_embedding", "transformer.pos_emb.emb"
+    yield "norm", "transformer.norm"
+    for i in range(config.depth):
+        places = {"attention": 2 * i, "feed_forward": 2 * i + 1}
+        for ours, theirs in TRANSFORMER_LAYER.items():
+            yield f"layers.{i}.{ours}", f"transformer.attn_layers.layers.{theirs.format(**places)}"
+
+
+def _same_names(*modules: str) -> Callable[[Config], Names]:
+    return lambda config: [(module, module) for module in modules]
+
+
+# Config class -> the model it describes, and the names of its modules.
+LAYOUTS: dict[type, tuple[Callable[[Any], nn.Module], Callable[[Any], Names]]] = {
+    UNetConfig: (UNet, _unet_names),
+    AutoencoderConfig: (AutoencoderKL, _first_stage_names),
+    VQConfig: (VQModel, _first_stage_names),
+    TransformerConfig: (TransformerEmbedder, _transformer_names),
+    ClassEmbedderConfig: (ClassEmbedder, _same_names("embedding")),
+    SpatialRescalerConfig: (SpatialRescaler, _same_names("channel_mapper")),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the original layout and ours that hold the same numbers.
+
+    `ours` has one name; or to_q, to_k and to_v, which theirs stacks head by head as (heads, 3, head width, …); or none,
+    where the original keeps a tensor that its outputs do not depend on.
+    """
+
+    theirs: str
+    their_shape: tuple[int, ...]
+    ours: tuple[str, ...]
+    our_shape: tuple[int, ...]
+    heads: int = 1
+
+
+def layout(config: Config) -> list[Entry]:
+    """Every tensor of the model that `config` describes, in both layouts. Allocates no weights."""
+    if type(config) not in LAYOUTS:
+        raise TypeError(f"weights: no layout for {type(config).__name__}; known: {[c.__name__ for c in LAYOUTS]}")
+    build, names = LAYOUTS[type(config)]
+    with torch.device("meta"):
+        model = build(config)
+    renames = dict(names(config))
+    pixels = (1,) if isinstance(model, UNet) else (1, 1)  # their 1x1 convolutions run over a row there, a map here
+    heads = {name: module.heads for name, module in model.named_modules() if isinstance(module, SelfAttention2d)}
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    grouped: dict[str, list[str]] = {}
+    for name in shapes:
+        grouped.setdefault(_rename(name, renames), []).append(name)
+    entries = _without_counterpart(config)
+    for theirs, ours in grouped.items():
+        shape = shapes[ours[0]]
+        attention_heads = next((n for name, n in heads.items() if ours[0].startswith(f"{name}.")), None)
+        was_convolution = attention_heads is not None and len(shape) == 2
+        their_shape = (len(ours) * shape[0], *shape[1:], *(pixels if was_convolution else ()))
+        entries.append(Entry(theirs, their_shape, tuple(ours), shape, attention_heads or 1))
+    return entries
+
+
+def _rename(name: str, renames: Mapping[str, str]) -> str:
+    module, rest = name, ""
+    while "." in module:
+        module, _, last = module.rpartition(".")
+        rest = f".{last}{rest}"
+        if module in renames:
+            return renames[module] + rest
+    raise KeyError(f"weights: no rule for {name}")
+
+
+def _without_counterpart(config: Config) -> list[Entry]:
+    """LDM's transformer is built with a head of logits that nothing calls: dropped, and written as zeros."""
+    if not isinstance(config, TransformerConfig):
+        return []
+    return [
+        Entry("transformer.to_logits.weight", (config.vocab_size, config.width), (), ()),
+        Entry("transformer.to_logits.bias", (config.vocab_size,), (), ()),
+    ]
+
+
+def compvis_to_ours(state_dict: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The state dict of our model from one in the original layout (without the prefix it has in a checkpoint).
+
+    Raises:
+        ValueError: names every key that is missing, unexpected or of the wrong shape.
+    """
+    entries = layout(config)
+    _check(state_dict, {e.theirs: e.their_shape for e in entries}, config, "compvis")
+    ours: dict[str, Tensor] = {}
+    for entry in entries:
+        tensor = state_dict[entry.theirs]
+        if len(entry.ours) == 1:
+            ours[entry.ours[0]] = tensor.reshape(entry.our_shape)
+        elif entry.ours:
+            stacked = tensor.reshape(entry.heads, len(entry.ours), -1, *entry.our_shape[1:])
+            for name, part in zip(entry.ours, stacked.unbind(1), strict=True):
+                ours[name] = part.reshape(entry.our_shape)
+    return ours
+
+
+def ours_to_compvis(state_dict: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The inverse of `compvis_to_ours`.
+
+    Raises:
+        ValueError: names every key that is missing, unexpected or of the wrong shape.
+    """
+    entries = layout(config)
+    _check(state_dict, {name: e.our_shape for e in entries for name in e.ours}, config, "ldm_fast")
+    like = next(iter(state_dict.values()))
+    theirs: dict[str, Tensor] = {}
+    for entry in entries:
+        if entry.ours:
+            parts = [state_dict[n].reshape(entry.heads, -1, *entry.our_shape[1:]) for n in entry.ours]
+            tensor = torch.stack(parts, 1) if len(parts) > 1 else parts[0]
+            theirs[entry.theirs] = tensor.reshape(entry.their_shape)
+        else:
+            theirs[entry.theirs] = like.new_zeros(entry.their_shape)
+    return theirs
+
+
+def _check(state_dict: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], config: Config, name: str) -> None:
+    missing = [key for key in shapes if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in shapes]
+    wrong = [
+        f"{key} is {tuple(state_dict[key].shape)} instead of {shape}"
+        for key, shape in shapes.items()
+        if key in state_dict and tuple(state_dict[key].shape) != shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong}
+    lines = [f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in problems.items() if keys]
+    if lines:
+        raise ValueError(f"weights: not a {name} state dict of this {type(config).__name__}\n  " + "\n  ".join(lines))
+
+
+def unet_config_from_compvis(params: Mapping[str, Any]) -> UNetConfig:
+    """Constructor parameters of the original's UNetModel -> ours. ValueError names a parameter we cannot honour."""
+    params = _Parameters("UNetModel", params)
+    params.ignore("use_checkpoint", "use_fp16", "legacy")  # the last changes nothing in any valid combination
+    params.insist(dims=2, conv_resample=True, use_new_attention_order=False, num_heads_upsample=-1, n_embed=None)
+    base, multipliers = params.take("model_channels"), tuple(params.take("channel_mult", (1, 2, 4, 8)))
+    attention = "CrossAttn" if params.take("use_spatial_transformer", False) else "Attn"
+    resolutions = set(params.take("attention_resolutions"))
+    head_channels, heads = params.take("num_head_channels", -1), params.take("num_heads", -1)
+    if head_channels == heads == -1:
+        raise ValueError("UNetModel: num_heads or num_head_channels is needed")
+    context_channels = params.take("context_dim", None)
+    if (context_channels is None) == (attention == "CrossAttn"):
+        raise ValueError("UNetModel: context_dim and use_spatial_transformer belong together")
+    config = UNetConfig(
+        sample_size=params.take("image_size"),
+        in_channels=params.take("in_channels"),
+        out_channels=params.take("out_channels"),
+        down_block_types=tuple(
+            f"{attention if 2**level in resolutions else ''}DownBlock2D" for level in range(len(multipliers))
+        ),
+        mid_block_type="UNetMidBlock2DCrossAttn" if attention == "CrossAttn" else "UNetMidBlock2D",
+        block_out_channels=tuple(base * m for m in multipliers),
+        layers_per_block=params.take("num_res_blocks"),
+        cross_attention_dim=context_channels,
+        transformer_layers_per_block=params.take("transformer_depth", 1),
+        num_attention_heads=heads if head_channels == -1 else None,
+        attention_head_dim=None if head_channels == -1 else head_channels,
+        use_linear_projection=params.take("use_linear_in_transformer", False),
+        resnet_time_scale_shift="scale_shift" if params.take("use_scale_shift_norm", False) else "default",
+        resample_type="resnet" if params.take("resblock_updown", False) else "conv",
+        num_class_embeds=params.take("num_classes", None),
+        dropout=params.take("dropout", 0.0),
+    )
+    params.finish()
+    return config
+
+
+def autoencoder_config_from_compvis(params: Mapping[str, Any]) -> AutoencoderConfig | VQConfig:
+    """Constructor parameters of the original's AutoencoderKL, VQModel or VQModelInterface (the two with `n_embed`).
+
+    VQ configurations get `legacy=True`, the loss they were trained with. ValueError names what we cannot honour.
+    """
+    params = _Parameters("first stage", params)
+    inner = _Parameters("first stage: ddconfig", params.take("ddconfig"))
+    codes = params.take("n_embed", None)
+    params.ignore("lossconfig", "monitor", "image_key", "ckpt_path", "ignore_keys", "scheduler_config", "use_ema")
+    params.insist(remap=None, sane_index_shape=False)
+    inner.insist(double_z=codes is None, resamp_with_conv=True, use_linear_attn=False, tanh_out=False, dropout=0.0)
+    attention = inner.take("attn_type", "vanilla")
+    if attention not in ("vanilla", "none"):
+        raise ValueError(f"first stage: attn_type must be vanilla or none, got {attention!r}")
+    resolution, multipliers = inner.take("resolution"), tuple(inner.take("ch_mult", (1, 2, 4, 8)))
+    base, resolutions = inner.take("ch"), set(inner.take("attn_resolutions"))
+    levels = (level for level in range(len(multipliers)) if resolution // 2**level in resolutions)
+    fields = dict(
+        in_channels=inner.take("in_channels"),
+        out_channels=inner.take("out_ch"),
+        block_out_channels=tuple(base * m for m in multipliers),
+        layers_per_block=inner.take("num_res_blocks"),
+        latent_channels=params.take("embed_dim"),
+        z_channels=inner.take("z_channels"),
+        attention_levels=tuple(levels) if attention == "vanilla" else (),
+        mid_block_add_attention=attention == "vanilla",
+    )
+    params.finish()
+    inner.finish()
+    if codes is None:
+        return AutoencoderConfig(**fields)
+    return VQConfig(**fields, num_vq_embeddings=codes, legacy=True)
+
+
+def encoder_config_from_compvis(
+    name: str, params: Mapping[str, Any]
+) -> TransformerConfig | ClassEmbedderConfig | SpatialRescalerConfig:
+    """Class name and constructor parameters of one of the original's conditioning encoders -> ours."""
+    params = _Parameters(name, params)
+    if name in ("BERTEmbedder", "TransformerEmbedder"):
+        params.ignore("use_tokenizer", "device")
+        params.insist(embedding_dropout=0.0)
+        vocabulary = params.take("vocab_size", 30522) if name == "BERTEmbedder" else params.take("vocab_size")
+        config = TransformerConfig(
+            vocab_size=vocabulary,
+            width=params.take("n_embed"),
+            depth=params.take("n_layer"),
+            max_length=params.take("max_seq_len", 77),
+        )
+    elif name == "ClassEmbedder":
+        params.ignore("key")
+        config = ClassEmbedderConfig(num_classes=params.take("n_classes", 1000), width=params.take("embed_dim"))
+    elif name == "SpatialRescaler":
+        params.insist(method="bilinear", bias=False)
+        config = SpatialRescalerConfig(
+            in_channels=params.take("in_channels", 3),
+            out_channels=params.take("out_channels"),
+            n_stages=params.take("n_stages", 1),
+            multiplier=params.take("multiplier", 0.5),
+        )
+    else:
+        known = "BERTEmbedder, TransformerEmbedder, ClassEmbedder, SpatialRescaler"
+        raise ValueError(f"weights: no encoder {name!r}; known: {known}")
+    params.finish()
+    return config
+
+
+class _Parameters(dict):
+    """Constructor parameters of which every one has to be taken: what is left at the end is an error."""
+
+    def __init__(self, owner: str, params: Mapping[str, Any]):
+        super().__init__(params)
+        self.owner = owner
+
+    def take(self, name: str, *default: Any) -> Any:
+        if name not in self and not default:
+            raise ValueError(f"{self.owner}: parameter {name} is missing")
+        return self.pop(name, *default)
+
+    def ignore(self, *names: str) -> None:
+        for name in names:
+            self.pop(name, None)
+
+    def insist(self, **values: Any) -> None:
+        for name, value in values.items():
+            got = self.pop(name, value)
+            if got != value:
+                raise ValueError(f"{self.owner}: {name} must be {value!r}, got {got!r}")
+
+    def finish(self) -> None:
+        if self:
+            raise ValueError(f"{self.owner}: not supported: {', '.join(f'{k}={v!r}' for k, v in self.items())}")

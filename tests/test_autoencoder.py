@@ -1,0 +1,320 @@
+"""First stages: fast against reference, half precision, sizes, the two regularisations and their losses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from eager_torch import assert_same_gradients, eager_torch, gradients, relative_error
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+import ldm_fast
+from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian, VectorQuantizer, VQConfig, VQModel
+
+SMALL = dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, latent_channels=3)
+MODELS = {
+    "kl": lambda: AutoencoderKL(AutoencoderConfig(**SMALL, attention_levels=(1,), z_channels=5)),
+    "vq": lambda: VQModel(VQConfig(**SMALL, num_vq_embeddings=13)),
+    "vq-noattn": lambda: VQModel(VQConfig(**SMALL, num_vq_embeddings=13, mid_block_add_attention=False)),
+}
+SIZES = ((8, 8), (18, 22), (2, 6))
+
+
+def make(name: str) -> AutoencoderKL | VQModel:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    if isinstance(model, VQModel):  # spread as wide as the latents, so that many codes are in use
+        torch.nn.init.normal_(model.quantize.embedding.weight)
+    return model
+
+
+def images(batch: int = 2, size: tuple[int, int] = (8, 8), channels: int = 3) -> Tensor:
+    return torch.rand(batch, channels, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def reconstruct(model: AutoencoderKL | VQModel, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The reconstruction (of the mode) and the regulariser."""
+    if isinstance(model, VQModel):
+        reconstruction, quantized = model(x)
+        return reconstruction, quantized.loss
+    posterior = model.encode(x).latent_dist
+    return model.decode(posterior.mode()).sample, posterior.kl()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_fast_equals_reference(name, size):
+    model, x = make(name), images(size=size).requires_grad_()
+    fast, fast_loss = reconstruct(model, x)
+    with ldm_fast.use_impl("reference"):
+        reference, loss = reconstruct(model, x)
+        wanted = gradients(model, torch.cat([reference.flatten(), loss.flatten()]), x)
+    assert fast.shape == x.shape
+    assert relative_error(fast, reference) <= 1e-5
+    assert relative_error(fast_loss, loss) <= 1e-5
+    assert_same_gradients(gradients(model, torch.cat([fast.flatten(), fast_loss.flatten()]), x), wanted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_float64_agrees_with_plain_pytorch(name):
+    model, x = make(name).double(), images(size=(10, 14)).double()
+    ours = reconstruct(model, x)
+    with eager_torch():
+        plain = reconstruct(model, x)
+    for got, wanted in zip(ours, plain, strict=True):
+        assert relative_error(got, wanted) <= 1e-6  # the reference's softmax is float32
+
+
+@pytest.mark.parametrize("impl", [None, "reference"], ids=["best", "reference"])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_bfloat16_error(name, impl):
+    """Against float64 on the same rounded weights and inputs, at most twice the error of bf16 eager PyTorch. Decoding
+    skips the quantizer: one latent that rounds to another code would be all that the comparison sees."""
+    model, x = make(name).bfloat16(), images(4, (32, 32)).bfloat16()
+    z = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def both(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(model, VQModel):
+            return model.encode(x).latents, model.decode(z, force_not_quantize=True).sample
+        return model.encode(x).latent_dist.mean, model.decode(z).sample
+
+    with ldm_fast.use_impl(impl):
+        ours = both(x, z)
+    with eager_torch():
+        eager = both(x, z)
+        model.double()
+        exact = both(x.double(), z.double())
+    for got, peer, wanted in zip(ours, eager, exact, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert relative_error(got, wanted) <= 2 * relative_error(peer, wanted)
+
+
+@pytest.mark.parametrize("m", range(5))
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+@torch.no_grad()
+def test_every_downsampling_factor(kind, m):
+    fields = dict(block_out_channels=(8,) * (m + 1), layers_per_block=1, norm_num_groups=4, latent_channels=2)
+    model = AutoencoderKL(AutoencoderConfig(**fields)) if kind == "kl" else VQModel(VQConfig(**fields))
+    assert model.config.downsampling_factor == 2**m
+    x = images(size=(32, 48))
+    z = model.encode_latents(x)
+    assert z.shape == (2, 2, 32 // 2**m, 48 // 2**m)
+    assert model.decode(z).sample.shape == x.shape
+    assert model(x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_channels_last_gives_the_same_numbers(name):
+    model, x = make(name), images(size=(18, 22))
+    wanted, _ = reconstruct(model, x)
+    assert relative_error(reconstruct(model, x.contiguous(memory_format=torch.channels_last))[0], wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_an_image_does_not_depend_on_its_batch(name):
+    model, x = make(name), images(3)
+    together, _ = reconstruct(model, x)
+    for i in range(3):
+        assert relative_error(reconstruct(model, x[i : i + 1])[0], together[i : i + 1]) <= 2e-6
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_counts(name):
+    model, x = make(name), images(size=(16, 16)).requires_grad_()
+    found = gradients(model, torch.cat([t.flatten() for t in reconstruct(model, x)]), x)
+    assert len(found) == len(list(model.parameters())) + 1
+    assert not [n for n, g in found.items() if not g.any() and not n.endswith("to_k.bias")]
+
+
+@pytest.mark.parametrize(
+    "name, call, message",
+    [
+        ("kl", lambda m: m.encode(images(channels=4)), r"AutoencoderKL: x must be \(B, 3, H, W\), got \(2, 4, 8, 8\)"),
+        ("vq", lambda m: m(images()[0]), r"VQModel: x must be \(B, 3, H, W\), got \(3, 8, 8\)"),
+        ("vq", lambda m: m.encode_latents(images(channels=1)), r"VQModel: x must be"),
+        ("kl", lambda m: m.decode(torch.zeros(2, 4, 4, 4)), r"AutoencoderKL: z must be \(B, 3, h, w\), got"),
+        ("vq", lambda m: m.decode(torch.zeros(3, 4, 4)), r"VQModel: z must be \(B, 3, h, w\), got \(3, 4, 4\)"),
+    ],
+)
+def test_errors(name, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(make(name))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"block_out_channels": (30,)}, "norm_num_groups 32 must divide 30"),
+        ({"attention_levels": (4,)}, "attention_levels has no level 4"),
+    ],
+)
+def test_config_errors(fields, message):
+    for config in (AutoencoderConfig, VQConfig):
+        with pytest.raises(ValueError, match=f"{config.__name__}: {message}"):
+            config(**fields)
+
+
+# KL-reg
+
+
+def test_gaussian_agrees_with_torch_distributions():
+    moments = torch.randn(2, 6, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    posterior = DiagonalGaussian(moments)
+    normal = Normal(posterior.mean, posterior.logvar.exp().sqrt())
+    z = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(posterior.kl(), kl_divergence(normal, Normal(0.0, 1.0)).flatten(1).sum(1))
+    torch.testing.assert_close(posterior.nll(z), -normal.log_prob(z).flatten(1).sum(1))
+    assert torch.equal(posterior.mode(), moments[:, :3])
+
+
+def test_gaussian_samples():
+    posterior = DiagonalGaussian(torch.cat([torch.full((1, 1, 200, 200), 3.0), torch.full((1, 1, 200, 200), -2.0)], 1))
+    z = posterior.sample(torch.Generator().manual_seed(0))
+    assert float(z.mean()) == pytest.approx(3, abs=0.01)
+    assert float(z.std()) == pytest.approx(math.exp(-1), abs=0.01)
+    assert torch.equal(z, posterior.sample(torch.Generator().manual_seed(0)))
+    assert not torch.equal(z, posterior.sample(torch.Generator().manual_seed(1)))
+
+
+def test_gaussian_stays_finite():
+    """Moments of an untrained or diverging encoder: the log-variance is clamped to [-30, 20]."""
+    for logvar, clamped in ((-1e4, -30.0), (1e4, 20.0)):
+        posterior = DiagonalGaussian(torch.tensor([0.0, logvar]).reshape(1, 2, 1, 1))
+        assert float(posterior.logvar) == clamped
+        assert posterior.kl().isfinite().all() and posterior.nll(torch.ones(1, 1, 1, 1)).isfinite().all()
+
+
+def test_kl_model_samples_what_the_second_stage_learns():
+    model, x = make("kl"), images()
+    z = model.encode_latents(x, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(z, model.encode(x).latent_dist.sample(torch.Generator().manual_seed(3)))
+    reconstruction, posterior = model(x, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(reconstruction, model.decode(z).sample)
+    assert not torch.allclose(z, posterior.mode())
+
+
+# VQ-reg
+
+
+def quantizer(codes: list[list[float]], **fields) -> VectorQuantizer:
+    codes = torch.tensor(codes)
+    config = VQConfig(num_vq_embeddings=codes.shape[0], latent_channels=codes.shape[1], **fields)
+    module = VectorQuantizer(config)
+    with torch.no_grad():
+        module.embedding.weight.copy_(codes)
+    return module
+
+
+def vectors(*rows: list[float]) -> Tensor:
+    """Latents (1, d, 1, N) holding the rows."""
+    return torch.tensor(rows).T[None, :, None].contiguous()
+
+
+CODES = [[0.0, 0.0], [2.0, 0.0], [0.0, 4.0], [9.0, 9.0]]
+
+
+def test_quantizer_takes_the_nearest_codes():
+    out = quantizer(CODES)(vectors([0.4, 0.1], [1.5, -1.0], [0.5, 0.0], [0.0, 3.0]))
+    assert out.indices.shape == (1, 1, 4) and out.indices.dtype == torch.int64
+    assert out.indices.flatten().tolist() == [0, 1, 0, 2]
+    torch.testing.assert_close(out.z_q, vectors([0.0, 0.0], [2.0, 0.0], [0.0, 0.0], [0.0, 4.0]))
+    assert float(out.perplexity) == pytest.approx(math.exp(0.5 * math.log(2) + 0.5 * math.log(4)))  # p = 1/2, 1/4, 1/4
+
+
+def test_straight_through_gradient():
+    """The decoder's gradient passes to the encoder as it is, and not to the codebook."""
+    module, z = quantizer(CODES), vectors([0.4, 0.1], [1.5, -1.0]).requires_grad_()
+    direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    (module(z).z_q * direction).sum().backward()
+    assert torch.equal(z.grad, direction)
+    assert module.embedding.weight.grad is None or not module.embedding.weight.grad.any()
+
+
+@pytest.mark.parametrize("weight", [0.25, 2.0])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_losses_by_hand(legacy, weight):
+    """van den Oord et al., eq. 3, as means over all N d entries: ‖sg[z] - e‖² + β ‖z - sg[e]‖², β on the other term in
+    the published code. Both terms have the same value; only their gradients tell them apart."""
+    module = quantizer(CODES, legacy=legacy, commitment_weight=weight)
+    z = vectors([0.4, 0.1], [1.5, -1.0], [0.5, 0.0]).requires_grad_()
+    loss = module(z).loss
+    loss.backward()
+    differences = torch.tensor([[0.4, 0.1], [-0.5, -1.0], [0.5, 0.0]])  # z - e, for codes 0, 1, 0
+    on_codebook, on_encoder = (weight, 1.0) if legacy else (1.0, weight)
+    assert float(loss.detach()) == pytest.approx((1 + weight) * float(differences.square().sum()) / 6)
+    torch.testing.assert_close(z.grad[0, :, 0].T, on_encoder * 2 / 6 * differences)
+    of_code_0 = differences[0] + differences[2]
+    wanted = torch.stack([of_code_0, differences[1], torch.zeros(2), torch.zeros(2)])
+    torch.testing.assert_close(module.embedding.weight.grad, -on_codebook * 2 / 6 * wanted)
+
+
+def test_dead_codes_restart_at_data():
+    module = quantizer(CODES)
+    z = torch.tensor([[5.0, 6.0], [7.0, 8.0], [1.0, 1.0]])
+    assert module.revive_dead_codes(z, torch.tensor([3, 0, 1, 0]), torch.Generator().manual_seed(0)) == 2
+    codes = module.embedding.weight.detach()
+    assert codes[0].tolist() == CODES[0] and codes[2].tolist() == CODES[2]
+    revived = {tuple(c) for c in codes[[1, 3]].tolist()}
+    assert len(revived) == 2 and revived <= {tuple(row) for row in z.tolist()}
+    before = codes.clone()
+    assert module.revive_dead_codes(z, torch.ones(4), torch.Generator()) == 0
+    assert torch.equal(module.embedding.weight, before)
+
+
+def test_more_dead_codes_than_data():
+    module = quantizer(CODES)
+    assert module.revive_dead_codes(torch.tensor([[5.0, 6.0]]), torch.zeros(4), torch.Generator()) == 4
+    assert module.embedding.weight.tolist() == [[5.0, 6.0]] * 4
+
+
+def clusters() -> Tensor:
+    """400 vectors around four points that are far apart."""
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    return (centres + 0.1 * torch.randn(100, 4, 2, generator=torch.Generator().manual_seed(0))).reshape(-1, 2)
+
+
+def test_k_means_finds_the_clusters():
+    """Every code ends up in use and near the mean of its vectors; the error is below that of one code per cluster."""
+    z, module = clusters(), quantizer([[50.0, 50.0]] * 16)
+    module.init_from_data(z, torch.Generator().manual_seed(0))
+    codes = module.embedding.weight.detach()
+    indices = ldm_fast.ops.nearest_codebook(z, codes)
+    assert indices.unique().numel() == 16
+    assert float((codes[indices] - z).square().sum(1).mean()) < 2 * 0.1**2
+    for code in range(16):
+        torch.testing.assert_close(codes[code], z[indices == code].mean(0), rtol=0, atol=0.05)
+
+
+def test_k_means_leaves_no_code_without_vectors():
+    """Twelve points of very different weight, on which Lloyd's iterations alone empty one of the five cells."""
+    generator = torch.Generator().manual_seed(231)
+    points = torch.randn(12, 2, generator=generator)
+    z = points.repeat_interleave((10 ** (3 * torch.rand(12, generator=generator))).long(), 0)
+    module = quantizer([[0.0, 0.0]] * 5)
+    module.init_from_data(z, torch.Generator().manual_seed(0))
+    assert ldm_fast.ops.nearest_codebook(z, module.embedding.weight.detach()).unique().numel() == 5
+
+
+def test_k_means_repeats_with_its_seed():
+    z, results = clusters(), []
+    for seed in (0, 0, 1):
+        module = quantizer([[0.0, 0.0]] * 8)
+        module.init_from_data(z, torch.Generator().manual_seed(seed))
+        results.append(module.embedding.weight.detach().clone())
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_vq_decode_quantizes_unless_told_not_to():
+    model, x = make("vq"), images()
+    latents = model.encode(x).latents
+    assert torch.equal(model.encode_latents(x), latents)
+    reconstruction, quantized = model(x)
+    torch.testing.assert_close(model.decode(latents).sample, reconstruction)
+    torch.testing.assert_close(model.decode(quantized.z_q, force_not_quantize=True).sample, reconstruction)
+    assert not torch.allclose(model.decode(latents, force_not_quantize=True).sample, reconstruction)

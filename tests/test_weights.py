@@ -1,0 +1,278 @@
+"""Checkpoint layouts: the map between the original's parameter names and ours is a bijection, and says so when not."""
+
+from __future__ import annotations
+
+import json
+
+import golden
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig
+from ldm_fast.conditioning import ClassEmbedderConfig, SpatialRescalerConfig, TransformerConfig, TransformerEmbedder
+from ldm_fast.unet import UNet, UNetConfig
+from ldm_fast.weights import (
+    autoencoder_config_from_compvis,
+    compvis_to_ours,
+    encoder_config_from_compvis,
+    layout,
+    ours_to_compvis,
+    unet_config_from_compvis,
+)
+
+SMALL_UNET = dict(
+    image_size=8,
+    in_channels=4,
+    out_channels=4,
+    model_channels=32,
+    attention_resolutions=[1, 2],
+    num_res_blocks=1,
+    channel_mult=[1, 2],
+    num_heads=2,
+)
+SMALL_FIRST_STAGE = dict(
+    embed_dim=4,
+    ddconfig=dict(
+        double_z=True,
+        z_channels=4,
+        resolution=32,
+        in_channels=3,
+        out_ch=3,
+        ch=32,
+        ch_mult=[1, 2],
+        num_res_blocks=1,
+        attn_resolutions=[16],
+        dropout=0.0,
+    ),
+)
+
+
+def zoo_parts() -> dict[str, dict]:
+    """UNets, first stages and encoders of the 32 published configurations, each different one once: id -> part."""
+    parts: dict[str, dict] = {}
+    seen = set()
+    for path, entry in golden.zoo().items():
+        name = path.removesuffix("/config.yaml").removesuffix(".yaml").split("/")[-1]
+        candidates = {"first_stage": entry}
+        if "unet_config" in entry:
+            candidates = {kind: entry[f"{kind}_config"] for kind in ("unet", "first_stage", "cond_stage")}
+        for kind, part in candidates.items():
+            if not isinstance(part, dict) or not part.get("state_dict"):
+                continue  # unconditional, or conditioned on the first stage's latent or on vectors from outside
+            what = json.dumps([kind, part["params"], part["state_dict"]])
+            if what not in seen:
+                seen.add(what)
+                parts[f"{name}-{kind}"] = {"kind": kind, **part}
+    return parts
+
+
+ZOO = zoo_parts()
+
+
+def test_zoo_is_complete():
+    kinds = [part["kind"] for part in ZOO.values()]
+    assert len(golden.zoo()) == 32
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"unet": 12, "first_stage": 9, "cond_stage": 6}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_zoo_manifest(name):
+    """Full-size key -> shape maps: every key is mapped, none is left, and the way back gives the same keys."""
+    part = ZOO[name]
+    if part["kind"] == "unet":
+        config = unet_config_from_compvis(part["params"])
+    elif part["kind"] == "first_stage":
+        config = autoencoder_config_from_compvis(part["params"])
+    else:
+        config = encoder_config_from_compvis(part["class"], part["params"])
+    theirs = {key: torch.empty(shape, device="meta") for key, shape in part["state_dict"].items()}
+    back = ours_to_compvis(compvis_to_ours(theirs, config), config)
+    assert {key: list(t.shape) for key, t in back.items()} == part["state_dict"]
+
+
+CONFIGS = {
+    "unet": UNetConfig(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        cross_attention_dim=8,
+        num_attention_heads=2,
+        layers_per_block=1,
+        transformer_layers_per_block=2,
+    ),
+    "unet-linear-classes": UNetConfig(
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        cross_attention_dim=8,
+        num_attention_heads=None,
+        attention_head_dim=16,
+        use_linear_projection=True,
+        num_class_embeds=5,
+    ),
+    "unet-resnet-resampling": UNetConfig(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+        cross_attention_dim=None,
+        num_attention_heads=4,
+        resnet_time_scale_shift="scale_shift",
+        resample_type="resnet",
+    ),
+    "kl": AutoencoderConfig(block_out_channels=(32, 64), attention_levels=(1,), latent_channels=3, z_channels=5),
+    "kl-f1": AutoencoderConfig(block_out_channels=(32,), layers_per_block=1),
+    "vq": VQConfig(block_out_channels=(32, 32, 64), num_vq_embeddings=17, mid_block_add_attention=False),
+    "transformer": TransformerConfig(vocab_size=11, width=24, depth=2, max_length=5),
+    "classes": ClassEmbedderConfig(num_classes=7, width=6),
+    "spatial": SpatialRescalerConfig(in_channels=9, out_channels=3),
+}
+
+
+def random_state_dict(config) -> dict[str, Tensor]:
+    """Our state dict for a config, with numbers that are all different."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: entry.our_shape for entry in layout(config) for name in entry.ours}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip_is_the_identity(name):
+    ours = random_state_dict(CONFIGS[name])
+    theirs = ours_to_compvis(ours, CONFIGS[name])
+    back = compvis_to_ours(theirs, CONFIGS[name])
+    assert back.keys() == ours.keys()
+    assert all(torch.equal(back[key], ours[key]) for key in ours)
+    again = ours_to_compvis(back, CONFIGS[name])
+    assert all(torch.equal(again[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_conversion_keeps_every_number(name):
+    ours = random_state_dict(CONFIGS[name])
+    theirs = ours_to_compvis(ours, CONFIGS[name])
+
+    def flat(d):
+        return torch.cat([t.flatten() for t in d.values()]).sort().values
+
+    unused = {k: theirs.pop(k) for k in list(theirs) if "to_logits" in k}
+    assert all(not t.any() for t in unused.values())
+    assert torch.equal(flat(theirs), flat(ours))
+
+
+def test_qkv_is_interleaved_head_by_head():
+    """Head h of the original's fused convolution holds rows q, k, v of that head, one after the other."""
+    config = unet_config_from_compvis(SMALL_UNET)
+    ours = random_state_dict(config)
+    theirs = ours_to_compvis(ours, config)
+    fused, name = theirs["middle_block.1.qkv.weight"], "mid_block.attentions.0"
+    assert fused.shape == (3 * 64, 64, 1)
+    width = 64 // 2
+    for head in range(2):
+        for i, part in enumerate("qkv"):
+            rows = fused[(3 * head + i) * width : (3 * head + i + 1) * width, :, 0]
+            assert torch.equal(rows, ours[f"{name}.to_{part}.weight"][head * width : (head + 1) * width])
+
+
+def test_decoder_levels_are_numbered_by_resolution():
+    config = autoencoder_config_from_compvis(SMALL_FIRST_STAGE)
+    assert config.attention_levels == (1,)
+    ours = random_state_dict(config)
+    theirs = ours_to_compvis(ours, config)
+    lowest = ours["decoder.up_blocks.0.resnets.0.conv1.weight"]
+    assert torch.equal(theirs["decoder.up.1.block.0.conv1.weight"], lowest)
+    assert theirs["decoder.up.1.attn.0.q.weight"].shape == (64, 64, 1, 1)
+
+
+def test_every_bad_key_is_in_one_error():
+    config = autoencoder_config_from_compvis(SMALL_FIRST_STAGE)
+    theirs = ours_to_compvis(AutoencoderKL(config).state_dict(), config)
+    del theirs["quant_conv.bias"], theirs["encoder.mid.attn_1.q.weight"]
+    theirs["loss.logvar"] = torch.zeros(())
+    theirs["decoder.conv_in.weight"] = torch.zeros(1, 2, 3, 3)
+    with pytest.raises(ValueError) as error:
+        compvis_to_ours(theirs, config)
+    text = str(error.value)
+    assert "2 missing" in text and "quant_conv.bias" in text and "encoder.mid.attn_1.q.weight" in text
+    assert "1 unexpected: loss.logvar" in text
+    assert "1 wrong shape: decoder.conv_in.weight is (1, 2, 3, 3) instead of (64, 4, 3, 3)" in text
+
+
+def test_errors_on_the_way_back():
+    config = CONFIGS["unet"]
+    ours = random_state_dict(config)
+    ours["extra"] = torch.zeros(1)
+    ours["conv_in.bias"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"(?s)1 unexpected: extra.*conv_in.bias is \(3,\) instead of \(32,\)"):
+        ours_to_compvis(ours, config)
+    with pytest.raises(TypeError, match="no layout for dict"):
+        compvis_to_ours({}, {})
+
+
+def test_transformer_logits_are_dropped_and_checked():
+    config = CONFIGS["transformer"]
+    theirs = ours_to_compvis(TransformerEmbedder(config).state_dict(), config)
+    assert theirs["transformer.to_logits.weight"].shape == (11, 24)
+    assert not any("logits" in key for key in compvis_to_ours(theirs, config))
+    theirs["transformer.to_logits.weight"] = torch.zeros(11, 23)
+    with pytest.raises(ValueError, match="to_logits.weight"):
+        compvis_to_ours(theirs, config)
+
+
+def test_conversion_leaves_random_numbers_alone():
+    state = torch.get_rng_state()
+    layout(CONFIGS["unet"])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_converted_weights_load():
+    config = unet_config_from_compvis(SMALL_UNET)
+    unet = UNet(config)
+    unet.load_state_dict(compvis_to_ours(ours_to_compvis(unet.state_dict(), config), config))
+
+
+def test_unet_parameters():
+    config = unet_config_from_compvis({**SMALL_UNET, "resblock_updown": True, "num_heads": -1, "num_head_channels": 32})
+    assert config.resample_type == "resnet"
+    assert [config.heads(level) for level in (0, 1)] == [(1, 32), (2, 32)]
+    assert config.down_block_types == ("AttnDownBlock2D",) * 2 and config.mid_block_type == "UNetMidBlock2D"
+    config = unet_config_from_compvis({**SMALL_UNET, "attention_resolutions": [2]})
+    assert config.down_block_types == ("DownBlock2D", "AttnDownBlock2D")
+
+
+def test_first_stage_parameters():
+    config = autoencoder_config_from_compvis(SMALL_FIRST_STAGE)
+    assert config == AutoencoderConfig(
+        block_out_channels=(32, 64), layers_per_block=1, latent_channels=4, z_channels=4, attention_levels=(1,)
+    )
+    inner = {**SMALL_FIRST_STAGE["ddconfig"], "double_z": False, "attn_type": "none"}
+    config = autoencoder_config_from_compvis({"embed_dim": 4, "n_embed": 9, "ddconfig": inner, "lossconfig": {}})
+    assert isinstance(config, VQConfig) and config.legacy and config.num_vq_embeddings == 9
+    assert config.attention_levels == () and not config.mid_block_add_attention
+
+
+def _without(params: dict, name: str) -> dict:
+    return {key: value for key, value in params.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "read, params, message",
+    [
+        (unet_config_from_compvis, {**SMALL_UNET, "use_new_attention_order": True}, "use_new_attention_order must be"),
+        (unet_config_from_compvis, {**SMALL_UNET, "dims": 3}, "dims must be 2, got 3"),
+        (unet_config_from_compvis, {**SMALL_UNET, "colour": 1}, "not supported: colour=1"),
+        (unet_config_from_compvis, _without(SMALL_UNET, "model_channels"), "model_channels is missing"),
+        (unet_config_from_compvis, _without(SMALL_UNET, "num_heads"), "num_heads or num_head_channels is needed"),
+        (unet_config_from_compvis, {**SMALL_UNET, "context_dim": 8}, "belong together"),
+        (autoencoder_config_from_compvis, {"embed_dim": 4}, "ddconfig is missing"),
+        (autoencoder_config_from_compvis, {**SMALL_FIRST_STAGE, "n_embed": 8}, "double_z must be False, got True"),
+        (
+            autoencoder_config_from_compvis,
+            {"embed_dim": 4, "ddconfig": {**SMALL_FIRST_STAGE["ddconfig"], "attn_type": "linear"}},
+            "attn_type must be vanilla or none, got 'linear'",
+        ),
+        (lambda p: encoder_config_from_compvis("FrozenT5Embedder", p), {}, "no encoder 'FrozenT5Embedder'"),
+        (lambda p: encoder_config_from_compvis("SpatialRescaler", p), {"out_channels": 3, "bias": True}, "bias must"),
+    ],
+)
+def test_parameters_we_cannot_honour(read, params, message):
+    with pytest.raises(ValueError, match=message):
+        read(params)
