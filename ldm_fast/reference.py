@@ -1,8 +1,8 @@
 """The ops in plain PyTorch. This file defines what "correct" means; nothing here is fast.
 
-Every function has the name, the argument order and the results of its fast twins (`ldm_fast/cpu.py`, `ldm_fast/cuda.py`,
-`ldm_fast/kernels/`). float64 in means float64 throughout, which is what the tests compare against; every other dtype
-computes in float32 and rounds once, on the way out.
+Every function has the name, the argument order and the results of its fast twins (`ldm_fast/cpu.py`,
+`ldm_fast/cuda.py`, `ldm_fast/kernels/`). float64 in means float64 throughout, which is what the tests compare against;
+every other dtype computes in float32 and rounds once, on the way out.
 """
 
 from __future__ import annotations
@@ -49,24 +49,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     laid out (B, N, H, D) so that merging the heads costs nothing, and lse (B, H, N). A fully masked row gives zeros
     and lse = -inf.
     """
-    scores = _scores(q, k, mask, scale)  # (B, H, N, M)
-    lse = torch.logsumexp(scores, dim=-1)  # (B, H, N)
-    probabilities = torch.exp(scores - _finite(lse)[..., None])
-    out = probabilities @ v.to(scores.dtype)  # (B, H, N, D)
+    probabilities, lse = _softmax(_scores(q, k, mask, scale))  # (B, H, N, M), (B, H, N)
+    out = probabilities @ v.to(probabilities.dtype)  # (B, H, N, D)
     return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attention` for q, k and v, with the probabilities recomputed from lse.
+    """Gradients of `attention` for q, k and v; the probabilities are recomputed (from lse they would lose digits).
 
     With P the probabilities: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP - rowsum(dO ∘ O)), dQ = dS K · scale,
     dK = dSᵀ Q · scale (FlashAttention, arXiv:2205.14135, appendix B).
     """
     dtype = _accumulation_dtype(q)
-    scores = _scores(q, k, mask, scale)
-    probabilities = torch.exp(scores - _finite(lse.to(dtype))[..., None])  # (B, H, N, M)
+    probabilities, _ = _softmax(_scores(q, k, mask, scale))  # (B, H, N, M)
     grad, out = grad.to(dtype), out.to(dtype)
     dv = probabilities.transpose(-1, -2) @ grad  # (B, H, M, D)
     dp = grad @ v.to(dtype).transpose(-1, -2)  # (B, H, N, M)
@@ -76,9 +73,13 @@ def attention_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _finite(lse: Tensor) -> Tensor:
-    """lse with -inf (fully masked rows) replaced by 0, so that exp(-inf - lse) is 0 and not NaN."""
-    return lse.masked_fill(lse == float("-inf"), 0.0)
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax over the last dimension and its log-sum-exp; zeros and -inf for a row of nothing but -inf."""
+    largest = scores.amax(-1, keepdim=True)
+    largest = largest.masked_fill(largest == float("-inf"), 0.0)  # exp(-inf - largest) must be 0, not NaN
+    exponentials = torch.exp(scores - largest)
+    total = exponentials.sum(-1, keepdim=True)
+    return exponentials / total.masked_fill(total == 0, 1.0), (largest + total.log())[..., 0]
 
 
 def group_norm_silu(
@@ -98,6 +99,7 @@ def group_norm_silu(
     dtype = _accumulation_dtype(x)
     groups = x.to(dtype).reshape(x.shape[0], num_groups, -1)  # (B, G, C/G · spatial)
     mean = groups.mean(-1)  # (B, G)
+    mean = mean + (groups - mean[..., None]).mean(-1)  # the rounding of a mean far above the deviation would show in x̂
     rstd = ((groups - mean[..., None]).square().mean(-1) + eps).rsqrt()  # (B, G)
     h = _modulated(_normalised(x, num_groups, mean, rstd), weight, bias, scale, shift)
     y = h * torch.sigmoid(h) if activation == "silu" else h
@@ -201,8 +203,7 @@ def nearest_codebook(z: Tensor, codebook: Tensor) -> Tensor:
     numbers = torch.arange(codes.shape[0], device=z.device)
     for start in range(0, z.shape[0], rows):
         distances = half_norms - z[start : start + rows].double() @ codes.T  # (rows, K)
-        distances = distances.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
-        smallest = distances.amin(-1, keepdim=True)
-        first = torch.where(distances == smallest, numbers, codes.shape[0]).amin(-1)
-        indices[start : start + rows] = first
+        smallest = distances.masked_fill(distances.isnan(), float("inf")).amin(-1, keepdim=True)
+        first = torch.where(distances == smallest, numbers, codes.shape[0]).amin(-1)  # NaN equals nothing
+        indices[start : start + rows] = first.where(first < codes.shape[0], 0)
     return indices

@@ -82,7 +82,7 @@ inline void smallest_in_chunk(const PackedCodes& codes, int64_t begin, int64_t e
     for (int r = 0; r < ROWS; ++r) smallest[r] = -largest(-low[r]);
 }
 
-// The first code of the chunk whose distance is `smallest`.
+// The first of the codes [begin, end) whose distance is `smallest`, or 0.
 int64_t find(const PackedCodes& codes, int64_t begin, int64_t end, const float* z, int64_t stride, float smallest) {
     for (int64_t k = begin; k < end; k += W) {
         float lane[W];
@@ -91,7 +91,7 @@ int64_t find(const PackedCodes& codes, int64_t begin, int64_t end, const float* 
         for (int j = W - 1; j >= 0; --j) hit = lane[j] == smallest ? j : hit;
         if (hit < W) return k + hit;
     }
-    return 0;  // not reached: the same bits were found before
+    return 0;
 }
 
 template <class T>
@@ -116,9 +116,11 @@ void search_block(const NearestCodebook& a, const PackedCodes& codes, int64_t fi
         }
     }
     for (int64_t r = 0; r < rows; ++r) {
-        const int64_t begin = chunk_of[r], end = begin + CHUNK < codes.padded ? begin + CHUNK : codes.padded;
+        // No chunk held anything below infinity: the first infinite distance anywhere, or 0 if all are NaN.
+        const int64_t begin = chunk_of[r] < 0 ? 0 : chunk_of[r];
+        const int64_t end = chunk_of[r] < 0 || begin + CHUNK > codes.padded ? codes.padded : begin + CHUNK;
         const float* const row = z + r / ROWS * ROWS * a.width + r % ROWS;
-        a.index[first_row + r] = begin < 0 ? 0 : find(codes, begin, end, row, ROWS, best[r]);
+        a.index[first_row + r] = find(codes, begin, end, row, ROWS, best[r]);
     }
 }
 

@@ -1,0 +1,389 @@
+// CUDA kernels on the CPU, for tests: one fiber per CUDA thread, real barriers, blocks that overlap.
+//
+// A torch-free kernel header compiles unchanged after this one, and the sanitizers then see what the kernel does:
+// AddressSanitizer and UBSan every access outside a buffer or an array, ThreadSanitizer every pair of accesses that no
+// barrier orders, within a block (a missing __syncthreads) and between blocks. Fibers are threads of their own to
+// ThreadSanitizer, though one OS thread runs them all in turn: what it finds does not depend on timing. Only barriers,
+// and the start and end of a block, order fibers. Not modelled: divergence inside a warp, registers, and the GPU's
+// memory order.
+#pragma once
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define ON_HOST_ASAN 1
+#elif defined(__SANITIZE_THREAD__)
+#define ON_HOST_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define ON_HOST_ASAN 1
+#elif __has_feature(thread_sanitizer)
+#define ON_HOST_TSAN 1
+#endif
+#endif
+
+#ifdef ON_HOST_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#ifdef ON_HOST_TSAN
+#include <sanitizer/tsan_interface.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+
+// The machinery below is shared by all fibers without any order that ThreadSanitizer could know; it must not look
+// inside.
+#define ON_HOST_INTERNAL __attribute__((noinline, no_sanitize("thread")))
+
+struct uint3 {
+    unsigned x, y, z;
+};
+
+namespace cuda_on_host {
+
+constexpr int WARP = 32;
+constexpr std::size_t STACK = 256 * 1024;
+
+struct Fiber;
+
+// Orders all that its threads did before it against all that they do after it. ThreadSanitizer learns of a round
+// through one of two addresses in turn: with a single one, a thread slow to wake would also see what a fast one did
+// since.
+struct Barrier {
+    int threads = 0;
+    int waiting = 0;
+    int gone = 0;
+    int round = 0;
+    char order[2] = {};
+};
+
+struct Block {
+    uint3 index{};
+    Barrier barrier;
+    std::vector<Barrier> warp_barriers;
+    std::unique_ptr<unsigned[]> exchange;  // one number per thread, for the operations of a warp
+    void* shared_memory = nullptr;
+    int running = 0;
+};
+
+struct Fiber {
+    ucontext_t context{};
+    char* stack = nullptr;
+    Block* block = nullptr;
+    uint3 index{};
+    const Barrier* waits_for = nullptr;
+    int round = 0;
+    bool done = false;
+    void (*run)(const void*) = nullptr;
+    const void* kernel = nullptr;
+    void* asan_stack = nullptr;
+    void* tsan_fiber = nullptr;
+};
+
+inline Fiber* current = nullptr;
+inline ucontext_t scheduler;
+inline const void* scheduler_stack = nullptr;
+inline std::size_t scheduler_stack_size = 0;
+inline void* scheduler_tsan = nullptr;
+
+// "file:line" of a __syncthreads() or __syncwarp() to leave out: a test of the tests. Empty: none.
+inline const char* barrier_to_skip = "";
+
+ON_HOST_INTERNAL inline Block& this_block() { return *current->block; }
+ON_HOST_INTERNAL inline const uint3& this_thread() { return current->index; }
+
+// What came before release(p) in one fiber is ordered before what follows acquire(p) in another.
+#ifdef ON_HOST_TSAN
+inline void release(void* address) { __tsan_release(address); }
+inline void acquire(void* address) { __tsan_acquire(address); }
+#else
+inline void release(void*) {}
+inline void acquire(void*) {}
+#endif
+
+[[noreturn]] inline void stop(const char* message, int waiting, int threads) {
+    std::fprintf(stderr, "%s: %d of %d threads wait at a barrier\n", message, waiting, threads);
+    std::_Exit(3);
+}
+
+// From a fiber back to the scheduler; comes back when the scheduler chooses this fiber again, never if it is done.
+ON_HOST_INTERNAL inline void to_scheduler(Fiber& fiber) {
+#ifdef ON_HOST_ASAN
+    __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fiber.asan_stack, scheduler_stack, scheduler_stack_size);
+#endif
+#ifdef ON_HOST_TSAN
+    __tsan_switch_to_fiber(scheduler_tsan, fiber.done ? 0 : __tsan_switch_to_fiber_no_sync);
+#endif
+    swapcontext(&fiber.context, &scheduler);
+#ifdef ON_HOST_ASAN
+    __sanitizer_finish_switch_fiber(fiber.asan_stack, nullptr, nullptr);
+#endif
+}
+
+// A meeting that orders memory only if it is a barrier: CUDA's votes and shuffles exchange values and promise no more.
+ON_HOST_INTERNAL inline void meet(Barrier& barrier, bool orders_memory) {
+    Fiber& fiber = *current;
+    const int round = barrier.round;
+    if (orders_memory) release(&barrier.order[round % 2]);
+    if (++barrier.waiting == barrier.threads) {
+        barrier.waiting = 0;
+        ++barrier.round;
+    }
+    fiber.waits_for = &barrier;
+    fiber.round = round;
+    to_scheduler(fiber);
+    if (orders_memory) acquire(&barrier.order[round % 2]);
+}
+
+ON_HOST_INTERNAL inline void leave(Barrier& barrier) {
+    ++barrier.gone;
+    if (barrier.waiting > 0 && barrier.waiting + barrier.gone == barrier.threads) {
+        stop("the others have left the kernel", barrier.waiting, barrier.threads);
+    }
+}
+
+ON_HOST_INTERNAL inline Barrier& warp_barrier() { return this_block().warp_barriers[this_thread().x / WARP]; }
+
+// `place` is "folder/file:line".
+// `place` is "folder/file:line".
+ON_HOST_INTERNAL inline void barrier_at(const char* place, Barrier& barrier) {
+    const char* const slash = std::strrchr(place, '/');
+    if (std::strcmp(slash == nullptr ? place : slash + 1, barrier_to_skip) != 0) meet(barrier, true);
+}
+
+// Bit i of the result: what lane i of the warp brought.
+ON_HOST_INTERNAL inline unsigned vote(bool predicate) {
+    const unsigned lane = this_thread().x % WARP;
+    unsigned* const lanes = this_block().exchange.get() + (this_thread().x - lane);
+    lanes[lane] = predicate;
+    meet(warp_barrier(), false);
+    unsigned bits = 0;
+    for (unsigned i = 0; i < WARP; ++i) bits |= lanes[i] << i;
+    meet(warp_barrier(), false);
+    return bits;
+}
+
+ON_HOST_INTERNAL inline void fiber_main() {
+    Fiber& fiber = *current;
+#ifdef ON_HOST_ASAN
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+#endif
+    fiber.run(fiber.kernel);
+    leave(warp_barrier());
+    leave(fiber.block->barrier);
+    fiber.done = true;
+    --fiber.block->running;
+    to_scheduler(fiber);
+}
+
+ON_HOST_INTERNAL inline void resume(Fiber& fiber, bool first) {
+    current = &fiber;
+#ifdef ON_HOST_ASAN
+    void* own_stack = nullptr;
+    __sanitizer_start_switch_fiber(&own_stack, fiber.stack, STACK);
+#endif
+#ifdef ON_HOST_TSAN
+    __tsan_switch_to_fiber(fiber.tsan_fiber, first ? 0 : __tsan_switch_to_fiber_no_sync);
+#else
+    static_cast<void>(first);
+#endif
+    swapcontext(&scheduler, &fiber.context);
+#ifdef ON_HOST_ASAN
+    __sanitizer_finish_switch_fiber(own_stack, nullptr, nullptr);
+#endif
+}
+
+// Blocks that are under way at the same time: two, so that races between blocks show.
+constexpr int BLOCKS_AT_ONCE = 2;
+
+// One block and the stacks of its threads, which serve one block after the other.
+class Team {
+  public:
+    explicit Team(int threads) : fibers_(threads) {
+        for (Fiber& fiber : fibers_) {
+            void* stack = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            if (stack == MAP_FAILED) stop("no memory for stacks", 0, threads);
+            fiber.stack = static_cast<char*>(stack);
+        }
+    }
+    ~Team() {
+        finish();
+        for (Fiber& fiber : fibers_) munmap(fiber.stack, STACK);
+    }
+    Team(const Team&) = delete;
+    Team& operator=(const Team&) = delete;
+
+    bool busy() const { return block_ && block_->running > 0; }
+
+    void start(uint3 index, void (*run)(const void*), const void* kernel) {
+        finish();
+        const int threads = static_cast<int>(fibers_.size());
+        block_ = std::make_unique<Block>();
+        block_->index = index;
+        block_->barrier.threads = block_->running = threads;
+        block_->exchange = std::make_unique<unsigned[]>((threads + WARP - 1) / WARP * WARP);
+        for (int i = 0; i < threads; i += WARP) {
+            block_->warp_barriers.push_back({});
+            block_->warp_barriers.back().threads = threads - i < WARP ? threads - i : WARP;
+        }
+        for (int i = 0; i < threads; ++i) prepare(fibers_[i], static_cast<unsigned>(i), run, kernel);
+        for (Fiber& fiber : fibers_) resume(fiber, true);
+    }
+
+    // Every thread that can go on does so once; false if none could.
+    ON_HOST_INTERNAL bool step() {
+        bool moved = false;
+        for (Fiber& fiber : fibers_) {
+            if (fiber.done || fiber.waits_for->round == fiber.round) continue;
+            moved = true;
+            resume(fiber, false);
+        }
+        if (!moved) stop("no thread can go on", block_->barrier.waiting, block_->barrier.threads);
+        return moved;
+    }
+
+  private:
+    void prepare(Fiber& fiber, unsigned thread, void (*run)(const void*), const void* kernel) {
+#ifdef ON_HOST_ASAN
+        __asan_unpoison_memory_region(fiber.stack, STACK);  // the last kernel never returned from its outermost frame
+#endif
+        char* const stack = fiber.stack;
+        fiber = Fiber{};
+        fiber.stack = stack;
+        fiber.block = block_.get();
+        fiber.index = {thread, 0, 0};
+        fiber.run = run;
+        fiber.kernel = kernel;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = stack;
+        fiber.context.uc_stack.ss_size = STACK;
+        makecontext(&fiber.context, fiber_main, 0);
+#ifdef ON_HOST_TSAN
+        fiber.tsan_fiber = __tsan_create_fiber(0);
+#endif
+    }
+
+    void finish() {
+        if (!block_) return;
+        std::free(block_->shared_memory);
+        block_.reset();
+#ifdef ON_HOST_TSAN
+        for (Fiber& fiber : fibers_) __tsan_destroy_fiber(fiber.tsan_fiber);
+#endif
+    }
+
+    std::vector<Fiber> fibers_;
+    std::unique_ptr<Block> block_;
+};
+
+// kernel() in every thread of a grid of grid_x * grid_y blocks; returns when all of them are done.
+template <class Kernel>
+void run_grid(std::int64_t grid_x, std::int64_t grid_y, int threads, const Kernel& kernel) {
+#ifdef ON_HOST_TSAN
+    scheduler_tsan = __tsan_get_current_fiber();
+#endif
+    const auto run = [](const void* kernel) { (*static_cast<const Kernel*>(kernel))(); };
+    std::vector<std::unique_ptr<Team>> teams;
+    for (int i = 0; i < BLOCKS_AT_ONCE; ++i) teams.push_back(std::make_unique<Team>(threads));
+    std::int64_t next = 0;
+    for (bool busy = true; busy;) {
+        busy = false;
+        for (const auto& team : teams) {
+            if (team->busy()) {
+                team->step();
+            } else if (next < grid_x * grid_y) {
+                team->start({static_cast<unsigned>(next % grid_x), static_cast<unsigned>(next / grid_x), 0}, run,
+                            &kernel);
+                ++next;
+            } else {
+                continue;
+            }
+            busy = true;
+        }
+    }
+}
+
+// The memory of a block is exactly as large as the kernel asks for, and filled with a pattern that is NaN in float32,
+// so that what nobody wrote shows. The first thread fills it, on behalf of all.
+ON_HOST_INTERNAL inline void* block_memory(std::size_t size) {
+    Block& block = this_block();
+    if (block.shared_memory == nullptr) {
+        if (posix_memalign(&block.shared_memory, 256, size) != 0) stop("no shared memory", 0, 0);
+        std::memset(block.shared_memory, 0xff, size);
+        release(&block);
+    }
+    acquire(&block);
+    return block.shared_memory;
+}
+
+}  // namespace cuda_on_host
+
+#define threadIdx (cuda_on_host::this_thread())
+#define blockIdx (cuda_on_host::this_block().index)
+#define ON_HOST_TEXT(x) #x
+#define ON_HOST_PLACE(file, line) file ":" ON_HOST_TEXT(line)
+#define __syncthreads() cuda_on_host::barrier_at(ON_HOST_PLACE(__FILE__, __LINE__), cuda_on_host::this_block().barrier)
+#define __syncwarp() cuda_on_host::barrier_at(ON_HOST_PLACE(__FILE__, __LINE__), cuda_on_host::warp_barrier())
+
+template <class T>
+T& shared_memory() {
+    return *static_cast<T*>(cuda_on_host::block_memory(sizeof(T)));
+}
+
+inline unsigned __ballot_sync(unsigned, bool predicate) { return cuda_on_host::vote(predicate); }
+
+inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
+
+inline unsigned long long atomicMin(unsigned long long* address, unsigned long long value) {
+    unsigned long long seen = __atomic_load_n(address, __ATOMIC_RELAXED);
+    while (value < seen &&
+           !__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+    return seen;
+}
+
+inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+struct __half {
+    std::uint16_t bits;
+};
+
+struct __nv_bfloat16 {
+    std::uint16_t bits;
+};
+
+inline float __half2float(__half half) {
+    const int exponent = half.bits >> 10 & 31;
+    const int mantissa = half.bits & 1023;
+    const float magnitude = exponent == 31  ? (mantissa == 0 ? INFINITY : NAN)
+                            : exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
+                                            : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+    return half.bits & 0x8000 ? -magnitude : magnitude;
+}
+
+inline float __bfloat162float(__nv_bfloat16 bfloat) {
+    return __uint_as_float(static_cast<unsigned>(bfloat.bits) << 16);
+}

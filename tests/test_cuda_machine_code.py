@@ -1,0 +1,193 @@
+"""What nvcc makes of the CUDA kernels of nearest_codebook: gates on registers, spills, loads and the inner loop.
+
+Needs nvcc, and cuobjdump from the CUDA toolkit or the triton wheel. No GPU: nothing here runs a kernel or times one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DIMS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)  # compiled sizes of nearest_chunk and find_in_chunk
+TYPES = ("float", "__half", "__nv_bfloat16")
+SHARED_BUDGET = 24 * 1024  # bytes per block; with the registers below, what keeps the planned blocks resident
+REGISTER_BUDGET = {4: 128, 3: 168}  # per thread of a block of 128, by blocks per multiprocessor
+
+# The default run looks at the variants of the shipped model and of common codebooks, on one architecture.
+SELECTED = [
+    "nearest_chunk<3, false, float>",
+    "nearest_chunk<4, false, float>",
+    "nearest_chunk<4, true, float>",
+    "nearest_chunk<4, false, __half>",
+    "nearest_chunk<16, false, float>",
+    "find_in_chunk<4, float>",
+    "nearest_tiled<false, float>",
+    "nearest_tiled<true, __nv_bfloat16>",
+]
+ALL = [
+    *[f"nearest_chunk<{d}, {merge}, {t}>" for d in DIMS for merge in ("false", "true") for t in TYPES],
+    *[f"find_in_chunk<{d}, {t}>" for d in DIMS for t in TYPES],
+    *[f"nearest_tiled<{merge}, {t}>" for merge in ("false", "true") for t in TYPES],
+    *[f"{name}<{t}>" for name in ("half_norms", "reset_keys", "keys_to_indices") for t in TYPES],
+]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+    sass: list[str]  # the instructions in order, each from its opcode on
+
+
+def find_cuobjdump() -> str | None:
+    spec = importlib.util.find_spec("triton")
+    bundled = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec and spec.origin else None
+    return shutil.which("cuobjdump") or (str(bundled) if bundled and bundled.exists() else None)
+
+
+def compile_kernels(variants: list[str], architecture: int) -> dict[str, Kernel]:
+    """Each variant by its name, as compiled for sm_<architecture>."""
+    nvcc, cuobjdump = shutil.which("nvcc"), find_cuobjdump()
+    if nvcc is None or cuobjdump is None:
+        pytest.skip(f"needs nvcc (found: {nvcc}) and cuobjdump (found: {cuobjdump})")
+    text = '#include "nearest_codebook.cuh"\nnamespace ldm_fast::nearest {\n'
+    for variant in variants:
+        element = variant[:-1].split("<")[1].split(", ")[-1]
+        text += f"template __global__ void {variant}(Problem<{element}>);\n"
+    with tempfile.TemporaryDirectory() as name:
+        source, cubin = Path(name) / "kernels.cu", Path(name) / "kernels.cubin"
+        source.write_text(text + "}\n")
+        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin"]
+        command += [f"-I{ROOT / 'csrc/cuda'}", str(source), "-o", str(cubin)]
+        compiled = subprocess.run(command, capture_output=True, text=True)
+        assert compiled.returncode == 0, compiled.stderr
+        dumped = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True)
+        assert dumped.returncode == 0, dumped.stderr
+    usage, code = parse_usage(compiled.stdout + compiled.stderr), parse_sass(dumped.stdout)
+    kernels = {}
+    for variant in variants:
+        symbol = next(s for s in usage if s.startswith(mangled_start(variant)))
+        kernels[variant] = Kernel(**usage[symbol], sass=code[symbol])
+    return kernels
+
+
+def mangled_start(variant: str) -> str:
+    """The mangled name as far as the template's arguments: _ZN8ldm_fast7nearest13nearest_chunkILi4ELb0EfEE."""
+    name, arguments = variant[:-1].split("<")
+    types = {"float": "f", "__half": "6__half", "__nv_bfloat16": "13__nv_bfloat16", "false": "Lb0E", "true": "Lb1E"}
+    codes = (types.get(argument, f"Li{argument}E") for argument in arguments.split(", "))
+    return f"_ZN8ldm_fast7nearest{len(name)}{name}I{''.join(codes)}EE"
+
+
+def parse_usage(log: str) -> dict[str, dict[str, int]]:
+    """Registers, shared memory, stack and spills of each kernel from `ptxas -v`."""
+    usage = {}
+    for part in log.split("Compiling entry function '")[1:]:
+        numbers = {}
+        for name, pattern in (
+            ("registers", r"Used (\d+) registers"),
+            ("shared", r"(\d+) bytes smem"),
+            ("stack", r"(\d+) bytes stack frame"),
+            ("spilled", r"(\d+) bytes spill stores"),
+        ):
+            found = re.search(pattern, part)
+            assert found or name == "shared", part
+            numbers[name] = int(found.group(1)) if found else 0
+        usage[part.split("'")[0]] = numbers
+    return usage
+
+
+def parse_sass(text: str) -> dict[str, list[str]]:
+    code = {}
+    for part in text.split("Function : ")[1:]:
+        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", part, flags=re.MULTILINE)
+        code[part.split(maxsplit=1)[0]] = [re.sub(r"^@!?U?P\w+\s+", "", line) for line in lines]
+    return code
+
+
+def opcodes(kernel: Kernel) -> list[str]:
+    return [line.split()[0] for line in kernel.sass]
+
+
+def inner_loop(kernel: Kernel) -> Counter[str]:
+    """Opcodes, without their suffixes, from the first shared-memory read of the scan to the last minimum of a pair.
+
+    The scan is the only place with minima; it begins with the loads that come directly before the first of them.
+    """
+    codes = [code.split(".")[0] for code in opcodes(kernel)]
+    minima = [i for i, code in enumerate(codes) if code.startswith("FMNMX")]
+    assert minima, "no minimum anywhere"
+    start = minima[0]
+    while codes[start - 1] != "BRA" and codes[start - 1] != "BAR":
+        start -= 1
+    return Counter(codes[start : minima[-1] + 1])
+
+
+def check_resources(name: str, kernel: Kernel) -> None:
+    assert (kernel.stack, kernel.spilled) == (0, 0), name
+    assert not any(code.startswith(("LDL", "STL")) for code in opcodes(kernel)), name
+    assert kernel.shared <= SHARED_BUDGET, name
+    found = re.match(r"nearest_chunk<(\d+)", name)
+    blocks = 3 if name.startswith("nearest_tiled") or (found and int(found.group(1)) > 8) else 4
+    assert kernel.registers <= REGISTER_BUDGET[blocks], name
+
+
+def check_loads(name: str, kernel: Kernel) -> None:
+    """The codes come from global memory and from shared memory 16 bytes at a time."""
+    if name.startswith("nearest"):
+        codes = opcodes(kernel)
+        assert any(re.match(r"LDG\.E.*\.128", code) for code in codes), name
+        assert any(re.match(r"LDS.*\.128", code) for code in codes), name
+
+
+def check_atomics(name: str, kernel: Kernel) -> None:
+    """Only the kernels that merge ranges of codes touch memory atomically."""
+    atomics = [code for code in opcodes(kernel) if code.startswith(("ATOM", "RED"))]
+    assert bool(atomics) == ("true" in name), (name, atomics)
+
+
+def check_inner_loop(name: str, kernel: Kernel) -> None:
+    """d multiply-adds and one minimum per pair, and nothing that compares and selects."""
+    found = re.match(r"nearest_chunk<(\d+)", name)
+    if not found:
+        return
+    dim, loop = int(found.group(1)), inner_loop(kernel)
+    # sm_100 can take the minimum of three: one instruction for two pairs.
+    minima = loop["FMNMX"] + 2 * loop["FMNMX3"]
+    assert minima > 0 and loop["FFMA"] + 2 * loop["FFMA2"] == dim * minima, (name, loop)
+    assert not any(code in loop for code in ("FSETP", "FSEL", "SEL", "ISETP") if loop[code] > 2), (name, loop)
+    others = sum(loop.values()) - loop["FFMA"] - loop["FMNMX"] - loop["FFMA2"] - loop["FMNMX3"]
+    assert others <= 0.25 * (dim + 1) * minima, (name, loop)
+
+
+CHECKS = [check_resources, check_loads, check_atomics, check_inner_loop]
+
+
+@pytest.fixture(scope="module")
+def selected():
+    return compile_kernels(SELECTED, 90)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("variant", SELECTED)
+def test_sm_90(variant, check, selected):
+    check(variant, selected[variant])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_every_variant(architecture):
+    for name, kernel in compile_kernels(ALL, architecture).items():
+        for check in CHECKS:
+            check(name, kernel)
