@@ -242,9 +242,7 @@ class _FirstStage(nn.Module):
     def _encode(self, x: Tensor) -> Tensor:
         config = self.config
         if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise ValueError(
-                f"{type(self).__name__}: x must be (B, {config.in_channels}, H, W), got {tuple(x.shape)}"
-            )
+            raise ValueError(f"{type(self).__name__}: x must be (B, {config.in_channels}, H, W), got {tuple(x.shape)}")
         return self.quant_conv(self.encoder(x))
 
     def _decode(self, z: Tensor) -> Tensor:

@@ -3,40 +3,48 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 from pathlib import Path
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """`path` holds either all of `content` or what it held before. Raises OSError with the path.
+    """`path` holds either all of `content` or what it held before, also after a crash. Raises OSError with the path.
 
-    The content goes to a temporary file in the same folder, is flushed to the disk, and takes the name by a rename.
+    The content goes to PATH.tmp in the same folder, is flushed to the disk, and takes the name by a rename.
     """
     path = Path(path)
-    unfinished = None
+    unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
-        with open(handle, "wb") as file:
+        with open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(unfinished, _ordinary_mode(path))
+        if path.exists():
+            shutil.copymode(path, unfinished)
         os.replace(unfinished, path)
     except BaseException as error:
-        if unfinished is not None:
-            Path(unfinished).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise type(error)(error.errno, f"cannot write: {error.strerror}", str(path)) from error
         raise
+    _sync_folder(path.parent)
 
 
-def _ordinary_mode(path: Path) -> int:
-    """The mode of the file replaced, or what a new file gets; mkstemp makes files that only their owner can read."""
-    if path.exists():
-        return path.stat().st_mode & 0o777
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut. Windows cannot open folders, and needs no such thing."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def reason(error: OSError) -> str:
+    """Why it failed, without the path."""
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def check_writable(path: str | Path) -> None:

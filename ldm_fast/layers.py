@@ -169,7 +169,9 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, channels: int, *, factor: int = 4):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, factor * channels), nn.Dropout(0.0), nn.Linear(factor * channels, channels))
+        self.net = nn.Sequential(
+            GEGLU(channels, factor * channels), nn.Dropout(0.0), nn.Linear(factor * channels, channels)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

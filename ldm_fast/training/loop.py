@@ -1,0 +1,361 @@
+"""The loop both stages share: batches, learning rate, progress, metrics, sample grids, checkpoints, resuming.
+
+Nothing random carries over from one step to the next. What step n draws comes from generators seeded by
+(seed, stage, n), the order of epoch e from (seed, stage, e); so a run resumed from the checkpoint of step n is bit for
+bit the run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldm_fast.files import reason, write_atomically
+from ldm_fast.images import write_png
+from ldm_fast.training.checkpoint import CheckpointError, newest_checkpoint, save_checkpoint
+from ldm_fast.training.recipe import LoopConfig, changed_fields
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step and the reason."""
+
+
+class TrainingStopped(Exception):
+    """Training was asked to stop (Ctrl-C, SIGTERM) and did, after writing a checkpoint."""
+
+
+class Stage(Protocol):
+    """What the loop needs of a stage."""
+
+    name: str
+    device: torch.device
+
+    def __len__(self) -> int:
+        """The number of training examples."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything with weights that a checkpoint must hold, EMA included."""
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]: ...
+
+    def extra(self) -> dict[str, Tensor]:
+        """Other tensors that are part of the state; restored in place."""
+
+    def step(self, number: int, batches: list[Tensor], generator: torch.Generator) -> dict[str, float]:
+        """One optimiser step over batches of example numbers; returns metrics, "loss" among them."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on held-out data; must not change the state."""
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """A picture (3, H, W) uint8 that shows how far training is; must not change the state."""
+
+
+def seeded(*what: Any) -> torch.Generator:
+    """A CPU generator whose numbers depend on `what` alone."""
+    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class DataOrder:
+    """An endless stream of example numbers, every epoch a new permutation; any part of it can be asked for."""
+
+    def __init__(self, count: int, *seed: Any):
+        self.count, self.seed = count, seed
+        self._epochs: dict[int, Tensor] = {}
+
+    def _epoch(self, epoch: int) -> Tensor:
+        if epoch not in self._epochs:
+            self._epochs = {e: order for e, order in self._epochs.items() if e >= epoch - 1}
+            self._epochs[epoch] = torch.randperm(self.count, generator=seeded(*self.seed, "epoch", epoch))
+        return self._epochs[epoch]
+
+    def take(self, start: int, size: int) -> Tensor:
+        """Numbers start ... start + size - 1 of the stream, int64 (size,)."""
+        parts = []
+        while size > 0:
+            epoch, within = divmod(start, self.count)
+            part = self._epoch(epoch)[within : within + size]
+            parts.append(part)
+            start, size = start + len(part), size - len(part)
+        return torch.cat(parts)
+
+
+def learning_rate_factor(step: int, config: LoopConfig) -> float:
+    """The learning rate of `step` (from 0) over the peak's: linear warm-up, then constant or half a cosine."""
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.lr_schedule == "constant":
+        return warmup
+    progress = min(1.0, max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+    low = config.final_lr_ratio
+    return warmup * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def update_weights(optimizer: torch.optim.Optimizer, clip: float | None) -> None:
+    """Clips the gradients' norm, steps and forgets the gradients."""
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def run_stage(
+    stage: Stage, config: LoopConfig, seed: int, folder: Path, fingerprint: dict[str, Any], progress: bool, resume: bool
+) -> None:
+    """Trains `stage` up to config.steps in `folder` (checkpoints/, samples/, metrics.jsonl), resuming where it can.
+
+    Raises TrainingError for a loss that is not finite, CheckpointError for a checkpoint that cannot be written or read
+    or that another recipe made, TrainingStopped after SIGINT or SIGTERM.
+    """
+    state = {"metrics": {}, "seconds": 0.0}
+    done = 0
+    if resume and (found := newest_checkpoint(folder / "checkpoints")) is not None:
+        tensors, saved = found
+        _check_unchanged(saved["fingerprint"], fingerprint, folder)
+        restore(stage, tensors)
+        done, state = saved["step"], {key: saved[key] for key in state}
+    elif (folder / "checkpoints").is_dir() and not resume:
+        for old in (folder / "checkpoints").glob("step_*"):
+            old.unlink()
+    log = MetricsLog(folder / "metrics.jsonl", keep_until=done)
+    with torch.random.fork_rng(devices=[]), _stop_requests() as stop:
+        _Loop(stage, config, seed, folder, fingerprint, log, state).run(done, progress, stop)
+
+
+def _check_unchanged(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    changes = changed_fields(before, json.loads(json.dumps(now)))
+    if changes:
+        raise CheckpointError(
+            f"{folder} was trained with another recipe ({'; '.join(changes[:5])}): "
+            "restore the recipe, train in another folder or start again without resuming"
+        )
+
+
+class _Loop:
+    """One stage's run. `state` is what a checkpoint holds besides tensors: sums of the metrics not yet logged as
+    (total, count), and the seconds spent."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: LoopConfig,
+        seed: int,
+        folder: Path,
+        fingerprint: dict[str, Any],
+        log: MetricsLog,
+        state: dict[str, Any],
+    ):
+        self.stage, self.config, self.seed, self.folder = stage, config, seed, folder
+        self.fingerprint, self.log, self.state = fingerprint, log, state
+        self.order = DataOrder(len(stage), seed, stage.name)
+
+    def run(self, done: int, progress: bool, stop: dict[str, bool]) -> None:
+        from tqdm import tqdm
+
+        config, interactive = self.config, sys.stderr.isatty()
+        rate = None
+        with tqdm(
+            total=config.steps,
+            initial=done,
+            desc=self.stage.name.replace("_", " "),
+            unit="step",
+            disable=not progress,
+            mininterval=0.3 if interactive else 30,
+            dynamic_ncols=interactive,
+        ) as bar:
+            for number in range(done, config.steps):
+                start = time.perf_counter()
+                metrics = self._step(number)
+                seconds = time.perf_counter() - start
+                images = config.batch_size * config.accumulate / seconds
+                rate = images if rate is None else 0.95 * rate + 0.05 * images
+                bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate:.0f} images/s", refresh=False)
+                self._after_step(number + 1, metrics, seconds, stop)
+                bar.update()
+
+    def _step(self, number: int) -> dict[str, float]:
+        """Step `number`, counted from 0."""
+        config, stage = self.config, self.stage
+        for optimizer in stage.optimizers().values():
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * learning_rate_factor(number, config)
+        generator = seeded(self.seed, stage.name, "step", number)
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout
+        each, first = config.batch_size, number * config.batch_size * config.accumulate
+        batches = [self.order.take(first + i * each, each) for i in range(config.accumulate)]
+        metrics = stage.step(number, batches, generator)
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{stage.name}: {name} is {value} at step {number + 1}; "
+                    "lower the learning rate or clip gradients (grad_clip); the last checkpoint is unharmed"
+                )
+        return metrics
+
+    def _after_step(self, done: int, metrics: dict[str, float], seconds: float, stop: dict[str, bool]) -> None:
+        """Metrics, samples and checkpoint after `done` steps; everything of a step is written before its checkpoint."""
+        config, last = self.config, done == self.config.steps
+        state = self.state
+        state["seconds"] += seconds
+        for name, value in metrics.items():
+            total, count = state["metrics"].get(name, (0.0, 0))
+            state["metrics"][name] = (total + value, count + 1)
+        start = time.perf_counter()
+        if done % config.log_every == 0 or last:
+            self._log_means(done)
+        if last or (config.evaluate_every and done % config.evaluate_every == 0):
+            values = self.stage.evaluate()
+            if values:
+                self.log.write({"step": done, **values})
+        if last or (config.sample_every and done % config.sample_every == 0):
+            picture = self.stage.sample(seeded(self.seed, self.stage.name, "sample"))
+            self._write_sample(done, picture)
+        state["seconds"] += time.perf_counter() - start
+        stopping = stop["requested"] and not last
+        if last or stopping or done % config.checkpoint_every == 0:
+            self.log.sync()
+            about = {**state, "fingerprint": self.fingerprint}
+            save_checkpoint(self.folder / "checkpoints", done, capture(self.stage), about)
+        if stopping:
+            raise TrainingStopped(
+                f"{self.stage.name} stopped after step {done} of {config.steps}, checkpoint written; "
+                "the same command continues"
+            )
+
+    def _write_sample(self, done: int, picture: Tensor) -> None:
+        path = self.folder / "samples" / f"step_{done:08d}.png"
+        with _full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_png(path, picture.permute(1, 2, 0), {})
+
+    def _log_means(self, done: int) -> None:
+        """Metrics averaged over the steps since the last line."""
+        state, config = self.state, self.config
+        means = {name: total / count for name, (total, count) in state["metrics"].items()}
+        rate = learning_rate_factor(done - 1, config) * config.learning_rate
+        self.log.write({"step": done, **means, "learning_rate": rate, "seconds": round(state["seconds"], 3)})
+        state["metrics"] = {}
+
+
+# What a checkpoint holds
+
+
+def capture(stage: Stage) -> dict[str, Tensor]:
+    """Every tensor of a stage's state under a flat name."""
+    tensors = {}
+    for name, module in stage.modules().items():
+        tensors.update({f"weights/{name}/{key}": value for key, value in module.state_dict().items()})
+    for name, optimizer in stage.optimizers().items():
+        for number, values in optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer/{name}/{number}/{key}": value for key, value in values.items()})
+    tensors.update({f"extra/{name}": value for name, value in stage.extra().items()})
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def restore(stage: Stage, tensors: dict[str, Tensor]) -> None:
+    """Puts what `capture` returned back into the stage. CheckpointError if it belongs to something else."""
+    try:
+        for name, module in stage.modules().items():
+            module.load_state_dict(_under(tensors, f"weights/{name}/"))
+        for name, optimizer in stage.optimizers().items():
+            _restore_optimizer(optimizer, _under(tensors, f"optimizer/{name}/"))
+        for name, value in stage.extra().items():
+            value.copy_(tensors[f"extra/{name}"])
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise CheckpointError(f"the checkpoint does not fit the recipe's {stage.name}: {error}") from error
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """State tensors take the memory layout of their parameter: the fused optimisers read both in memory order."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, key = name.split("/", 1)
+        param = params[int(number)]
+        if tensor.shape == param.shape:
+            tensor = torch.empty_like(param, memory_format=torch.preserve_format).copy_(tensor)
+        state.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+# Files beside the checkpoints
+
+
+class MetricsLog:
+    """One JSON object a line. Lines after `keep_until` (steps a lost part of the run had made) are dropped."""
+
+    def __init__(self, path: Path, keep_until: int):
+        self.path = path
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    if json.loads(line)["step"] <= keep_until:
+                        kept.append(line + "\n")
+        with _full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, "".join(kept).encode())
+
+    def write(self, values: dict[str, Any]) -> None:
+        with _full_disk(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def sync(self) -> None:
+        with _full_disk(self.path), open(self.path, "rb+") as file:
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _full_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {reason(error)}") from error
+
+
+def image_grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
+    """Images (N, 3, H, W) in [-1, 1] side by side -> (3, rows * H, columns * W) uint8 with grey gaps."""
+    count, channels, height, width = images.shape
+    rows = math.ceil(count / columns)
+    grid = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 200, dtype=torch.uint8)
+    values = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    for i, image in enumerate(values):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        grid[:, top : top + height, left : left + width] = image
+    return grid
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[dict[str, bool]]:
+    """Within it SIGINT and SIGTERM set "requested"; a second one does what it always does."""
+    stop = {"requested": False}
+    before: dict[int, Any] = {}
+
+    def request(number: int, frame: Any) -> None:
+        stop["requested"] = True
+        signal.signal(number, before[number])
+
+    with contextlib.suppress(ValueError):  # not the main thread: signals are not ours to take
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,310 @@
+"""Recipes: a training run as one small TOML file, read into frozen dataclasses with typed fields.
+
+The dataclasses are the schema. A field that no dataclass has, a value of the wrong type and a missing field are errors
+that name the place ("second_stage.unet.sample_sise: ... did you mean 'sample_size'?"); no string ever names a class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from ldm_fast.autoencoder import AutoencoderConfig, VQConfig
+from ldm_fast.diffusion import DiffusionConfig
+from ldm_fast.pipeline import Defaults
+from ldm_fast.training.data import DataConfig
+from ldm_fast.unet import UNetConfig
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the field by its dotted path."""
+
+
+def free(default: Any) -> Any:
+    """A field that may change between two parts of one run: it has no influence on the weights."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long, how fast and how often: what the loop needs to know of either stage."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 0
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    final_lr_ratio: float = 0.0  # of the cosine: the last step's learning rate over the peak's
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    grad_clip: float | None = None  # the largest norm of all gradients together
+    accumulate: int = 1  # batches whose gradients are averaged into one step
+    ema_decay: float = 0.9999
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+    checkpoint_every: int = free(500)
+    sample_every: int = free(500)
+    evaluate_every: int = free(500)
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.learning_rate <= 0 or not 0 <= self.ema_decay < 1:
+            raise ValueError("learning_rate must be positive and ema_decay in [0, 1)")
+
+
+@dataclass(frozen=True)
+class FirstStageRecipe:
+    """The autoencoder (a section `vq` or a section `kl`) and its losses; a loss of weight 0 costs nothing."""
+
+    loop: LoopConfig
+    vq: VQConfig | None = None
+    kl: AutoencoderConfig | None = None
+    pixel_loss: Literal["l1", "l2", "l1+l2"] = "l1"
+    lpips_weight: float = 0.0
+    kl_weight: float = 1e-6
+    codebook_weight: float = 1.0  # of the codebook and the commitment loss together
+    quantize_from: int = (
+        0  # steps before it train a plain autoencoder, so that the codebook starts at latents that mean something
+    )
+    init_codebook: bool = True  # at k-means centres of the latents, not at random
+    revive_every: int = 0  # steps after which codes that no latent chose start anew; 0: never
+    revive_until: int | None = None
+    disc_weight: float = 0.0
+    disc_start: int = 0
+    disc_channels: int = 64
+    disc_layers: int = 3
+    disc_learning_rate: float | None = None  # the autoencoder's, where not given
+    shift: int = 0  # augmentation: at random up to so many pixels in each direction
+    horizontal_flip: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.vq is None) == (self.kl is None):
+            raise ValueError("give exactly one of the sections vq and kl")
+
+    @property
+    def model(self) -> AutoencoderConfig:
+        return self.vq if self.vq is not None else self.kl
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoder trained along with the UNet; its vocabulary is the training captions' words."""
+
+    width: int
+    depth: int
+    heads: int = 8
+    head_dim: int = 64
+    max_length: int = 32
+
+
+@dataclass(frozen=True)
+class SecondStageRecipe:
+    """The UNet, its condition and the diffusion loss."""
+
+    unet: UNetConfig
+    loop: LoopConfig
+    condition: Literal["none", "text", "class"] = "text"
+    text: TextConfig | None = None
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    scaling_factor: float | None = None  # 1 / standard deviation of the first batch's latents, where not given
+    condition_dropout: float = 0.1
+    min_snr_gamma: float | None = None
+    stratified_timesteps: bool = False
+    horizontal_flip: bool = False
+    sampling: Defaults = free(Defaults())  # how the exported model, and the grids while it trains, are sampled
+    grid_prompts: tuple[str, ...] = free(())  # of the sample grids; where empty, spread over the data
+    export_half: bool = free(True)  # float16 weights in the exported model
+
+    def __post_init__(self) -> None:
+        if self.condition == "text" and self.text is None:
+            raise ValueError('condition "text" needs the section text')
+        if not 0 <= self.condition_dropout <= 1:
+            raise ValueError(f"condition_dropout must be in [0, 1], got {self.condition_dropout}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    data: DataConfig
+    first_stage: FirstStageRecipe
+    second_stage: SecondStageRecipe
+    seed: int = 0
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A shipped recipe by its name ("emoji") or any recipe by its path ("my/recipe.toml"). RecipeError says what
+    is wrong with it."""
+    path = Path(name_or_path)
+    if path.suffix == ".toml":
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+    else:
+        shipped = shipped_recipes()
+        if str(name_or_path) not in shipped:
+            raise RecipeError(f"no recipe {str(name_or_path)!r}: give {', '.join(shipped)} or the path of a .toml file")
+        text = (_recipe_folder() / f"{name_or_path}.toml").read_text(encoding="utf-8")
+    return parse_recipe(text, str(name_or_path))
+
+
+def parse_recipe(text: str, source: str = "recipe") -> Recipe:
+    """A recipe from TOML text; `source` is what errors call it."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        return from_dict(Recipe, tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{source} is not valid TOML: {error}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}") from error
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in _recipe_folder().iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def _recipe_folder():
+    return resources.files("ldm_fast.training") / "recipes"
+
+
+def from_dict(cls: type, values: dict[str, Any], path: str = "") -> Any:
+    """The dataclass `cls` from nested dictionaries, types checked by its annotations. `path` is what errors prepend."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(fields)}"
+            raise RecipeError(f"{_join(path, name)}: there is no such field; {hint}")
+    for name, f in fields.items():
+        needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if needed and name not in values:
+            raise RecipeError(f"{_join(path, name)}: this field is missing; it is {_describe(hints[name])}")
+    arguments = {name: _convert(value, hints[name], _join(path, name)) for name, value in values.items()}
+    try:
+        return cls(**arguments)
+    except RecipeError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{path or 'recipe'}: {error}") from error
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    """`value` as TOML gives it, checked against the annotation `hint` and turned into what it says."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, hint, path)
+    if origin is Literal:
+        if not any(value == known and type(value) is type(known) for known in arguments):
+            near = difflib.get_close_matches(str(value), map(str, arguments), n=1)
+            hint_text = f"; did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(f"{path}: {value!r} is not {_describe(hint)}{hint_text}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise _wrong_type(value, "a section", path)
+        return from_dict(hint, value, path)
+    if origin in (tuple, list) or hint in (tuple, list):
+        return _convert_sequence(value, hint, path)
+    if origin is dict or hint is dict:
+        if not isinstance(value, dict):
+            raise _wrong_type(value, "a section", path)
+        return {k: _convert(v, arguments[1], _join(path, k)) if arguments else v for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is type(None) or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise _wrong_type(value, _describe(hint), path)
+    return value
+
+
+def _convert_union(value: Any, hint: Any, path: str) -> Any:
+    """The first member of the union that takes the value; the error of the only one, where there is one beside None."""
+    members = [member for member in typing.get_args(hint) if member is not type(None)]
+    if len(members) == 1:
+        return _convert(value, members[0], path)
+    for member in members:
+        try:
+            return _convert(value, member, path)
+        except RecipeError:
+            continue
+    raise _wrong_type(value, _describe(hint), path)
+
+
+def _convert_sequence(value: Any, hint: Any, path: str) -> Any:
+    arguments = typing.get_args(hint)
+    if not isinstance(value, list | tuple):
+        raise _wrong_type(value, _describe(hint), path)
+    kind = typing.get_origin(hint) or hint
+    if kind is list or not arguments or (len(arguments) == 2 and arguments[1] is Ellipsis):
+        each = [arguments[0] if arguments else Any] * len(value)
+    elif len(arguments) != len(value):
+        raise RecipeError(f"{path}: needs {len(arguments)} values, got {len(value)}")
+    else:
+        each = list(arguments)
+    return kind(_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, each, strict=True)))
+
+
+def _wrong_type(value: Any, needed: str, path: str) -> RecipeError:
+    return RecipeError(f"{path}: needs {needed}, got {value!r} ({type(value).__name__})")
+
+
+def _describe(hint: Any) -> str:
+    """An annotation in words a recipe's author knows."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(a) for a in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(a) for a in arguments if a is not type(None))
+    if origin in (tuple, list):
+        return f"a list of {_describe(arguments[0])}"
+    if dataclasses.is_dataclass(hint):
+        return "a section"
+    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(hint, str(hint))
+
+
+def to_dict(value: Any) -> Any:
+    """A dataclass as plain values that JSON can hold."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [to_dict(v) for v in value]
+    if isinstance(value, dict):
+        return {k: to_dict(v) for k, v in value.items()}
+    return value
+
+
+def fingerprint(value: Any, path: str = "") -> dict[str, Any]:
+    """Every field that has an influence on the weights, flat: {"loop.batch_size": 64, ...}."""
+    if not dataclasses.is_dataclass(value):
+        return {path: to_dict(value)}
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(value):
+        if not f.metadata.get("free"):
+            flat.update(fingerprint(getattr(value, f.name), _join(path, f.name)))
+    return flat
+
+
+def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints, as "field: old -> new"."""
+    names = sorted(before.keys() | now.keys())
+    return [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]

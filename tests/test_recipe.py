@@ -1,0 +1,115 @@
+"""Recipes: typed fields, and errors that name the field at fault."""
+
+import dataclasses
+
+import pytest
+
+from ldm_fast.training.recipe import (
+    Recipe,
+    RecipeError,
+    changed_fields,
+    fingerprint,
+    load_recipe,
+    parse_recipe,
+    shipped_recipes,
+    to_dict,
+)
+
+MINIMAL = """
+name = "minimal"
+[data]
+kind = "synthetic"
+size = 16
+[first_stage.vq]
+block_out_channels = [8, 16]
+norm_num_groups = 4
+[first_stage.loop]
+steps = 2
+batch_size = 4
+learning_rate = 1e-3
+[second_stage]
+condition = "none"
+[second_stage.unet]
+block_out_channels = [16]
+down_block_types = ["DownBlock2D"]
+norm_num_groups = 4
+[second_stage.loop]
+steps = 2
+batch_size = 4
+learning_rate = 1
+"""
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_load(name):
+    recipe = load_recipe(name)
+    assert isinstance(recipe, Recipe) and recipe.name == name
+
+
+def test_values_become_what_the_fields_say():
+    recipe = parse_recipe(MINIMAL)
+    assert recipe.first_stage.vq.block_out_channels == (8, 16)
+    assert isinstance(recipe.second_stage.loop.learning_rate, float)
+    assert recipe.first_stage.kl is None and recipe.second_stage.unet.num_attention_heads == 8
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("batch_size = 4", "batchsize = 4", r"first_stage\.loop\.batchsize.*did you mean 'batch_size'"),
+        ("size = 16", "sise = 16", r"data\.sise.*did you mean 'size'"),
+        ("steps = 2", 'steps = "2"', r"first_stage\.loop\.steps: needs a whole number, got '2'"),
+        ("steps = 2", "steps = 2.5", r"first_stage\.loop\.steps: needs a whole number, got 2\.5"),
+        ("steps = 2", "steps = true", r"first_stage\.loop\.steps: needs a whole number, got True"),
+        ("steps = 2", "steps = 0", r"first_stage\.loop: steps must be at least 1"),
+        ("learning_rate = 1e-3", "learning_rate = -1.0", r"learning_rate must be positive"),
+        ("learning_rate = 1e-3", 'learning_rate = "fast"', r"learning_rate: needs a number"),
+        ('kind = "synthetic"', 'kind = "emojis"', r"data\.kind: 'emojis' is not one of.*did you mean 'emoji'"),
+        ('kind = "synthetic"\n', "", r"data\.kind: this field is missing; it is one of"),
+        ("[8, 16]", '[8, "x"]', r"first_stage\.vq\.block_out_channels\[1\]: needs a whole number"),
+        ("[8, 16]", "16", r"block_out_channels: needs a list of a whole number"),
+        ("[8, 16]", "[8, 18]", r"first_stage\.vq: .*norm_num_groups 4 must divide 18"),
+        ("[first_stage.vq]", "[first_stage.vqq]", r"first_stage\.vqq.*did you mean 'vq'"),
+        ('condition = "none"', "", r"second_stage: condition \"text\" needs the section text"),
+        ('name = "minimal"', "", r"name: this field is missing"),
+        ('name = "minimal"', 'name = "minimal', r"not valid TOML"),
+        ('name = "minimal"', 'name = "minimal"\nfirst_stage = 3', r"TOML|first_stage"),
+        (
+            "[second_stage.loop]\nsteps = 2",
+            "[second_stage.loop]\nsteps = 2\nbetas = [0.9]",
+            r"second_stage\.loop\.betas: needs 2 values, got 1",
+        ),
+    ],
+)
+def test_errors_name_the_field(old, new, message):
+    assert old in MINIMAL
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(MINIMAL.replace(old, new, 1), "mine.toml")
+
+
+def test_exactly_one_kind_of_first_stage():
+    with pytest.raises(RecipeError, match="first_stage: give exactly one of the sections vq and kl"):
+        parse_recipe(MINIMAL + "[first_stage.kl]\nblock_out_channels = [32]\n")
+
+
+def test_a_name_that_is_no_recipe_lists_those_that_are(tmp_path):
+    with pytest.raises(RecipeError, match="no recipe 'emojo': give emoji, tiny or the path"):
+        load_recipe("emojo")
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "none.toml")
+
+
+def test_load_by_path_and_round_trip(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(MINIMAL)
+    recipe = load_recipe(path)
+    assert recipe == parse_recipe(MINIMAL)
+    assert to_dict(recipe)["first_stage"]["vq"]["block_out_channels"] == [8, 16]
+
+
+def test_fingerprint_leaves_out_what_has_no_influence():
+    loop = parse_recipe(MINIMAL).first_stage.loop
+    same = dataclasses.replace(loop, checkpoint_every=7)
+    other = dataclasses.replace(loop, batch_size=5)
+    assert fingerprint(loop) == fingerprint(same)
+    assert changed_fields(fingerprint(loop), fingerprint(other)) == ["batch_size: 4 -> 5"]

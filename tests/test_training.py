@@ -1,0 +1,532 @@
+"""Training of both stages: losses, EMA, order of the data, checkpoints, and runs that are killed and resumed."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ldm_fast.autoencoder import AutoencoderConfig
+from ldm_fast.pipeline import LatentDiffusion
+from ldm_fast.training import CheckpointError, DataError, TrainingError, TrainingStopped, export, load_recipe, train
+from ldm_fast.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from ldm_fast.training.data import DataConfig, load_data, synthetic_images
+from ldm_fast.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
+from ldm_fast.training.ema import Ema, decay_at
+from ldm_fast.training.first_stage import FirstStage
+from ldm_fast.training.loop import DataOrder, learning_rate_factor, seeded
+from ldm_fast.training.recipe import LoopConfig
+from ldm_fast.training.second_stage import SecondStage
+
+CPU = torch.device("cpu")
+TINY = load_recipe("tiny")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums do not depend on how many threads a process happens to have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def change(recipe, stage, loop=None, **fields):
+    config = getattr(recipe, stage)
+    config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, **(loop or {})), **fields)
+    return dataclasses.replace(recipe, **{stage: config})
+
+
+# What a run leaves behind, wall-clock fields aside
+
+
+def traces(run_dir):
+    found = {}
+    for stage in ("first_stage", "second_stage"):
+        tensors, state = load_checkpoint(list_checkpoints(run_dir / stage / "checkpoints")[-1])
+        found.update({f"{stage}/{name}": tensor for name, tensor in tensors.items()})
+        found[f"{stage}/state"] = {key: value for key, value in state.items() if key != "seconds"}
+        lines = (run_dir / stage / "metrics.jsonl").read_text().splitlines()
+        found[f"{stage}/metrics"] = [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines]
+        found.update({f"{stage}/{p.name}": p.read_bytes() for p in sorted((run_dir / stage / "samples").iterdir())})
+    model = LatentDiffusion.load(run_dir / "model.safetensors")
+    found.update({f"exported/{name}": tensor for name, tensor in model.state_dict().items()})
+    return found
+
+
+def assert_same_run(run_dir, whole):
+    mine, theirs = traces(run_dir), traces(whole)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        same = torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor) else value == theirs[name]
+        assert same, f"{name} differs from the uninterrupted run"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing interrupts."""
+    torch.set_num_threads(1)
+    run_dir = tmp_path_factory.mktemp("whole")
+    train(TINY, run_dir, progress=False)
+    return run_dir
+
+
+# Trains the tiny recipe and kills itself, as `kill -9` would: argv is the run's folder, what to die in, and at which
+# occasion. A checkpoint's write dies with half of its file on the disk, a clean-up after the rename.
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from ldm_fast.training import checkpoint, first_stage, second_stage, train
+
+run_dir, where, occasion = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+seen = 0
+
+def dying(function, counts=lambda *args: True, last_act=lambda *args: None):
+    def wrapped(*args, **kwargs):
+        global seen
+        seen += counts(*args)
+        if seen == occasion and counts(*args):
+            last_act(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapped
+
+def is_checkpoint(handle):
+    return os.fstat(handle).st_ino in [p.stat().st_ino for p in run_dir.rglob("step_*.safetensors*")]
+
+def cut_in_half(handle):
+    os.ftruncate(handle, os.fstat(handle).st_size // 2)
+
+if where == "first step":
+    first_stage.update_weights = dying(first_stage.update_weights)
+elif where == "second step":
+    second_stage.update_weights = dying(second_stage.update_weights)
+elif where == "write":
+    os.fsync = dying(os.fsync, is_checkpoint, cut_in_half)
+elif where == "clean-up":
+    checkpoint.list_checkpoints = dying(checkpoint.list_checkpoints)
+train("tiny", run_dir, progress=False)
+"""
+
+
+@pytest.mark.parametrize(
+    "where, occasion, stage, done",
+    [
+        ("first step", 13, "first_stage", 6),  # two optimisers from step 5 on: the discriminator's half of step 9
+        ("second step", 5, "second_stage", 3),
+        ("write", 3, "first_stage", 6),  # the third checkpoint of the first stage
+        ("write", 6, "second_stage", 3),
+        ("clean-up", 4, "first_stage", 9),
+    ],
+)
+def test_killed_and_resumed_is_the_same_run(tmp_path, whole, where, occasion, stage, done):
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), where, str(occasion)]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a damaged checkpoint would be one
+        assert newest_checkpoint(tmp_path / stage / "checkpoints")[1]["step"] == done
+    train(TINY, tmp_path, progress=False)
+    assert_same_run(tmp_path, whole)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_writes_a_checkpoint_and_resumes(tmp_path, whole, monkeypatch, number):
+    step = FirstStage.step
+
+    def interrupted(self, done, *arguments):
+        if done == 3:
+            os.kill(os.getpid(), number)
+        return step(self, done, *arguments)
+
+    monkeypatch.setattr(FirstStage, "step", interrupted)
+    before = signal.getsignal(number)
+    with pytest.raises(TrainingStopped, match="first_stage stopped after step 4 of 12"):
+        train(TINY, tmp_path, progress=False)
+    assert signal.getsignal(number) is before
+    monkeypatch.undo()
+    assert newest_checkpoint(tmp_path / "first_stage" / "checkpoints")[1]["step"] == 4
+    train(TINY, tmp_path, progress=False)
+    assert_same_run(tmp_path, whole)
+
+
+def test_more_steps_continue_whatever_the_memory_layout(tmp_path):
+    """channels_last optimiser state comes back in the layout it had, else the fused optimiser mixes up its entries."""
+    loop = {"channels_last": True, "precision": "bf16", "accumulate": 2, "checkpoint_every": 1}
+    short, long = (change(TINY, "first_stage", loop={**loop, "steps": steps}) for steps in (5, 7))
+    train(short, tmp_path / "two parts", stage="first", progress=False)
+    train(long, tmp_path / "two parts", stage="first", progress=False)
+    train(long, tmp_path / "one part", stage="first", progress=False)
+    mine, theirs = (
+        newest_checkpoint(tmp_path / n / "first_stage" / "checkpoints")[0] for n in ("one part", "two parts")
+    )
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine.keys() | theirs.keys())
+
+
+def test_a_finished_run_is_left_as_it_is(whole):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("step_*")}
+    train(TINY, whole, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("step_*")} == before
+
+
+def test_training_does_not_depend_on_the_global_seed(tmp_path, whole):
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    train(TINY, tmp_path, stage="first", progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    mine = newest_checkpoint(tmp_path / "first_stage" / "checkpoints")[0]
+    theirs = newest_checkpoint(whole / "first_stage" / "checkpoints")[0]
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_changed_recipe_is_named(whole):
+    with pytest.raises(CheckpointError, match=r"second_stage\.loop\.learning_rate: 0\.001 -> 0\.1"):
+        train(change(TINY, "second_stage", loop={"learning_rate": 0.1}), whole, progress=False)
+    train(change(TINY, "second_stage", loop={"checkpoint_every": 5}), whole, progress=False)
+
+
+def test_another_first_stage_is_refused(tmp_path, whole):
+    other = dataclasses.replace(TINY, seed=1)
+    train(other, tmp_path, stage="first", progress=False)
+    with pytest.raises(CheckpointError, match="trained on another first stage"):
+        export(TINY, whole, tmp_path / "model.safetensors", first_stage=tmp_path)
+
+
+def test_second_stage_needs_a_first_that_is_finished(tmp_path, whole):
+    with pytest.raises(CheckpointError, match="is at step 12 of 13: train it to the end"):
+        train(change(TINY, "first_stage", loop={"steps": 13}), whole, stage="second", progress=False)
+    with pytest.raises(CheckpointError, match="there is no first stage"):
+        train(TINY, tmp_path, stage="second", progress=False)
+    path = train(TINY, tmp_path, stage="second", first_stage=whole, progress=False)
+    mine, theirs = (LatentDiffusion.load(p).state_dict() for p in (path, whole / "model.safetensors"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+# Checkpoints
+
+
+def saved(folder, step, value):
+    return save_checkpoint(folder, step, {"w": torch.full((1000,), value)}, {"note": value})
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "empty"])
+def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path, harm):
+    saved(tmp_path, 1, 1.0)
+    path = saved(tmp_path, 2, 2.0)
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes({"truncate": content[:-100], "flip": content, "empty": b""}[harm])
+    with pytest.warns(UserWarning, match=r"step_00000002\.safetensors"):
+        tensors, state = newest_checkpoint(tmp_path)
+    assert state == {"note": 1.0, "step": 1} and tensors["w"].unique().tolist() == [1.0]
+
+
+def test_the_last_two_are_kept(tmp_path):
+    for step in (1, 2, 3, 10):
+        saved(tmp_path, step, float(step))
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step_00000003.safetensors",
+        "step_00000010.safetensors",
+    ]
+
+
+def test_no_readable_checkpoint_is_an_error(tmp_path):
+    saved(tmp_path, 1, 1.0).write_bytes(b"nothing")
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="no checkpoint in"):
+        newest_checkpoint(tmp_path)
+    assert newest_checkpoint(tmp_path / "none") is None
+
+
+def test_a_full_disk_while_writing(tmp_path, monkeypatch):
+    path = saved(tmp_path, 1, 1.0)
+    before = path.read_bytes()
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device") as caught:
+        saved(tmp_path, 2, 2.0)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+
+
+def test_a_write_that_ends_in_the_middle(tmp_path):
+    """A limit on file sizes stops the write half-way, as a disk that runs full does."""
+    path = saved(tmp_path, 1, 1.0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not write the checkpoint"):
+            saved(tmp_path, 2, 2.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == [path] and newest_checkpoint(tmp_path)[1]["step"] == 1
+
+
+def test_a_checkpoint_of_another_model_does_not_fit(tmp_path):
+    saved(tmp_path / "first_stage" / "checkpoints", 3, 1.0)
+    with pytest.raises((CheckpointError, KeyError)):
+        train(TINY, tmp_path, stage="first", progress=False)
+
+
+# The loop's parts
+
+
+def test_every_epoch_shows_every_example_once():
+    order = DataOrder(7, 0, "stage")
+    stream = torch.cat([order.take(i * 3, 3) for i in range(14)])  # six epochs in batches that cross their borders
+    for epoch in stream.reshape(6, 7):
+        assert sorted(epoch.tolist()) == list(range(7))
+    assert not torch.equal(stream[:7], stream[7:14])
+    assert torch.equal(DataOrder(7, 0, "stage").take(10, 5), stream[10:15])
+    assert not torch.equal(DataOrder(7, 1, "stage").take(0, 7), stream[:7])
+
+
+def test_learning_rate_warms_up_and_follows_the_cosine():
+    loop = LoopConfig(
+        steps=110, batch_size=1, learning_rate=1.0, warmup_steps=10, lr_schedule="cosine", final_lr_ratio=0.1
+    )
+    assert learning_rate_factor(0, loop) == pytest.approx(1 / 11)
+    assert learning_rate_factor(10, loop) == 1
+    assert learning_rate_factor(60, loop) == pytest.approx(0.55)
+    assert learning_rate_factor(110, loop) == pytest.approx(0.1)
+    assert learning_rate_factor(60, dataclasses.replace(loop, lr_schedule="constant")) == 1
+
+
+def test_ema_follows_the_formula():
+    followed = nn.Linear(2, 1, bias=False)
+    followed.weight.data.fill_(0.0)
+    ema, expected = Ema(followed, decay=0.5), 0.0
+    for n, weight in enumerate([1.0, 2.0, -1.0, 5.0, 3.0, 0.5, 0.25, 4.0, 4.0, 4.0]):
+        followed.weight.data.fill_(weight)
+        ema.update(n)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * weight
+        assert ema.module.weight.tolist()[0] == pytest.approx([expected, expected], rel=1e-6)
+    assert decay_at(10**9, 0.9999) == 0.9999 and not ema.module.weight.requires_grad
+
+
+def test_adaptive_weight_by_hand():
+    """Two losses linear in the last layer w have gradients a and b: the weight is |a| / (|b| + 1e-4)."""
+    weight = nn.Parameter(torch.zeros(2))
+    a, b = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.5])
+    assert float(adaptive_weight(weight @ a, weight @ b, weight)) == pytest.approx(5 / 0.5001, rel=1e-6)
+    assert float(adaptive_weight(weight @ a, weight @ (b * 0), weight)) == 1e4
+    assert weight.grad is None
+
+
+def test_hinge_loss_by_hand():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.0])
+    assert float(hinge_loss(real, fake)) == pytest.approx(0.5 * (0.25 + 0.5))
+
+
+def test_the_discriminator_sees_patches():
+    assert PatchDiscriminator(8, 3)(torch.zeros(2, 3, 64, 64)).shape == (2, 1, 6, 6)
+
+
+# The stages
+
+
+def test_the_discriminator_waits_for_disc_start():
+    stage = FirstStage(TINY.first_stage, synthetic_images(16), 0, CPU)
+    weights = [p for p in stage.discriminator.parameters() if p.ndim == 4]
+    before = [w.detach().clone() for w in weights]
+    metrics = stage.step(3, [torch.arange(4)], seeded(0))
+    assert "adaptive" not in metrics
+    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+    metrics = stage.step(4, [torch.arange(4)], seeded(0))
+    assert metrics["adaptive"] > 0
+    assert not any(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+
+
+def test_weight_zero_leaves_the_discriminator_out():
+    recipe = change(TINY, "first_stage", disc_weight=0.0).first_stage
+    stage = FirstStage(recipe, synthetic_images(16), 0, CPU)
+    assert stage.discriminator is None and list(stage.modules()) == ["model", "ema", "logvar"]
+
+
+def test_dead_codes_start_anew_in_the_average_too():
+    stage = FirstStage(TINY.first_stage, synthetic_images(16), 0, CPU)
+    stage.step(0, [torch.arange(4)], seeded(0))
+    parameter = stage.model.quantize.embedding.weight
+    codebook = parameter.detach()
+    codebook[5:] = 1e3  # nothing will choose these
+    stage.counts.zero_()
+    for number in range(1, 5):
+        stage.step(number, [torch.arange(4)], seeded(number))
+    assert float(codebook.max()) < 100 and int(stage.counts.sum()) == 0
+    revived = torch.isclose(stage.ema.module.quantize.embedding.weight, codebook).all(dim=1)
+    assert int(revived[5:].sum()) == 27
+    assert float(stage.optimizer.state[parameter]["exp_avg"][5:].abs().max()) == 0
+
+
+def test_kl_loss_by_hand():
+    kl = AutoencoderConfig(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False
+    )
+    recipe = change(TINY, "first_stage", vq=None, kl=kl, disc_weight=0.0, kl_weight=0.25, shift=0).first_stage
+    stage = FirstStage(recipe, synthetic_images(16), 0, CPU)
+    stage.logvar["logvar"].data.fill_(0.5)
+    images = stage.data.batch(torch.arange(4))
+    loss, reconstruction, _ = stage._generator_loss(images, seeded(3), adversarial=False)
+    again, posterior = stage.model(images, seeded(3))
+    pixel = ((again - images).abs() / math.exp(0.5) + 0.5).sum() / 4
+    assert torch.equal(again, reconstruction)
+    assert float(loss.detach()) == pytest.approx(float((pixel + 0.25 * posterior.kl().mean()).detach()), rel=1e-5)
+    loss.backward()
+    assert stage.logvar["logvar"].grad is not None
+
+
+@pytest.fixture(scope="module")
+def second_stage():
+    first = FirstStage(TINY.first_stage, synthetic_images(16), 0, CPU)
+    return SecondStage(TINY.second_stage, first.ema.module, synthetic_images(16), 0, CPU)
+
+
+def test_scaling_factor_is_one_over_the_first_batchs_deviation(second_stage):
+    first = DataOrder(len(second_stage), 0, "second_stage").take(0, 4)
+    z = second_stage.first_stage.encode(second_stage.data.batch(first)).latents
+    assert float(second_stage.scaling_factor) == pytest.approx(1 / float(z.std()), rel=1e-5)
+
+
+def test_stratified_timesteps_cover_the_range(second_stage):
+    t = second_stage._timesteps(10, seeded(0))
+    assert (t // 100).tolist() == list(range(10))
+
+
+def test_dropped_conditions_are_the_empty_caption(second_stage):
+    kept = second_stage.conditions.clone()
+    dropped = second_stage._dropped(second_stage.conditions, torch.zeros(2000, dtype=torch.int64), seeded(0))
+    empty = (dropped == second_stage.model["condition"].tokenizer("")).all(dim=1)
+    assert 0.05 < float(empty.float().mean()) < 0.15
+    assert torch.equal(dropped[~empty], kept[:1].expand(int((~empty).sum()), -1))
+    assert torch.equal(second_stage.conditions, kept)
+
+
+def test_second_stage_loss_by_hand(second_stage):
+    index = torch.arange(4)
+    z = second_stage.latents.take(index, seeded(0))
+    second_stage.model.eval()
+    loss = second_stage._loss(second_stage.model, z, second_stage.conditions[index], seeded(7))
+    generator, schedule = seeded(7), second_stage.schedule
+    t = second_stage._timesteps(4, generator)
+    noise = torch.randn(z.shape, generator=generator)
+    z_0 = z * float(second_stage.scaling_factor)
+    alpha = schedule.alphas_cumprod[t].float()[:, None, None, None]
+    z_t = alpha.sqrt() * z_0 + (1 - alpha).sqrt() * noise
+    context = second_stage.model["condition"]([second_stage.data.captions[i] for i in range(4)])
+    v = second_stage.model["unet"](z_t, t, context).sample
+    error = (v - (alpha.sqrt() * noise - (1 - alpha).sqrt() * z_0)).square().mean(dim=(1, 2, 3))
+    snr = (alpha / (1 - alpha)).flatten()
+    expected = (error * snr.clamp(max=5.0) / (snr + 1)).mean()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_accumulation_averages_gradients(monkeypatch):
+    """Two batches in one step leave the mean of the gradients that each has alone."""
+    from ldm_fast.training import first_stage as module
+
+    recipe = change(TINY, "first_stage", disc_weight=0.0, shift=0, init_codebook=False).first_stage
+    gradients = []
+
+    def record(optimizer, clip):
+        gradients.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
+        optimizer.zero_grad()
+
+    monkeypatch.setattr(module, "update_weights", record)
+    stage = FirstStage(recipe, synthetic_images(16), 0, CPU)
+    first, second = torch.arange(4), torch.arange(4, 8)
+    for batches in ([first, second], [first], [second]):
+        stage.step(1, batches, seeded(0))
+    together, *alone = gradients
+    for mean, a, b in zip(together, *alone, strict=True):
+        torch.testing.assert_close(mean, (a + b) / 2)
+
+
+VARIANTS = {
+    "class": {"condition": "class", "text": None},
+    "unconditional": {"condition": "none", "text": None},
+    "flip": {"horizontal_flip": True},
+    "eps": {"diffusion": dataclasses.replace(TINY.second_stage.diffusion, prediction_type="epsilon")},
+    "x0": {"diffusion": dataclasses.replace(TINY.second_stage.diffusion, prediction_type="sample")},
+    "bf16": {"loop": {"precision": "bf16", "channels_last": True, "accumulate": 2}},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_the_recipe_train_and_generate(tmp_path, name):
+    fields = dict(VARIANTS[name])
+    loop = {"steps": 2, **fields.pop("loop", {})}
+    for i in range(6):
+        file = tmp_path / "data" / ("dog" if i % 2 else "cat") / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (40 * i, 255 - 40 * i, 90)).save(file)
+    recipe = change(TINY, "first_stage", loop={**loop, "steps": 2})
+    unet = recipe.second_stage.unet
+    if name == "unconditional":
+        fields["unet"] = dataclasses.replace(
+            unet, down_block_types=("DownBlock2D", "AttnDownBlock2D"), mid_block_type="UNetMidBlock2D"
+        )
+    if name in ("class", "unconditional"):
+        fields["sampling"] = dataclasses.replace(recipe.second_stage.sampling, guidance=2.0 if name == "class" else 1.0)
+        recipe = dataclasses.replace(recipe, data=DataConfig("folder", 16, path=str(tmp_path / "data")))
+    recipe = change(recipe, "second_stage", loop=loop, **fields)
+    path = train(recipe, tmp_path / "run", progress=False)
+    prompts = {"class": [0, 1], "unconditional": 2}.get(name, ["red square", "blue disc"])
+    assert LatentDiffusion.load(path).generate(prompts).shape == (2, 16, 16, 3)
+
+
+def test_a_kl_first_stage_trains_through(tmp_path):
+    kl = AutoencoderConfig(block_out_channels=(8, 16, 16), layers_per_block=1, latent_channels=3, norm_num_groups=4)
+    recipe = change(TINY, "first_stage", loop={"steps": 6}, vq=None, kl=kl, kl_weight=1e-6)
+    recipe = change(recipe, "second_stage", loop={"steps": 2})
+    whole = LatentDiffusion.load(train(recipe, tmp_path, progress=False))
+    assert type(whole.first_stage).__name__ == "AutoencoderKL"
+    first = [json.loads(line) for line in (tmp_path / "first_stage" / "metrics.jsonl").read_text().splitlines()]
+    assert first[0]["kl"] > 0 and "psnr" in first[-1]
+
+
+# Bad input
+
+
+def test_a_loss_that_is_not_finite_names_the_step(tmp_path, monkeypatch):
+    step = FirstStage.step
+    monkeypatch.setattr(
+        FirstStage, "step", lambda self, n, *a: {**step(self, n, *a), "loss": math.nan if n == 7 else 1}
+    )
+    with pytest.raises(TrainingError, match="first_stage: loss is nan at step 8"):
+        train(TINY, tmp_path, progress=False)
+    assert newest_checkpoint(tmp_path / "first_stage" / "checkpoints")[1]["step"] == 6
+
+
+def test_sizes_and_channels_that_do_not_fit():
+    with pytest.raises(DataError, match=r"data\.size 18 is no multiple .* f = 4"):
+        FirstStage(TINY.first_stage, synthetic_images(18), 0, CPU)
+    first = FirstStage(TINY.first_stage, synthetic_images(16), 0, CPU)
+    unet = dataclasses.replace(TINY.second_stage.unet, in_channels=4)
+    with pytest.raises(DataError, match="4 input and 3 output channels; the first stage's latents have 3"):
+        SecondStage(dataclasses.replace(TINY.second_stage, unet=unet), first.ema.module, synthetic_images(16), 0, CPU)
+
+
+def test_captions_are_needed_for_text(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    data = load_data(DataConfig("folder", 16, path=str(tmp_path)))
+    first = FirstStage(TINY.first_stage, data, 0, CPU)
+    with pytest.raises(DataError, match="have no captions"):
+        SecondStage(TINY.second_stage, first.ema.module, data, 0, CPU)
