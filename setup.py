@@ -114,7 +114,10 @@ def ninja_build(folder, compiler, link_flags, objects, target):
         command = ["ninja"]
     run([*command, "-C", str(folder)], f"compiling {target.name.split('.')[0]}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / target.name, target)
+    # By a rename: a process that has the old module mapped keeps it.
+    unfinished = target.with_name(f"{target.name}.tmp")
+    shutil.copyfile(folder / target.name, unfinished)
+    os.replace(unfinished, target)
 
 
 def build_cpu(folder, target):

@@ -73,8 +73,6 @@ def _why_not(op: str, impl: str, args: tuple[Any, ...]) -> str | None:
     module = _module(op, impl)
     if isinstance(module, str):
         return module
-    if not hasattr(module, op):
-        return f"{impl} has no {op} yet"
     return module.unavailable() or getattr(module, f"{op}_unsupported")(*args)
 
 
@@ -105,10 +103,8 @@ def _check_impl(op: str, impl: str | None) -> str:
     return impl or ""
 
 
-def _check_floating(op: str, **tensors: Tensor | None) -> None:
+def _check_floating(op: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
@@ -124,6 +120,18 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
     for device in ("CPU", "CUDA"):
         _library.impl(name, run, device)
     torch.library.register_fake(f"ldm_fast::{name}", fake, lib=_library)
+
+
+def _register_autograd(op: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+    torch.library.register_autograd(f"ldm_fast::{op}", backward, setup_context=setup, lib=_library)
+
+    def second(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{op}: has no second derivative (for a gradient penalty, write it out in PyTorch's own ops)"
+        )
+
+    # without this, PyTorch would take the backward pass for a constant: a warning and zeros
+    torch.library.register_autograd(f"ldm_fast::{op}_backward", second, lib=_library)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -173,6 +181,8 @@ def attention(
         raise TypeError(f"attention: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if k.device != q.device or v.device != q.device:
         raise ValueError(f"attention: q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"attention: scale must be a number, got {type(scale).__name__}")
     if mask is not None:
         mask = _check_mask(mask, q, k)
     q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
@@ -224,10 +234,8 @@ def _attention_backward(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    gradients = _run_backward(
-        "attention", impl, (q, k, v, mask, scale), (grad, q, k, v, mask, scale, out, lse)
-    )
-    return tuple(_dense(g) for g in gradients)
+    gradients = _run_backward("attention", impl, (q, k, v, mask, scale), (grad, q, k, v, mask, scale, out, lse))
+    return tuple(gradient.contiguous() for gradient in gradients)
 
 
 def _attention_backward_fake(grad, q, k, v, mask, scale, out, lse, impl):
@@ -236,10 +244,6 @@ def _attention_backward_fake(grad, q, k, v, mask, scale, out, lse, impl):
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.contiguous()
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -265,9 +269,7 @@ _define(
     _attention_backward,
     _attention_backward_fake,
 )
-torch.library.register_autograd(
-    "ldm_fast::attention", _attention_autograd, setup_context=_attention_setup, lib=_library
-)
+_register_autograd("attention", _attention_autograd, _attention_setup)
 
 
 # ---- group_norm_silu -------------------------------------------------------------------------------------------------
@@ -305,10 +307,13 @@ def group_norm_silu(
         ValueError: shapes do not fit, or the implementation named cannot run these inputs.
     """
     impl = _check_impl("group_norm_silu", impl)
-    _check_floating("group_norm_silu", x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    optional = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
+    _check_floating("group_norm_silu", x=x, **{name: t for name, t in optional.items() if t is not None})
     if not 2 <= x.ndim <= 5:
         raise ValueError(f"group_norm_silu: x must be (B, C, *spatial) with 0 to 3 spatial dims, got {tuple(x.shape)}")
     batch, channels = x.shape[:2]
+    if not isinstance(num_groups, int):
+        raise TypeError(f"group_norm_silu: num_groups must be an integer, got {num_groups!r}")
     if num_groups < 1 or channels % num_groups != 0:
         raise ValueError(f"group_norm_silu: num_groups must divide the {channels} channels of x, got {num_groups}")
     if activation not in ("silu", None):
@@ -411,19 +416,18 @@ _define(
     _group_norm_silu_backward,
     _group_norm_silu_backward_fake,
 )
-torch.library.register_autograd(
-    "ldm_fast::group_norm_silu", _group_norm_silu_autograd, setup_context=_group_norm_silu_setup, lib=_library
-)
+_register_autograd("group_norm_silu", _group_norm_silu_autograd, _group_norm_silu_setup)
 
 
 # ---- nearest_codebook ------------------------------------------------------------------------------------------------
 
 
 def nearest_codebook(z: Tensor, codebook: Tensor, *, impl: str | None = None) -> Tensor:
-    """The index of the code nearest to each vector, argmin_k ‖z_n - e_k‖² (van den Oord et al., arXiv:1711.00937, eq. 1).
+    """The index of the nearest code to each vector, argmin_k ‖z_n - e_k‖² (van den Oord et al., arXiv:1711.00937).
 
-    The distance is evaluated as ½‖e_k‖² - ⟨z_n, e_k⟩, in float32 with fused multiply-adds in index order (the reference:
-    in float64). Equal distances give the lowest index; a NaN distance never wins; a row of nothing but NaN gives 0.
+    The distance is evaluated as ½‖e_k‖² - ⟨z_n, e_k⟩, in float32 with fused multiply-adds in index order (by the
+    reference in float64). Equal distances give the lowest index; a NaN distance never wins; a row of nothing but NaN
+    gives 0.
 
     Args:
         z: (N, d), or a channel-first map (B, d, H, W). float32, float16 or bfloat16 (float64: reference only).

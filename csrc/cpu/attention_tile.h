@@ -73,16 +73,18 @@ inline void score(const float* q, const float* keys, int64_t cells, float scale,
         for (int v = 0; v < V; ++v) store(scores + r * scores_stride + v * W, sums[r][v] * scale, Full{});
 }
 
-// out[r] = factor[r] · out[r] + Σ_k p[r][k] · value_k for V vectors of columns.
+// out[r] = factor[r] · out[r] + Σ_k p[r][k] · value_k for V vectors of columns. The sum starts at zero, not at what is
+// there: a chain of roundings is then as long as a chunk, not as long as the sequence.
 template <class Cells, int V>
 inline void accumulate(const float* p, int64_t p_stride, const float* values, int64_t values_step, int64_t cells,
                        const float* factor, float* out, int64_t out_stride) {
-    F sums[ROWS][V];
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < V; ++v) sums[r][v] = load(out + r * out_stride + v * W, Full{}) * factor[r];
+    F sums[ROWS][V] = {};
     multiply<Cells, V>(p, p_stride, values, values_step, W, cells, sums);
     for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < V; ++v) store(out + r * out_stride + v * W, sums[r][v], Full{});
+        for (int v = 0; v < V; ++v) {
+            float* const to = out + r * out_stride + v * W;
+            store(to, fused(load(to, Full{}), set(factor[r]), sums[r][v]), Full{});
+        }
 }
 
 template <class Cells>
