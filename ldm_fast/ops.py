@@ -7,6 +7,7 @@ opaque node. Which implementation runs is decided inside that node, by the one t
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -49,7 +50,8 @@ def use_impl(name: str | None) -> Iterator[None]:
     """Inside the `with` block every op with `impl=None` runs `name`: "triton", "cuda", "cpu" or "reference".
 
     An op that has no implementation of that name (nearest_codebook has no "triton") chooses as usual; one that has it
-    but cannot run it here raises, as an explicit `impl=` would. The setting is one per process, not one per thread.
+    but cannot run it here raises, as an explicit `impl=` would. A backward pass obeys the setting of the moment it runs
+    in. The setting is one per process, not one per thread.
     """
     global _forced
     if name is not None and name not in IMPLEMENTATION_NAMES:
@@ -61,19 +63,27 @@ def use_impl(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
+@functools.cache
 def _module(op: str, impl: str) -> ModuleType | str:
-    """The module that implements `op`, or the reason why it cannot be imported."""
+    """The module that implements `op`, or the reason why it can run nothing in this process.
+
+    A package is asked before what is in it: the Triton kernels are not imported where none could run.
+    """
+    path = IMPLEMENTATIONS[op][impl]
     try:
-        return importlib.import_module(IMPLEMENTATIONS[op][impl])
+        for name in (path.rpartition(".")[0], path):
+            module = importlib.import_module(name)
+            reason = module.unavailable() if hasattr(module, "unavailable") else None
+            if reason is not None:
+                return reason
     except ImportError as error:
         return f"cannot be imported: {error}"
+    return module
 
 
 def _why_not(op: str, impl: str, args: tuple[Any, ...]) -> str | None:
     module = _module(op, impl)
-    if isinstance(module, str):
-        return module
-    return module.unavailable() or getattr(module, f"{op}_unsupported")(*args)
+    return module if isinstance(module, str) else getattr(module, f"{op}_unsupported")(*args)
 
 
 def _choose(op: str, impl: str, args: tuple[Any, ...]) -> str:
@@ -88,13 +98,13 @@ def _choose(op: str, impl: str, args: tuple[Any, ...]) -> str:
 
 
 def _run(op: str, impl: str, args: tuple[Any, ...]) -> Any:
-    return getattr(importlib.import_module(IMPLEMENTATIONS[op][_choose(op, impl, args)]), op)(*args)
+    return getattr(_module(op, _choose(op, impl, args)), op)(*args)
 
 
 def _run_backward(op: str, impl: str, forward_args: tuple[Any, ...], backward_args: tuple[Any, ...]) -> Any:
     name = _choose(op, impl, forward_args)
     name = BACKWARD.get((op, name), name)
-    return getattr(importlib.import_module(IMPLEMENTATIONS[op][name]), f"{op}_backward")(*backward_args)
+    return getattr(_module(op, name), f"{op}_backward")(*backward_args)
 
 
 def _check_impl(op: str, impl: str | None) -> str:

@@ -1,0 +1,142 @@
+"""attention against PyTorch's: scaled_dot_product_attention, its math variant, and three eager ops.
+
+    python benchmarks/attention.py [--dtype bfloat16] [--shape 4096x77x40] [--backward] [--compile]
+
+The shapes are those of Stable Diffusion 1.x and XL at batch 2 and of a first stage at 512². A result counts as right if
+its error against float64 is at most twice that of scaled_dot_product_attention in the same dtype, plus rounding.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from harness import OURS, Bench, add_impl_option, implementation, judge, largest_error, parser, too_large
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ldm_fast import ops
+from ldm_fast.testing import TOLERANCE, Attention, bytes_moved, flops, make_inputs
+
+TINY = (Attention(2, 2, 33, 77, 40, layout="heads_last"), Attention(1, 1, 40, 40, 64, layout="heads_last"))
+PEER_SLACK = 64  # times TOLERANCE: what a peer may be off, whose softmax may be computed in its own dtype
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def sdpa_by(backend: SDPBackend) -> Callable[..., Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(q, k, v)
+
+    return attention
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, *, mask: None = None, scale: None = None) -> Tensor:
+    """In float64, one head at a time: (B, H, N, D)."""
+    q, k, v = (t.double() for t in (q, k, v))
+    heads = [[eager(*(t[b, h] for t in (q, k, v))) for h in range(q.shape[1])] for b in range(q.shape[0])]
+    return torch.stack([torch.stack(row) for row in heads])
+
+
+def peers(bench: Bench, case: Attention, dtype: torch.dtype) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
+    """The peers for this case, and those that it is too large for."""
+    found: dict[str, Callable[..., Tensor]] = {"SDPA": sdpa}
+    if bench.device.type == "cuda":
+        found["SDPA flash"] = sdpa_by(SDPBackend.FLASH_ATTENTION)
+        found["SDPA efficient"] = sdpa_by(SDPBackend.EFFICIENT_ATTENTION)
+        found["SDPA cuDNN"] = sdpa_by(SDPBackend.CUDNN_ATTENTION)
+    found |= {"SDPA math": sdpa_by(SDPBackend.MATH), "eager": eager}
+    if bench.options.compile:
+        found["eager, torch.compile"] = torch.compile(eager)
+    scores = case.B * case.H * case.N * case.M
+    reason = too_large(3 * scores * 4, bench.device)
+    skipped = {name: reason for name in found if "eager" in name or "math" in name} if reason else {}
+    return {name: function for name, function in found.items() if name not in skipped}, skipped
+
+
+def forward_row(bench: Bench, case: Attention, dtype: torch.dtype) -> None:
+    inputs = make_inputs("attention", case, dtype, bench.device)
+    q, k, v = (inputs[key] for key in "qkv")
+    who = implementation("attention", bench.options.impl, q, k, v, None, case.D**-0.5)
+    functions, skipped = peers(bench, case, dtype)
+    truth = exact(q, k, v)
+    allowed = 2 * largest_error(sdpa(q, k, v), truth) + TOLERANCE[dtype]
+
+    def verify(name: str, out: Tensor) -> object:
+        return judge({"out": largest_error(out, truth)}, allowed if name == OURS else PEER_SLACK * TOLERANCE[dtype])
+
+    contenders = {OURS: lambda: ops.attention(q, k, v, impl=bench.options.impl)}
+    contenders |= {name: lambda function=function: function(q, k, v) for name, function in functions.items()}
+    bench.row(
+        str(case),
+        str(dtype).removeprefix("torch."),
+        contenders,
+        verify,
+        implementation=who,
+        flops=flops("attention", case),
+        moved=bytes_moved("attention", case, dtype),
+        skipped=skipped,
+    )
+
+
+def backward_row(bench: Bench, case: Attention, dtype: torch.dtype) -> None:
+    """The backward pass alone. Its matrix products are five against two of the forward pass."""
+    functions, skipped = peers(bench, case, dtype)
+    leaves = [make_inputs("attention", case, dtype, bench.device)[key].detach().requires_grad_() for key in "qkv"]
+    who = implementation("attention", bench.options.impl, *leaves, None, case.D**-0.5)
+    who = ops.BACKWARD.get(("attention", who), who)
+    grad = torch.randn(case.B, case.N, case.H, case.D, device=bench.device).to(dtype).transpose(1, 2)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    truth = torch.autograd.grad(exact(*doubles), doubles, grad.double())
+
+    def backward(function: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        out = function(*leaves)
+        return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+    def errors(gradients: tuple[Tensor, ...]) -> dict[str, float]:
+        return {name: largest_error(g, t) for name, g, t in zip(("dq", "dk", "dv"), gradients, truth, strict=True)}
+
+    allowed = 2 * max(errors(backward(sdpa)()).values()) + TOLERANCE[dtype]
+
+    def verify(name: str, gradients: tuple[Tensor, ...]) -> object:
+        return judge(errors(gradients), allowed if name == OURS else PEER_SLACK * TOLERANCE[dtype])
+
+    contenders = {OURS: backward(lambda q, k, v: ops.attention(q, k, v, impl=bench.options.impl))}
+    contenders |= {name: backward(function) for name, function in functions.items()}
+    bench.row(
+        f"{case} backward",
+        str(dtype).removeprefix("torch."),
+        contenders,
+        verify,
+        implementation=who,
+        flops=flops("attention", case) * 5 // 2,
+        moved=2 * bytes_moved("attention", case, dtype),
+        skipped=skipped,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    p = parser(__doc__, dtypes=("float32", "bfloat16"))
+    add_impl_option(p, "attention")
+    p.add_argument("--backward", action="store_true", help="the backward pass of each shape, too")
+    bench = Bench("attention", p.parse_args(arguments))
+    for case in bench.cases("attention", TINY):
+        for dtype in bench.options.dtype:
+            with torch.no_grad():
+                forward_row(bench, case, getattr(torch, dtype))
+            if bench.options.backward:
+                backward_row(bench, case, getattr(torch, dtype))
+    return bench.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""group_norm_silu against PyTorch's group_norm followed by silu, in both memory layouts, forward and backward.
+
+    python benchmarks/group_norm_silu.py [--dtype float32] [--shape channels_last] [--backward] [--compile]
+
+The shapes are those of Stable Diffusion 1.x at batch 2 and of a first stage at 512². A result counts as right if its
+error against float64 is at most twice PyTorch's in the same dtype, plus rounding.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import OURS, Bench, add_impl_option, implementation, judge, largest_error, parser
+from torch import Tensor
+
+from ldm_fast import ops
+from ldm_fast.testing import TOLERANCE, GroupNormSilu, bytes_moved, flops, make_inputs
+
+TINY = (GroupNormSilu((2, 64, 7, 7), 32), GroupNormSilu((2, 64, 7, 7), 32, "channels_last"))
+GRADIENTS = ("x", "weight", "bias")
+PEER_SLACK = 64  # times TOLERANCE: what a peer may be off
+
+
+def eager(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = "silu",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    h = F.group_norm(x, num_groups, weight, bias, eps)
+    if scale is not None:
+        h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    return F.silu(h) if activation == "silu" else h
+
+
+def exact(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs in float64, contiguous: PyTorch's channels_last statistics are less exact."""
+    return {key: value.double().contiguous() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
+def functions(bench: Bench) -> dict[str, Callable[..., Tensor]]:
+    """Ours and the peers."""
+    found = {OURS: lambda **kwargs: ops.group_norm_silu(**kwargs, impl=bench.options.impl), "eager": eager}
+    return {**found, "eager, torch.compile": torch.compile(eager)} if bench.options.compile else found
+
+
+def forward_row(bench: Bench, case: GroupNormSilu, dtype: torch.dtype) -> None:
+    inputs = make_inputs("group_norm_silu", case, dtype, bench.device)
+    truth = eager(**exact(inputs))
+    allowed = 2 * largest_error(eager(**inputs), truth) + TOLERANCE[dtype]
+
+    def verify(name: str, y: Tensor) -> object:
+        return judge({"y": largest_error(y, truth)}, allowed if name == OURS else PEER_SLACK * TOLERANCE[dtype])
+
+    bench.row(
+        str(case),
+        str(dtype).removeprefix("torch."),
+        {name: lambda function=function: function(**inputs) for name, function in functions(bench).items()},
+        verify,
+        implementation=implementation("group_norm_silu", bench.options.impl, *inputs.values()),
+        flops=flops("group_norm_silu", case),
+        moved=bytes_moved("group_norm_silu", case, dtype),
+    )
+
+
+def backward_row(bench: Bench, case: GroupNormSilu, dtype: torch.dtype) -> None:
+    """The backward pass alone: at least x and dL/dy are read and dL/dx is written."""
+    inputs = make_inputs("group_norm_silu", case, dtype, bench.device)
+    grad = torch.empty_like(inputs["x"]).normal_(generator=torch.Generator(bench.device).manual_seed(1))
+
+    def backward(function: Callable[..., Tensor], inputs: dict[str, Any], grad: Tensor) -> Callable[[], Any]:
+        leaves = {key: inputs[key].detach().requires_grad_() for key in GRADIENTS}
+        y = function(**{**inputs, **leaves})
+        return lambda: torch.autograd.grad(y, list(leaves.values()), grad, retain_graph=True)
+
+    truth = backward(eager, exact(inputs), grad.double().contiguous())()
+
+    def errors(gradients: tuple[Tensor, ...]) -> dict[str, float]:
+        return {f"d{key}": largest_error(g, t) for key, g, t in zip(GRADIENTS, gradients, truth, strict=True)}
+
+    allowed = 2 * max(errors(backward(eager, inputs, grad)()).values()) + TOLERANCE[dtype]
+
+    def verify(name: str, gradients: tuple[Tensor, ...]) -> object:
+        return judge(errors(gradients), allowed if name == OURS else PEER_SLACK * TOLERANCE[dtype])
+
+    who = implementation("group_norm_silu", bench.options.impl, *inputs.values())
+    bench.row(
+        f"{case} backward",
+        str(dtype).removeprefix("torch."),
+        {name: backward(function, inputs, grad) for name, function in functions(bench).items()},
+        verify,
+        implementation=ops.BACKWARD.get(("group_norm_silu", who), who),
+        moved=3 * inputs["x"].numel() * dtype.itemsize,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    p = parser(__doc__, dtypes=("float32", "bfloat16"))
+    add_impl_option(p, "group_norm_silu")
+    p.add_argument(
+        "--backward", action="store_true", help="the backward pass of each shape, not of the first two alone"
+    )
+    bench = Bench("group_norm_silu", p.parse_args(arguments))
+    for number, case in enumerate(bench.cases("group_norm_silu", TINY)):
+        for dtype in bench.options.dtype:
+            with torch.no_grad():
+                forward_row(bench, case, getattr(torch, dtype))
+            if bench.options.backward or number < 2:
+                backward_row(bench, case, getattr(torch, dtype))
+    return bench.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

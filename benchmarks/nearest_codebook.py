@@ -1,0 +1,127 @@
+"""nearest_codebook against the ways of finding the nearest code that one can install.
+
+    python benchmarks/nearest_codebook.py [--shape k16384-d4] [--compile]
+
+Peers: the formula of taming-transformers (the whole N×K matrix of distances), torch.cdist, FAISS (IndexFlatL2, which is
+exact, built beforehand) and scikit-learn (pairwise_distances_argmin). Ours must not give one index that float32
+rounding cannot explain, as judged in float64; of a peer up to 1 % may be such. The error in the table is their share.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from harness import OURS, Bench, Verdict, add_impl_option, implementation, parser, too_large
+from torch import Tensor
+
+from ldm_fast import ops
+from ldm_fast.testing import NearestCodebook, bytes_moved, flops, make_inputs, wrong_codes
+
+TINY = (NearestCodebook(65, 130, 4), NearestCodebook(65, 130, 40))
+ALLOWED_PEER = 0.01  # of the rows: |z|² + |e|² - 2 z·e cancels, and equal codes may be told apart wrongly
+Search = Callable[[Tensor, Tensor], Callable[[], Tensor]]
+
+
+def taming(z: Tensor, codebook: Tensor) -> Tensor:
+    distances = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T
+    return distances.argmin(1)
+
+
+def cdist(z: Tensor, codebook: Tensor) -> Tensor:
+    return torch.cdist(z, codebook).argmin(1)
+
+
+def faiss_search(z: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatL2(codebook.shape[1])
+    index.add(codebook.numpy())
+    return lambda: torch.from_numpy(index.search(z.numpy(), 1)[1][:, 0])
+
+
+def sklearn_search(z: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
+    from sklearn.metrics import pairwise_distances_argmin
+
+    return lambda: torch.from_numpy(pairwise_distances_argmin(z.numpy(), codebook.numpy()))
+
+
+LIBRARIES: dict[str, tuple[str, str, Search]] = {
+    # name: (module, package, how to search)
+    "FAISS": ("faiss", "faiss-cpu", faiss_search),
+    "scikit-learn": ("sklearn", "scikit-learn", sklearn_search),
+}
+
+
+def installed(bench: Bench) -> dict[str, Search]:
+    """The libraries that are here; the others are noted as absent."""
+    found = {}
+    for name, (module, package, search) in LIBRARIES.items():
+        try:
+            __import__(module)
+            found[name] = search
+        except ImportError as error:
+            missing = isinstance(error, ModuleNotFoundError) and error.name == module
+            bench.absent[name] = (
+                f"pip install {package}" if missing else f"cannot be imported: {str(error).splitlines()[0]}"
+            )
+    return found
+
+
+def row(bench: Bench, case: NearestCodebook, dtype: torch.dtype, libraries: dict[str, Search]) -> None:
+    z, codebook = make_inputs("nearest_codebook", case, dtype, bench.device).values()
+    contenders = {OURS: lambda: ops.nearest_codebook(z, codebook, impl=bench.options.impl)}
+    skipped = {}
+    matrix = {"taming": taming, "torch.cdist": cdist}
+    if bench.options.compile:
+        matrix["taming, torch.compile"] = torch.compile(taming)
+    reason = too_large(3 * case.N * case.K * dtype.itemsize, bench.device)
+    for name, function in matrix.items():
+        if reason:
+            skipped[name] = reason
+        elif name == "torch.cdist" and dtype != torch.float32:
+            skipped[name] = "takes float32"
+        else:
+            contenders[name] = lambda function=function: function(z, codebook)
+    for name, search in libraries.items():
+        if bench.device.type == "cpu" and dtype == torch.float32:
+            contenders[name] = search(z, codebook)
+        else:
+            skipped[name] = "takes float32 on the CPU"
+
+    def verify(name: str, indices: Tensor) -> Verdict:
+        if indices.shape != (case.N,) or not ((indices >= 0) & (indices < case.K)).all():
+            return Verdict(float("inf"), False, "not N indices of codes")
+        wrong = wrong_codes(z, codebook, indices.long())
+        allowed = 0 if name == OURS else ALLOWED_PEER * case.N
+        count = int(wrong.sum())
+        return Verdict(count / case.N, count <= allowed, f"{count} of {case.N} indices are wrong")
+
+    bench.row(
+        str(case),
+        str(dtype).removeprefix("torch."),
+        contenders,
+        verify,
+        implementation=implementation("nearest_codebook", bench.options.impl, z, codebook),
+        flops=flops("nearest_codebook", case),
+        moved=bytes_moved("nearest_codebook", case, dtype),
+        skipped=skipped,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    p = parser(__doc__, dtypes=("float32",))
+    add_impl_option(p, "nearest_codebook")
+    bench = Bench("nearest_codebook", p.parse_args(arguments))
+    libraries = installed(bench)
+    for case in bench.cases("nearest_codebook", TINY):
+        for dtype in bench.options.dtype:
+            with torch.no_grad():
+                row(bench, case, getattr(torch, dtype), libraries)
+    return bench.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

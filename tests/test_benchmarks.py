@@ -1,0 +1,142 @@
+"""Every benchmark on tiny shapes: it verifies, prints a table, ends with one line of JSON, and refuses a wrong op."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from ldm_fast import ops
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+# options besides --quick, the peers that need nothing installed, those that may be absent, rows
+BENCHMARKS = {
+    "attention": (["--backward"], {"SDPA", "SDPA math", "eager"}, set(), 8),
+    "group_norm_silu": ([], {"eager"}, set(), 8),
+    "nearest_codebook": ([], {"taming", "torch.cdist"}, {"FAISS", "scikit-learn"}, 2),
+    "unet": ([], {"PyTorch's ops"}, {"diffusers"}, 2),
+}
+FIGURES = ("median_ms", "min_ms", "max_ms", "gflops", "gbs", "share_of_matmul_peak", "share_of_copy")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a benchmark as its own process would, and forgets it (and its neighbours) after the test."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    names = ("harness", *BENCHMARKS)
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def last_line(output: str) -> dict[str, Any]:
+    return json.loads(output.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_runs_as_a_script(name: str) -> None:
+    arguments, peers, optional, rows = BENCHMARKS[name]
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--threads", "1", "--device", "cpu", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = last_line(done.stdout)
+    assert record["benchmark"] == name and record["threads"] == 1 and record["quick"] and record["wrong"] == []
+    assert record["device"] and record["torch"] == torch.__version__
+    assert record["peaks"]["copy_gbs"] > 0 and all(peak > 0 for peak in record["peaks"]["matmul_gflops"].values())
+    assert len(record["rows"]) == rows
+    for row in record["rows"]:
+        assert row["verified"] and row["implementation"] and row["dtype"] in record["peaks"]["matmul_gflops"]
+        assert {"ldm_fast", *peers} <= set(row["contenders"]) <= {"ldm_fast", *peers, *optional}
+        for contender in row["contenders"].values():
+            assert all(contender[figure] >= 0 for figure in FIGURES) and contender["error"] >= 0
+            assert 0 < contender["min_ms"] <= contender["median_ms"] <= contender["max_ms"]
+        peer, ours = row["contenders"][row["best_peer"]], row["contenders"]["ldm_fast"]
+        assert row["speedup"] == pytest.approx(peer["median_ms"] / ours["median_ms"], rel=1e-2)
+    missing = optional - set(record["rows"][0]["contenders"])
+    assert missing == set(record["absent"]), "a peer that is not timed is named as absent, with how to install it"
+    for peer in missing:
+        assert f"absent: {peer} (" in done.stdout
+
+
+def off_by_little(op: str) -> Callable[..., torch.Tensor]:
+    """The op with one element of its result a little wrong, but by the reference, which is unet.py's truth."""
+    right = getattr(ops, op)
+
+    def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = right(*args, **kwargs)
+        if ops._forced == "reference":
+            return out
+        one = (torch.arange(out.numel(), device=out.device) == out.numel() // 2).reshape(out.shape).to(out.dtype)
+        return out + one if op == "nearest_codebook" else out + one * out  # the gradient is wrong as well
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [(op, op) for op in ops.IMPLEMENTATIONS] + [("unet", "group_norm_silu"), ("unet", "attention")],
+)
+def test_refuses_a_wrong_result(
+    name: str, op: str, load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    main = load(name).main
+    monkeypatch.setattr(ops, op, off_by_little(op))
+    assert main(["--quick", "--dtype", "float32", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    record = last_line(printed)
+    assert record["wrong"] and "WRONG" in printed
+    for row in record["rows"]:
+        assert not row["verified"] and row["contenders"] == {} and "speedup" not in row
+    assert " x\n" not in printed, "a speed-up was printed for a wrong result"
+
+
+def test_leaves_out_a_wrong_peer(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    benchmark = load("attention")
+    monkeypatch.setattr(benchmark, "exact", lambda q, k, v: benchmark.sdpa(q.double(), k.double(), v.double()))
+    monkeypatch.setattr(benchmark, "eager", lambda q, k, v: q * 0)
+    assert benchmark.main(["--quick", "--dtype", "float32", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    for row in last_line(printed)["rows"]:
+        assert "eager" not in row["contenders"] and row["left_out"]["eager"].startswith("wrong: error of out")
+    assert "eager                   not timed: wrong" in printed
+
+
+def test_peer_that_raises_and_unknown_shape(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    benchmark = load("nearest_codebook")
+
+    def fails(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(benchmark, "cdist", fails)
+    assert benchmark.main(["--quick", "--shape", "d40", "--device", "cpu"]) == 0
+    (row,) = last_line(capsys.readouterr().out)["rows"]
+    assert row["case"] == "n65-k130-d40" and "raises RuntimeError: out of memory" in row["left_out"]["torch.cdist"]
+    with pytest.raises(SystemExit, match="no row is called 'd7'; there are: n65-k130-d4"):
+        benchmark.main(["--quick", "--shape", "d7", "--device", "cpu"])
+
+
+def test_peers_too_large_for_the_memory_are_not_started(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    benchmark = load("nearest_codebook")
+    assert benchmark.too_large(1, torch.device("cpu")) is None
+    assert "are free" in benchmark.too_large(1 << 60, torch.device("cpu"))
+    monkeypatch.setattr(benchmark, "too_large", lambda needed, device: "needs 9 GB")
+    assert benchmark.main(["--quick", "--device", "cpu"]) == 0
+    for row in last_line(capsys.readouterr().out)["rows"]:
+        assert row["left_out"]["taming"] == row["left_out"]["torch.cdist"] == "needs 9 GB"
+        assert "ldm_fast" in row["contenders"]

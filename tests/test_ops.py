@@ -1,0 +1,741 @@
+"""All ops, every implementation that can run here, on the cases of `ldm_fast.testing`.
+
+The truth is a formula of its own in float64 with PyTorch's autograd; `ldm_fast.reference` is tested like the others. An
+implementation may be off by twice what PyTorch is in the same dtype, plus `TOLERANCE`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm_fast import ops, use_impl
+from ldm_fast.explain import explain
+from ldm_fast.testing import CASES, TOLERANCE, Attention, GroupNormSilu, NearestCodebook, make_inputs, wrong_codes
+
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+DIFFERENTIABLE = ("attention", "group_norm_silu")
+ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"  # the Triton interpreter takes CPU tensors
+FORMATS = {
+    **dict.fromkeys((2, 3), (torch.contiguous_format,)),
+    4: (torch.contiguous_format, torch.channels_last),
+    5: (torch.contiguous_format, torch.channels_last_3d),
+}
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def small_cases(op: str) -> list[Any]:
+    return [case for case in CASES[op] if not case.acceptance]
+
+
+def name(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def device_of(impl: str) -> str:
+    return ACCELERATOR if impl in ("triton", "cuda") else "cpu"
+
+
+def skip_unless_it_runs(op: str, impl: str, dtype: torch.dtype = torch.float32) -> None:
+    """Skips if this implementation cannot take even ordinary inputs here; a case that it refuses for itself fails."""
+    reason = why_not(op, impl, dtype)
+    if reason is not None:
+        pytest.skip(f"{op} by {impl}, {name(dtype)}: {reason}")
+
+
+@functools.cache
+def why_not(op: str, impl: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why ordinary inputs cannot run here: what `explain` says, for any dtype."""
+    ordinary = {
+        "attention": Attention(1, 2, 16, 77, 40),
+        "group_norm_silu": GroupNormSilu((1, 64, 8, 8), 32),
+        "nearest_codebook": NearestCodebook(16, 32, 4),
+    }[op]
+    return ops._why_not(op, impl, positional(op, make_inputs(op, ordinary, dtype, device_of(impl))))
+
+
+def positional(op: str, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    """Keyword arguments in the order of the implementations, with the defaults filled in."""
+    values = dict(inputs)
+    if op == "attention":
+        q, k = values["q"], values["k"]
+        if values["mask"] is not None:
+            values["mask"] = values["mask"].expand(*q.shape[:3], k.shape[2])
+        values["scale"] = values["scale"] or q.shape[-1] ** -0.5
+    return tuple(values.values())
+
+
+def impls(op: str) -> list[str]:
+    return list(ops.IMPLEMENTATIONS[op])
+
+
+def table(cases: dict[str, Any]) -> list[Any]:
+    """Each implementation of each op with each case; one that cannot run here at all is one skipped line."""
+    rows = []
+    for op, impl in [(name, impl) for name in cases for impl in impls(name)]:
+        reason = why_not(op, impl)
+        if reason is None:
+            rows += [pytest.param(op, impl, case, id=f"{op}-{impl}-{case}") for case in cases[op]]
+        else:
+            skip = pytest.mark.skip(reason=f"{op} by {impl}: {reason}")
+            rows.append(pytest.param(op, impl, None, id=f"{op}-{impl}", marks=skip))
+    return rows
+
+
+@pytest.fixture
+def nan_filled() -> Iterator[None]:
+    """torch.empty fills with NaN (integers: the largest), so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---- the truth ----
+
+
+def attention_formula(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """PyTorch's own attention. It gives NaN for a row without keys, so such a row attends to all and is then zeroed."""
+    if k.shape[2] == 0:
+        return 0 * q + 0 * (k.sum() + v.sum())
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    alive = (mask if mask.dtype == torch.bool else mask > float("-inf")).any(-1, keepdim=True)
+    mask = mask | ~alive if mask.dtype == torch.bool else mask.masked_fill(~alive, 0).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale) * alive
+
+
+def group_norm_silu_formula(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    if x.numel() == 0:
+        return x + 0 * sum(t.sum() for t in (weight, bias, scale, shift) if t is not None)
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # PyTorch 2.13 fails in the backward pass of a bias alone
+    x = x.contiguous()  # for channels_last PyTorch takes E[x²] - E[x]², which loses the digits of a large mean
+    h = torch.group_norm(x, num_groups, weight, bias, eps)
+    per_channel = (*x.shape[:2], *(1,) * (x.ndim - 2))
+    if scale is not None:
+        h = h * (1 + scale.reshape(per_channel))
+    if shift is not None:
+        h = h + shift.reshape(per_channel)
+    return F.silu(h) if activation == "silu" else h
+
+
+FORMULA: dict[str, Callable[..., Tensor]] = {
+    "attention": attention_formula,
+    "group_norm_silu": group_norm_silu_formula,
+}
+
+
+def with_gradients(
+    function: Callable[..., Tensor], inputs: dict[str, Any], grad: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The result ("out") and the gradient of every floating-point input but the mask, for dL/dout = grad."""
+    leaves = {
+        key: value.detach().requires_grad_()
+        for key, value in inputs.items()
+        if isinstance(value, Tensor) and key != "mask"
+    }
+    out = function(**{**inputs, **leaves})
+    grad = random_gradient(out) if grad is None else grad
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad)
+    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def random_gradient(out: Tensor) -> Tensor:
+    """The same numbers for every dtype and device, exact in each, with strides that are not those of `out`."""
+    return torch.randint(-64, 65, out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, out.dtype) / 32
+
+
+def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.detach().cpu().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in on_cpu(inputs).items()
+    }
+
+
+def on_cpu(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
+def logit_size(inputs: dict[str, Any]) -> float:
+    """The largest score, 1 at least, and for an op without scores."""
+    if "q" not in inputs or 0 in (inputs["q"].numel(), inputs["k"].numel()):
+        return 1.0
+    q, k = (inputs[key].detach().cpu().double() for key in "qk")
+    return max(1.0, (q @ k.transpose(-1, -2)).abs().max().item() * (inputs["scale"] or q.shape[-1] ** -0.5))
+
+
+def assert_close(
+    got: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], tolerance: float, logits: float = 1.0
+) -> None:
+    """Errors are relative to the largest element; of a gradient that is zero but for rounding (that of q, if M = 1)
+    to the largest of all gradients."""
+    largest = max((e.abs().max().item() for key, e in exact.items() if key != "out" and e.numel()), default=0.0)
+    for key, truth in exact.items():
+        if truth.numel() == 0:
+            assert got[key].shape == truth.shape
+            continue
+        own = truth.abs().max().item()
+        scale = own if key == "out" or own > 1e-3 * largest else largest
+        value, other = got[key].cpu().double(), eager[key].cpu().double()
+        assert value.isfinite().all(), f"{key}: not finite"
+        # a backward pass knows the probabilities from a log-sum-exp in float32, whose rounding grows with the logits
+        own_tolerance = tolerance if key == "out" else tolerance + 2**-23 * (logits - 1)
+        error, allowed = (value - truth).abs().max(), 2 * (other - truth).abs().max() + own_tolerance * scale
+        assert error <= allowed, f"{key}: error {error:.3g}, allowed {allowed:.3g}, largest element {own:.3g}"
+
+
+def strides(tensor: Tensor) -> list[int]:
+    """The strides that mean something: of dimensions with more than one element."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def promised(op: str, inputs: dict[str, Any]) -> Tensor:
+    """A tensor with the shape, strides, dtype and device that the result must have."""
+    if op == "attention":
+        q = inputs["q"]
+        return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    x = inputs["x"]
+    keeps = any(x.is_contiguous(memory_format=f) for f in FORMATS[x.ndim])
+    return torch.empty_like(x, memory_format=torch.preserve_format if keeps else torch.contiguous_format)
+
+
+# ---- forward and backward ----
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=name)
+@pytest.mark.parametrize(("op", "impl", "case"), table({op: small_cases(op) for op in DIFFERENTIABLE}))
+def test_forward_and_gradients(op: str, impl: str, case: Any, dtype: torch.dtype, nan_filled: None) -> None:
+    skip_unless_it_runs(op, impl, dtype)
+    inputs = make_inputs(op, case, dtype, device_of(impl))
+    got = with_gradients(lambda **kwargs: getattr(ops, op)(**kwargs, impl=impl), inputs)
+    wanted = promised(op, inputs)
+    for of in (lambda t: t.dtype, lambda t: t.device, lambda t: t.shape, strides):
+        assert of(got["out"]) == of(wanted)
+    for key, gradient in got.items():
+        assert key == "out" or (gradient.dtype, gradient.shape) == (inputs[key].dtype, inputs[key].shape)
+    exact = with_gradients(FORMULA[op], in_float64(inputs))
+    eager = with_gradients(FORMULA[op], on_cpu(inputs))
+    assert_close(got, eager, exact, TOLERANCE[dtype], logit_size(inputs))
+    if case.data == "offset" and dtype == torch.float32:
+        error = (got["out"].cpu().double() - exact["out"]).abs().max() / exact["out"].abs().max()
+        assert error <= 1e-4
+    if op == "attention" and case.mask.startswith("masked_row"):
+        assert (got["out"][0, 0, case.N // 2] == 0).all() and (got["q"][0, 0, case.N // 2] == 0).all()
+        assert (got["out"][-1, -1, -1] == 0).all() and (got["q"][-1, -1, -1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        pytest.param(op, case, id=f"{op}-{case}")
+        for op in DIFFERENTIABLE
+        for case in small_cases(op)
+        if not getattr(case, "float32_affine", False)
+    ],
+)
+def test_reference_in_float64(op: str, case: Any) -> None:
+    """What defines "correct" agrees with PyTorch to the last digits, gradients included."""
+    inputs = make_inputs(op, case, torch.float64)
+    exact = with_gradients(FORMULA[op], in_float64(inputs))
+    got = with_gradients(lambda **kwargs: getattr(ops, op)(**kwargs, impl="reference"), inputs)
+    # a mean of 1e3 costs three of the sixteen digits, a constant group is amplified by 1 / sqrt(eps)
+    assert_close(got, exact, exact, 1e-9 if case.data in ("offset", "constant", "large_logits") else 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        ("attention", Attention(2, 2, 3, 4, 3, mask="masked_row")),
+        ("attention", Attention(1, 2, 3, 3, 4, layout="one_projection", scale=0.7)),
+        ("group_norm_silu", GroupNormSilu((2, 4, 3), 2, modulation="both")),
+        ("group_norm_silu", GroupNormSilu((2, 4, 2, 2), 2, "channels_last", activation=None)),
+    ],
+    ids=name,
+)
+def test_gradcheck(op: str, case: Any) -> None:
+    inputs = make_inputs(op, case, torch.float64)
+    keys = [key for key, value in inputs.items() if isinstance(value, Tensor) and key != "mask"]
+
+    def function(*tensors: Tensor) -> Tensor:
+        return getattr(ops, op)(**{**inputs, **dict(zip(keys, tensors, strict=True))}, impl="reference")
+
+    assert torch.autograd.gradcheck(function, [inputs[key].detach().requires_grad_() for key in keys])
+
+
+SOME = {
+    "attention": (
+        Attention(3, 2, 37, 77, 40, mask="key_padding", layout="heads_last"),
+        Attention(3, 2, 70, 150, 24),
+        Attention(3, 1, 19, 33, 512),
+    ),
+    "group_norm_silu": (
+        GroupNormSilu((3, 64, 9, 9), 32, modulation="both"),
+        GroupNormSilu((3, 64, 9, 9), 32, "channels_last"),
+    ),
+    "nearest_codebook": (NearestCodebook(63, 300, 4), NearestCodebook(63, 300, 40), NearestCodebook(63, 257, 3)),
+}
+
+
+def run(op: str, impl: str, inputs: dict[str, Any], grad: Tensor | None = None) -> dict[str, Tensor]:
+    def function(**kwargs: Any) -> Tensor:
+        return getattr(ops, op)(**kwargs, impl=impl)
+
+    return {"out": function(**inputs)} if op == "nearest_codebook" else with_gradients(function, inputs, grad)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=name)
+@pytest.mark.parametrize(("op", "impl", "case"), table(SOME))
+def test_deterministic(op: str, impl: str, case: Any, dtype: torch.dtype) -> None:
+    """Two runs, and runs with any number of threads, agree bit for bit."""
+    skip_unless_it_runs(op, impl, dtype)
+    inputs = make_inputs(op, case, dtype, device_of(impl))
+    first = run(op, impl, inputs)
+    threads = torch.get_num_threads()
+    try:
+        # PyTorch's own matrix products, which the reference is made of, are split differently by other thread counts
+        for count in (threads, *(() if impl == "reference" else (1, 2, 3))):
+            torch.set_num_threads(count)
+            for key, value in run(op, impl, inputs).items():
+                assert torch.equal(first[key], value), f"{key} differs with {count} threads"
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=name)
+@pytest.mark.parametrize(("op", "impl", "case"), table(SOME))
+def test_batch_invariant(op: str, impl: str, case: Any, dtype: torch.dtype) -> None:
+    """A row of the batch alone gives what it gives in the batch, bit for bit (but for the sums over the batch)."""
+    skip_unless_it_runs(op, impl, dtype)
+    if impl == "reference" and op != "nearest_codebook":
+        pytest.skip("PyTorch's matrix products and sums choose their order by the size of the batch")
+    inputs = make_inputs(op, case, dtype, device_of(impl))
+    batched = ("q", "k", "v", "mask", "x", "scale", "shift", "z")
+    whole = run(op, impl, inputs)
+    grad = random_gradient(whole["out"])
+    for row in range(3):
+        part = slice(row, row + 1)
+        sliced = {k: v[part] if k in batched and isinstance(v, Tensor) else v for k, v in inputs.items()}
+        for key, value in run(op, impl, sliced, grad[part]).items():
+            if key in batched or key == "out":
+                assert torch.equal(whole[key][part], value), f"{key} of row {row} differs"
+
+
+@pytest.mark.parametrize("impl", impls("attention"))
+def test_attention_gradient_of_any_strides(impl: str) -> None:
+    """dL/dout arrives expanded (from a sum), transposed or sliced; the result is that of a contiguous one."""
+    skip_unless_it_runs("attention", impl)
+    inputs = make_inputs("attention", Attention(2, 3, 5, 7, 8), torch.float32, device_of(impl))
+    q, k, v = (inputs[key].requires_grad_() for key in "qkv")
+    out = ops.attention(q, k, v, impl=impl)
+    dense = random_gradient(out)
+    for grad in (
+        torch.ones((), device=q.device).expand(out.shape),
+        dense.transpose(-1, -2).contiguous().transpose(-1, -2),
+        torch.cat([dense, dense], -1)[..., :8],
+    ):
+        expected = torch.autograd.grad(out, (q, k, v), grad.contiguous(), retain_graph=True)
+        for a, b in zip(torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_only_the_gradients_asked_for(op: str) -> None:
+    inputs = make_inputs(op, SOME[op][0], torch.float32)
+    key = "k" if op == "attention" else "weight"
+    inputs[key] = inputs[key].requires_grad_()
+    (gradient,) = torch.autograd.grad(getattr(ops, op)(**inputs).sum(), inputs[key])
+    exact = in_float64({**inputs, key: inputs[key].detach()})
+    exact[key] = exact[key].requires_grad_()
+    (truth,) = torch.autograd.grad(FORMULA[op](**exact).sum(), exact[key])
+    assert (gradient.double() - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_second_derivatives_raise(op: str) -> None:
+    """There are none; a gradient penalty must not get silent zeros."""
+    inputs = make_inputs(op, SOME[op][1], torch.float32)
+    key = "q" if op == "attention" else "x"
+    inputs[key] = inputs[key].requires_grad_()
+    (gradient,) = torch.autograd.grad(getattr(ops, op)(**inputs).square().sum(), inputs[key], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        gradient.square().sum().backward()
+
+
+# ---- nearest_codebook ----
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=name)
+@pytest.mark.parametrize(("op", "impl", "case"), table({"nearest_codebook": small_cases("nearest_codebook")}))
+def test_nearest_codebook(op: str, impl: str, case: NearestCodebook, dtype: torch.dtype, nan_filled: None) -> None:
+    skip_unless_it_runs(op, impl, dtype)
+    if case.data == "huge" and dtype == torch.float16:
+        pytest.skip("beyond the range of float16")
+    inputs = make_inputs(op, case, dtype, device_of(impl))
+    z, codebook = inputs["z"], inputs["codebook"]
+    indices = ops.nearest_codebook(z, codebook, impl=impl)
+    assert indices.dtype == torch.int64 and indices.device == z.device and indices.is_contiguous()
+    assert indices.shape == ((z.shape[0], *z.shape[2:]) if z.ndim == 4 else (z.shape[0],))
+    rows = z if z.ndim == 2 else z.permute(0, 2, 3, 1).reshape(-1, case.d)
+    assert ((indices >= 0) & (indices < case.K)).all()
+    assert not wrong_codes(rows.cpu(), codebook.cpu(), indices.flatten().cpu()).any()
+    if case.data == "lattice":  # no rounding: one right answer
+        distances = (rows.cpu().double()[:, None] - codebook.cpu().double()).square().sum(-1)
+        first = (distances == distances.amin(1, keepdim=True)).int().argmax(1)
+        assert torch.equal(indices.flatten().cpu(), first)
+
+
+@pytest.mark.parametrize("width", (1, 3, 4, 16, 40))
+@pytest.mark.parametrize("impl", impls("nearest_codebook"))
+def test_nearest_codebook_nan(impl: str, width: int) -> None:
+    skip_unless_it_runs("nearest_codebook", impl)
+    case = NearestCodebook(40, 300, width)
+    inputs = make_inputs("nearest_codebook", case, torch.float32, device_of(impl))
+    z, codebook = inputs["z"], inputs["codebook"]
+    expected = ops.nearest_codebook(z, codebook, impl=impl)
+    z[5, width - 1] = float("nan")
+    z[17] = float("nan")
+    expected[5] = expected[17] = 0
+    assert torch.equal(ops.nearest_codebook(z, codebook, impl=impl), expected), (
+        "a NaN row gives 0, others are untouched"
+    )
+    codebook = torch.cat([torch.full_like(codebook[:3], float("nan")), codebook])
+    expected = torch.where(z.isnan().any(1), 0, expected + 3)
+    assert torch.equal(ops.nearest_codebook(z, codebook, impl=impl), expected), "a NaN code is never nearest"
+    far = torch.full_like(codebook[:2], 1e30)  # its distance overflows float32
+    far[0] = float("nan")
+    assert (ops.nearest_codebook(torch.zeros_like(z), far, impl=impl) == 1).all(), "infinitely far is nearer than NaN"
+    codebook = torch.full_like(codebook, float("nan"))
+    assert (ops.nearest_codebook(z, codebook, impl=impl) == 0).all()
+
+
+@pytest.mark.parametrize("impl", impls("nearest_codebook"))
+def test_nearest_codebook_split_of_the_batch(impl: str) -> None:
+    skip_unless_it_runs("nearest_codebook", impl)
+    for width in (3, 4, 24):
+        case = NearestCodebook(509, 1025, width)
+        inputs = make_inputs("nearest_codebook", case, torch.float32, device_of(impl))
+        whole = ops.nearest_codebook(**inputs, impl=impl)
+        for size in (1, 7, 128):
+            parts = [ops.nearest_codebook(z, inputs["codebook"], impl=impl) for z in inputs["z"].split(size)]
+            assert torch.equal(torch.cat(parts), whole)
+
+
+def test_wrong_codes_are_told() -> None:
+    """The judge itself: it must accept only what float32 rounding or equality can explain."""
+    inputs = make_inputs("nearest_codebook", NearestCodebook(100, 50, 4), torch.float32)
+    right = ops.nearest_codebook(**inputs, impl="reference")
+    assert not wrong_codes(**inputs, indices=right).any()
+    assert wrong_codes(**inputs, indices=(right + 1) % 50).all()
+    twice = torch.cat([inputs["codebook"]] * 2)
+    assert not wrong_codes(inputs["z"], twice, right).any()
+    assert wrong_codes(inputs["z"], twice, right + 50).all(), "of equal codes the first one is right"
+    nudged = torch.cat([inputs["codebook"][right[:1]] * (1 + 1e-2), inputs["codebook"]])
+    both = [wrong_codes(inputs["codebook"][right[:1]], nudged, torch.tensor([i])) for i in (0, 1 + int(right[0]))]
+    assert [bool(b) for b in both] == [True, False]
+
+
+# ---- registration ----
+
+
+def op_arguments(op: str, impl: str, case: Any, dtype: torch.dtype, *, requires_grad: bool) -> tuple[Any, ...]:
+    """What `ops.<op>` hands to the registered operator."""
+    arguments = list(positional(op, make_inputs(op, case, dtype, device_of(impl))))
+    if op == "group_norm_silu":
+        arguments[5] = arguments[5] or ""
+    if op == "nearest_codebook" and arguments[0].ndim == 4:
+        arguments[0] = arguments[0].permute(0, 2, 3, 1).reshape(-1, case.d)
+    if requires_grad:
+        mask = 3 if op == "attention" else None
+        arguments = [
+            a.detach().requires_grad_() if isinstance(a, Tensor) and i != mask else a for i, a in enumerate(arguments)
+        ]
+    return (*arguments, impl)
+
+
+OPCHECK = {
+    "attention": (
+        Attention(2, 2, 5, 7, 8),
+        Attention(2, 2, 5, 5, 8, layout="one_projection", mask="key_padding"),
+        Attention(2, 2, 5, 7, 8, layout="rows_sliced", mask="masked_row_additive"),
+    ),
+    "group_norm_silu": (
+        GroupNormSilu((2, 6, 3, 5), 3, modulation="both"),
+        GroupNormSilu((2, 6, 3, 5), 3, "channels_last", modulation="scale", float32_affine=True),
+        GroupNormSilu((2, 6, 2, 3, 5), 3, "channels_last", affine="weight"),
+        GroupNormSilu((2, 6), 3, affine="none", activation=None),
+    ),
+    "nearest_codebook": (
+        NearestCodebook(9, 7, 4),
+        NearestCodebook(10, 7, 4, map=(2, 5, 1)),
+        NearestCodebook(9, 7, 4, layout="columns"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("op", "impl", "case"), table(OPCHECK))
+def test_opcheck(op: str, impl: str, case: Any) -> None:
+    dtype = torch.float16 if getattr(case, "layout", "") in ("one_projection", "channels_last") else torch.float32
+    requires_grad = op in DIFFERENTIABLE
+    arguments = op_arguments(op, impl, case, dtype, requires_grad=requires_grad)
+    operator = getattr(torch.ops.ldm_fast, op).default
+    with torch.random.fork_rng():
+        torch.library.opcheck(operator, arguments, rtol=1e-2, atol=1e-2)
+    if not requires_grad:
+        return
+    with torch.no_grad():
+        results = operator(*arguments)
+        plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        backward = getattr(torch.ops.ldm_fast, f"{op}_backward").default
+        given = (random_gradient(results[0]), *plain[:-1], *(results if op == "attention" else results[1:]), impl)
+        torch.library.opcheck(backward, given, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("op", ops.IMPLEMENTATIONS)
+def test_compile(op: str) -> None:
+    """One opaque node, forward and backward, whatever chooses the implementation."""
+    inputs = make_inputs(op, SOME[op][1], torch.float32)
+    keys = [key for key, value in inputs.items() if isinstance(value, Tensor) and key != "mask"]
+
+    def function(*tensors: Tensor) -> Tensor:
+        # work on both sides, so that a wrong stride in the fake would be seen by what follows
+        tensors = tuple(t * 1.5 for t in tensors)
+        out = getattr(ops, op)(**{**inputs, **dict(zip(keys, tensors, strict=True))})
+        return out + 1 if op == "nearest_codebook" else out.transpose(1, 2).reshape(out.shape[0], -1) * 2
+
+    torch._dynamo.reset()
+    tensors = [inputs[key].detach().requires_grad_(op in DIFFERENTIABLE) for key in keys]
+    compiled, plain = torch.compile(function, fullgraph=True, backend="aot_eager")(*tensors), function(*tensors)
+    assert torch.equal(compiled, plain)
+    if op in DIFFERENTIABLE:
+        grad = random_gradient(plain)
+        for a, b in zip(
+            torch.autograd.grad(compiled, tensors, grad), torch.autograd.grad(plain, tensors, grad), strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+# ---- choice of the implementation ----
+
+
+def test_use_impl(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs("nearest_codebook", NearestCodebook(3, 5, 4), torch.float32)
+    ran: list[str] = []
+    choose = ops._choose
+    monkeypatch.setattr(ops, "_choose", lambda *args: ran.append(choose(*args)) or ran[-1])
+
+    def chosen(**kwargs: Any) -> str:
+        ops.nearest_codebook(**inputs, **kwargs)
+        return ran[-1]
+
+    best = chosen()
+    assert best == next(c.chosen for c in explain().choices if c.op == "nearest_codebook" and c.device == "cpu")
+    with use_impl("reference"):
+        assert chosen() == "reference"
+        with use_impl(None):
+            assert chosen() == best
+        with use_impl("triton"):
+            assert chosen() == best, "an op without an implementation of that name chooses as usual"
+        assert chosen() == "reference"
+        if best != "reference":
+            assert chosen(impl=best) == best, "an explicit impl= counts for more"
+    assert chosen() == best
+    with pytest.raises(KeyError), use_impl("reference"):
+        raise KeyError
+    assert chosen() == best, "an exception must not leave the setting behind"
+    with pytest.raises(ValueError, match="use_impl: name must be one of .*cpu.*'gpu'"), use_impl("gpu"):
+        pass
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_backward_runs_what_forward_ran(op: str) -> None:
+    """Leaving `use_impl` before the backward pass does not matter to the result's correctness."""
+    inputs = make_inputs(op, SOME[op][0], torch.float32)
+    key = "q" if op == "attention" else "x"
+    inputs[key] = inputs[key].requires_grad_()
+    with use_impl("reference"):
+        out = getattr(ops, op)(**inputs)
+        (inside,) = torch.autograd.grad(out.sum(), inputs[key], retain_graph=True)
+    (outside,) = torch.autograd.grad(out.sum(), inputs[key])
+    torch.testing.assert_close(inside, outside, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("op", "impl"), [(op, impl) for op in ops.IMPLEMENTATIONS for impl in impls(op)])
+def test_explicit_impl_runs_or_says_why(op: str, impl: str) -> None:
+    inputs = make_inputs(op, SOME[op][0], torch.float32)
+    reason = ops._why_not(op, impl, positional(op, inputs))
+    told = {c.op: {"": c.chosen, **dict(c.passed_over)} for c in explain().choices if c.device == "cpu"}[op]
+    if reason is None:
+        getattr(ops, op)(**inputs, impl=impl)
+        assert told[""] == impl or impl not in told
+        return
+    with pytest.raises(ValueError) as error:
+        getattr(ops, op)(**inputs, impl=impl)
+    assert str(error.value) == f"{op}: impl={impl!r} cannot run here: {reason}"
+    assert impl in told and "\n" not in reason and len(reason) > 20
+    with use_impl(impl), pytest.raises(ValueError, match="cannot run here"):
+        getattr(ops, op)(**inputs)
+
+
+@pytest.mark.parametrize("op", ops.IMPLEMENTATIONS)
+def test_float64_is_for_the_reference(op: str) -> None:
+    inputs = make_inputs(op, SOME[op][0], torch.float64)
+    assert torch.equal(getattr(ops, op)(**inputs), getattr(ops, op)(**inputs, impl="reference"))
+    for impl in impls(op):
+        if impl != "reference":
+            with pytest.raises(ValueError, match=f"^{op}: impl='{impl}' cannot run here: "):
+                getattr(ops, op)(**inputs, impl=impl)
+    if why_not(op, "cpu") is None:
+        with pytest.raises(ValueError, match="float64"):
+            getattr(ops, op)(**inputs, impl="cpu")
+
+
+def test_explain_is_a_table() -> None:
+    explanation = explain()
+    assert {c.op for c in explanation.choices} == set(ops.IMPLEMENTATIONS)
+    for choice in explanation.choices:
+        assert f"{choice.op} on {choice.device}: {choice.chosen}" in str(explanation)
+        order = impls(choice.op)
+        assert [impl for impl, _ in choice.passed_over] == order[: order.index(choice.chosen)]
+        assert all(reason in str(explanation) for _, reason in choice.passed_over)
+
+
+# ---- bad arguments ----
+
+X = torch.zeros
+BAD_CALLS = [
+    # op, what is changed, the error, a word of its message
+    ("attention", {"q": [1.0]}, TypeError, "q must be a tensor, got list"),
+    ("attention", {"k": X(2, 3, 5, 8, dtype=torch.int64)}, TypeError, "k must have a floating-point dtype"),
+    ("attention", {"q": X(2, 4, 8)}, ValueError, r"\(B, H, N, D\)"),
+    ("attention", {"k": X(2, 1, 5, 8), "v": X(2, 1, 5, 8)}, ValueError, "with the B, H and D of q"),
+    ("attention", {"k": X(2, 3, 5, 9), "v": X(2, 3, 5, 9)}, ValueError, "with the B, H and D of q"),
+    ("attention", {"v": X(2, 3, 6, 8)}, ValueError, r"got q .*\(2, 3, 6, 8\)"),
+    ("attention", {key: X(2, 3, 4, 0) for key in "qkv"}, ValueError, "head width"),
+    ("attention", {"v": X(2, 3, 5, 8, dtype=torch.float16)}, TypeError, "one dtype"),
+    ("attention", {"k": X(2, 3, 5, 8, device="meta")}, ValueError, "one device"),
+    ("attention", {"mask": "causal"}, TypeError, "mask must be a tensor, got str"),
+    ("attention", {"mask": X(4, 5, dtype=torch.int64)}, TypeError, "boolean or floating point"),
+    ("attention", {"mask": X(4, 6)}, ValueError, r"broadcast to .*\(2, 3, 4, 5\), got \(4, 6\)"),
+    ("attention", {"mask": X(1, 1, 1, 4, 5)}, ValueError, "broadcast"),
+    ("attention", {"mask": X(4, 5, device="meta")}, ValueError, "device of q"),
+    ("attention", {"mask": X(4, 5, requires_grad=True)}, ValueError, "detach"),
+    ("attention", {"scale": "large"}, TypeError, "scale must be a number"),
+    ("attention", {"impl": "cuda"}, ValueError, "impl must be None or one of triton, cpu, reference, got 'cuda'"),
+    ("group_norm_silu", {"x": None}, TypeError, "x must be a tensor"),
+    ("group_norm_silu", {"x": X(6)}, ValueError, "0 to 3 spatial dims"),
+    ("group_norm_silu", {"x": X(2, 6, 1, 1, 1, 1)}, ValueError, "0 to 3 spatial dims"),
+    ("group_norm_silu", {"x": X(2, 6, 5, dtype=torch.int32)}, TypeError, "floating-point"),
+    ("group_norm_silu", {"num_groups": 4}, ValueError, "must divide the 6 channels of x, got 4"),
+    ("group_norm_silu", {"num_groups": 0}, ValueError, "num_groups"),
+    ("group_norm_silu", {"num_groups": -3}, ValueError, "num_groups"),
+    ("group_norm_silu", {"num_groups": 3.0}, TypeError, "num_groups must be an integer"),
+    ("group_norm_silu", {"weight": X(5)}, ValueError, r"weight must have shape \(6,\), got \(5,\)"),
+    ("group_norm_silu", {"bias": X(6, 1)}, ValueError, "bias must have shape"),
+    ("group_norm_silu", {"scale": X(6)}, ValueError, r"scale must have shape \(2, 6\)"),
+    ("group_norm_silu", {"shift": X(1, 6)}, ValueError, "shift must have shape"),
+    ("group_norm_silu", {"weight": X(6, dtype=torch.int64)}, TypeError, "weight must have a floating-point dtype"),
+    ("group_norm_silu", {"bias": X(6, device="meta")}, ValueError, "bias must be on the device of x"),
+    ("group_norm_silu", {"eps": 0.0}, ValueError, "eps must be above 0"),
+    ("group_norm_silu", {"eps": float("nan")}, ValueError, "eps must be above 0"),
+    ("group_norm_silu", {"activation": "relu"}, ValueError, "\"silu\" or None, got 'relu'"),
+    ("group_norm_silu", {"impl": "fast"}, ValueError, "impl must be None or one of"),
+    ("nearest_codebook", {"z": 3}, TypeError, "z must be a tensor, got int"),
+    ("nearest_codebook", {"z": X(4, 3, 5)}, ValueError, r"\(N, d\) or \(B, d, H, W\)"),
+    ("nearest_codebook", {"z": X(4, 3, dtype=torch.int64)}, TypeError, "floating-point"),
+    ("nearest_codebook", {"z": X(4, 2)}, ValueError, "codebook's 3 numbers"),
+    ("nearest_codebook", {"z": X(4, 5, 3, 3)}, ValueError, "codebook's 3 numbers"),
+    ("nearest_codebook", {"codebook": X(0, 3)}, ValueError, "at least 1"),
+    ("nearest_codebook", {"codebook": X(4, 0), "z": X(5, 0)}, ValueError, "at least 1"),
+    ("nearest_codebook", {"codebook": X(4)}, ValueError, r"codebook must be \(K, d\)"),
+    ("nearest_codebook", {"codebook": X(4, 3, dtype=torch.float16)}, TypeError, "one dtype"),
+    ("nearest_codebook", {"codebook": X(4, 3, device="meta")}, ValueError, "one device"),
+    ("nearest_codebook", {"impl": "triton"}, ValueError, "one of cuda, cpu, reference, got 'triton'"),
+]
+GOOD = {
+    "attention": {"q": X(2, 3, 4, 8), "k": X(2, 3, 5, 8), "v": X(2, 3, 5, 8)},
+    "group_norm_silu": {"x": X(2, 6, 5), "num_groups": 3, "weight": X(6), "bias": X(6)},
+    "nearest_codebook": {"z": X(4, 3), "codebook": X(7, 3)},
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "error", "words"),
+    [pytest.param(*call, id=f"{call[0]}-{'-'.join(call[1])}-{number}") for number, call in enumerate(BAD_CALLS)],
+)
+def test_bad_arguments(op: str, change: dict[str, Any], error: type[Exception], words: str) -> None:
+    getattr(ops, op)(**GOOD[op])
+    with pytest.raises(error, match=f"(?s)^{op}: .*{words}"):
+        getattr(ops, op)(**{**GOOD[op], **change})
+
+
+def test_mask_of_any_rank_and_dtype() -> None:
+    """Whatever broadcasts to (B, H, N, M) is taken, and means what it means to PyTorch."""
+    q, k, v = (make_inputs("attention", Attention(2, 3, 4, 5, 8), torch.float32)[key] for key in "qkv")
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((), (5,), (4, 1), (1, 5), (3, 1, 1), (2, 1, 1, 5), (2, 3, 4, 5))
+    for shape, kind in itertools.product(shapes, (torch.bool, torch.float32, torch.float16, torch.float64)):
+        draw = torch.randn(shape, generator=generator)
+        mask = draw > -2 if kind == torch.bool else draw.to(kind)
+        expected = attention_formula(q, k, v, mask.expand(2, 3, 4, 5))
+        torch.testing.assert_close(ops.attention(q, k, v, mask=mask), expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- Triton without a GPU ----
+
+# Of every kernel and branch something; all of it takes minutes: TRITON_INTERPRET=1 pytest tests/test_ops.py -k triton
+INTERPRETED = (
+    "attention-triton-1x1x1x1x1-float32",
+    "attention-triton-2x3x7x13x3-float16",
+    "attention-triton-2x3x13x13x5-one_projection-float32",
+    "attention-triton-2x3x11x19x8-masked_row-float32",
+    "attention-triton-1x1x67x257x40-float32",
+    "attention-triton-1x1x19x23x257-float32",
+    "attention-triton-2x2x37x77x40-float16",
+    "group_norm_silu-triton-2x12x5x3-g4-modulation_both-float32",
+    "group_norm_silu-triton-2x12x5x3-g4-channels_last-affine_none-modulation_both-float32",
+    "group_norm_silu-triton-1x26x13x11-g2-float16",
+    "group_norm_silu-triton-2x6x5x7-g3-sliced-float32",
+)
+
+
+@pytest.mark.skipif(INTERPRETING or ACCELERATOR == "cuda", reason="the Triton kernels run in this process")
+def test_triton_in_the_interpreter() -> None:
+    """The same tests in a process of their own: Triton decides when a kernel is decorated whether it is interpreted."""
+    pytest.importorskip("triton")
+    tests = [f"{__file__}::test_forward_and_gradients[{case}]" for case in INTERPRETED]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert f"{len(INTERPRETED)} passed" in done.stdout and "skipped" not in done.stdout
