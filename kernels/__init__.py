@@ -1,0 +1,48 @@
+"""Triton kernels, imported as `ldm_fast.kernels`: one file per op.
+
+Importing this package costs nothing and needs no Triton, so that `unavailable()` can explain a missing one. The files
+of the ops do need it: ask `unavailable()` first, then import `ldm_fast.kernels.<op>`.
+"""
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """One kernel launch as data: an op runs its launches, the static checks compile the same ones without a GPU."""
+
+    kernel: Callable[..., Any]
+    programs: int
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](*self.args, **self.options)
+
+
+def interpreting() -> bool:
+    """Whether Triton decorates kernels for its CPU interpreter (it reads the same variable at the decoration)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def unavailable() -> str | None:
+    """Why no Triton kernel can run here, in one line that says what would change it; None if they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed: `pip install triton` (Linux) would bring it"
+    if not interpreting() and not torch.cuda.is_available():
+        return "PyTorch sees no CUDA GPU (TRITON_INTERPRET=1, set before the start, runs the kernels slowly on a CPU)"
+    return None
+
+
+def refuse(x: torch.Tensor) -> str | None:
+    """Why no Triton kernel takes a tensor of this dtype on this device; None if they do."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the Triton kernels take float16, bfloat16 and float32, not {x.dtype}"
+    if interpreting():
+        # its tl.dot multiplies the bits of bfloat16 numbers as integers
+        return "Triton's interpreter computes bfloat16 wrongly" if x.dtype == torch.bfloat16 else None
+    return None if x.is_cuda else f"the Triton kernels need tensors on a CUDA GPU, not on {x.device}"

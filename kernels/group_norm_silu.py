@@ -1,0 +1,516 @@
+"""Fused group norm and SiLU in Triton, forward and backward, deterministic.
+
+h = ((x - mean) · rstd · weight + bias) · (1 + scale) + shift;  y = silu(h) or h; mean and rstd of a group in float32
+
+Layout   x is (B, C, S) seen with two strides: contiguous (S, 1) or channels_last (1, C). A tile is CHANNELS × PIXELS;
+         which of the two is long decides what is read in a row, so one kernel serves both layouts. weight, bias and the
+         modulation are one number per channel: nothing is divided per element.
+On chip  A group that fits into a program's registers: one read and one write (backward: two reads and one write).
+Split    A larger group: `_stats` reads x and leaves each channel's mean and squared deviation per chunk of pixels,
+         `_merge` joins them in fixed order (Chan et al. 1979), `_apply` reads x again and writes y. Any tile may hold
+         channels of several groups, so work is split alike for one wide group and for many narrow ones.
+         Backward: `_grad_sums` reads x and grad, `_merge_grads` joins, `_grad_apply` reads both again and writes dx.
+
+Deviations are taken from a mean already known, never E[x²] - E[x]²: mean 1000 and deviation 1 keep their digits. How
+work is divided depends on C, S and the layout alone, never on B.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from . import Launch, refuse, unavailable
+
+__all__ = ["group_norm_silu", "group_norm_silu_backward", "group_norm_silu_unsupported", "unavailable"]
+
+ON_CHIP = 16384  # padded elements of a group that one program keeps; its backward keeps two tensors
+TILE = 4096  # elements of a tile of the split form
+ROW_BYTES = 128  # least that is read in a row of a channels_last tensor
+CHUNKS = 256  # most partial results per channel
+
+
+@triton.jit
+def _moments(x, inside, count):
+    """Mean and sum of squared deviations of the elements inside a tile, corrected for the rounding of the mean."""
+    mean = tl.sum(tl.where(inside, x, 0.0)) / count
+    off = tl.where(inside, x - mean, 0.0)
+    rest = tl.sum(off) / count
+    return mean + rest, tl.sum(off * off) - count * rest * rest
+
+
+@triton.jit
+def _affine(weight, bias, scale, shift, row, channel, inside):
+    """Per channel: h = normalised · factor + offset, and 1 + scale.  # (CHANNELS,)
+
+    row is the image's first element of the (B, C) modulation.
+    """
+    one = tl.where(inside, 1.0, 0.0)
+    factor, offset, modulation = one, one - one, one
+    if weight is not None:
+        factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    if scale is not None:
+        modulation = 1.0 + tl.load(scale + row + channel, mask=inside, other=0.0).to(tl.float32)
+        factor *= modulation
+        offset *= modulation
+    if shift is not None:
+        offset += tl.load(shift + row + channel, mask=inside, other=0.0).to(tl.float32)
+    return factor, offset, modulation
+
+
+@triton.jit
+def _silu_gradient(grad, h):
+    """grad · silu'(h) = grad · σ(h) (1 + h (1 - σ(h)))"""
+    sigmoid = tl.sigmoid(h)
+    return grad * sigmoid * (1.0 + h * (1.0 - sigmoid))
+
+
+@triton.jit
+def _tile(channel, pixel, C, S, stride_c, stride_s):
+    """Offsets of a tile in one image, and which of them exist.  # (CHANNELS, PIXELS)"""
+    offsets = channel.to(tl.int64)[:, None] * stride_c + pixel.to(tl.int64)[None, :] * stride_s
+    return offsets, (channel < C)[:, None] & (pixel < S)[None, :]
+
+
+@triton.jit
+def _forward_group(
+    x, weight, bias, scale, shift, y, mean, rstd, C, S, stride_c, stride_s, G, eps,
+    width: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """One group of one image, kept on chip; grid (B · G). Moves x and y once.
+
+    width is known to the compiler because groups of 40 channels start at multiples of 8: so it reads 16 bytes at once.
+    """
+    pid = tl.program_id(0)
+    b = (pid // G).to(tl.int64)
+    last = (pid % G + 1) * width
+    channel = pid % G * width + tl.arange(0, CHANNELS)
+    offsets, inside = _tile(channel, tl.arange(0, PIXELS), last, S, stride_c, stride_s)
+    value = tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
+
+    count = 1.0 * width * S
+    center, deviation = _moments(value, inside, count)
+    inverse = tl.rsqrt(deviation / count + eps)
+    tl.store(mean + pid, center)
+    tl.store(rstd + pid, inverse)
+
+    factor, offset, _ = _affine(weight, bias, scale, shift, b * C, channel, channel < last)
+    h = (value - center) * inverse * factor[:, None] + offset[:, None]
+    if SILU:
+        h *= tl.sigmoid(h)
+    tl.store(y + b * C * S + offsets, h.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _stats(
+    x, means, deviations, C, S, stride_c, stride_s, chunks,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Mean and squared deviation of CHANNELS channels over STEPS · PIXELS pixels; grid (chunks · channel tiles · B).
+
+    Every element of the tile follows its own mean (Welford 1962); they are joined once, at the end.
+    """
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(C, CHANNELS)
+    chunk = pid % chunks
+    channel = pid // chunks % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    b = (pid // chunks // tiles).to(tl.int64)
+    x += b * C * S
+    center = tl.zeros((CHANNELS, PIXELS), tl.float32)
+    deviation = tl.zeros((CHANNELS, PIXELS), tl.float32)
+    count = tl.zeros((PIXELS,), tl.float32)
+    for step in range(STEPS):
+        pixel = (chunk * STEPS + step) * PIXELS + tl.arange(0, PIXELS)
+        offsets, inside = _tile(channel, pixel, C, S, stride_c, stride_s)
+        value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+        off = tl.where(inside, value - center, 0.0)
+        center += off / (step + 1)
+        deviation += off * tl.where(inside, value - center, 0.0)
+        count += tl.where(pixel < S, 1.0, 0.0)
+
+    total = tl.sum(count, 0)
+    joined = tl.sum(center * count[None, :], 1) / total  # (CHANNELS,)
+    off = center - joined[:, None]
+    rest = tl.sum(off * count[None, :], 1) / total
+    squares = tl.sum(deviation + off * off * count[None, :], 1) - total * rest * rest
+    place = (b * C + channel) * chunks + chunk
+    tl.store(means + place, joined + rest, mask=channel < C)
+    tl.store(deviations + place, squares, mask=channel < C)
+
+
+@triton.jit
+def _merge(means, deviations, mean, rstd, S, G, width, chunks, pixels, eps, BLOCK: tl.constexpr):
+    """mean and rstd of one group from its channels' partial results of `pixels` pixels each; grid (B · G)."""
+    pid = tl.program_id(0)
+    parts = width * chunks
+    means += pid.to(tl.int64) * parts
+    deviations += pid.to(tl.int64) * parts
+    total = 1.0 * width * S
+    first = tl.load(means)  # sums of differences from it keep the digits that sums of the means would lose
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, parts, BLOCK):
+        part = start + tl.arange(0, BLOCK)
+        count = tl.minimum(pixels, S - part % chunks * pixels).to(tl.float32)
+        acc += tl.where(part < parts, (tl.load(means + part, mask=part < parts, other=0.0) - first) * count, 0.0)
+    center = first + tl.sum(acc, 0) / total
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, parts, BLOCK):
+        part = start + tl.arange(0, BLOCK)
+        count = tl.minimum(pixels, S - part % chunks * pixels).to(tl.float32)
+        off = tl.load(means + part, mask=part < parts, other=0.0) - center
+        within = tl.load(deviations + part, mask=part < parts, other=0.0)
+        acc += tl.where(part < parts, within + off * off * count, 0.0)
+    tl.store(mean + pid, center)
+    tl.store(rstd + pid, tl.rsqrt(tl.sum(acc, 0) / total + eps))
+
+
+@triton.jit
+def _apply(
+    x, weight, bias, scale, shift, mean, rstd, y, C, S, stride_c, stride_s, G, width, chunks,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """One tile of y from known statistics; grid (chunks · channel tiles · B). Moves x and y once."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(C, CHANNELS)
+    pixel = pid % chunks * PIXELS + tl.arange(0, PIXELS)
+    channel = pid // chunks % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    b = (pid // chunks // tiles).to(tl.int64)
+    offsets, inside = _tile(channel, pixel, C, S, stride_c, stride_s)
+    value = tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
+    center = tl.load(mean + b * G + channel // width, mask=channel < C, other=0.0)  # (CHANNELS,)
+    inverse = tl.load(rstd + b * G + channel // width, mask=channel < C, other=0.0)
+    factor, offset, _ = _affine(weight, bias, scale, shift, b * C, channel, channel < C)
+    h = (value - center[:, None]) * (inverse * factor)[:, None] + offset[:, None]
+    if SILU:
+        h *= tl.sigmoid(h)
+    tl.store(y + b * C * S + offsets, h.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_group(
+    grad, x, weight, bias, scale, shift, mean, rstd, dx, sums, sums_hat, C, S, stride_c, stride_s, G,
+    width: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """dx of one group of one image kept on chip, and its channels' Σ dh and Σ dh · x̂; grid (B · G)."""
+    pid = tl.program_id(0)
+    b = (pid // G).to(tl.int64)
+    last = (pid % G + 1) * width
+    channel = pid % G * width + tl.arange(0, CHANNELS)
+    offsets, inside = _tile(channel, tl.arange(0, PIXELS), last, S, stride_c, stride_s)
+    inverse = tl.load(rstd + pid)
+    hat = (tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32) - tl.load(mean + pid)) * inverse
+    dh = tl.load(grad + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
+    factor, offset, _ = _affine(weight, bias, scale, shift, b * C, channel, channel < last)
+    if SILU:
+        dh = _silu_gradient(dh, hat * factor[:, None] + offset[:, None])
+
+    total = tl.sum(dh, 1)  # (CHANNELS,)
+    total_hat = tl.sum(dh * hat, 1)
+    tl.store(sums + b * C + channel, total, mask=channel < last)
+    tl.store(sums_hat + b * C + channel, total_hat, mask=channel < last)
+    count = 1.0 * width * S
+    level = tl.sum(factor * total, 0) / count
+    slope = tl.sum(factor * total_hat, 0) / count
+    result = inverse * (dh * factor[:, None] - level - hat * slope)
+    tl.store(dx + b * C * S + offsets, result.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _grad_sums(
+    grad, x, weight, bias, scale, shift, mean, rstd, parts, parts_hat, C, S, stride_c, stride_s, G, width, chunks,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Σ dh and Σ dh · x̂ of CHANNELS channels over STEPS · PIXELS pixels; grid (chunks · channel tiles · B)."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(C, CHANNELS)
+    chunk = pid % chunks
+    channel = pid // chunks % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    b = (pid // chunks // tiles).to(tl.int64)
+    center = tl.load(mean + b * G + channel // width, mask=channel < C, other=0.0)[:, None]
+    inverse = tl.load(rstd + b * G + channel // width, mask=channel < C, other=0.0)[:, None]
+    factor, offset, _ = _affine(weight, bias, scale, shift, b * C, channel, channel < C)
+    total = tl.zeros((CHANNELS, PIXELS), tl.float32)
+    total_hat = tl.zeros((CHANNELS, PIXELS), tl.float32)
+    for step in range(STEPS):
+        pixel = (chunk * STEPS + step) * PIXELS + tl.arange(0, PIXELS)
+        offsets, inside = _tile(channel, pixel, C, S, stride_c, stride_s)
+        hat = (tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32) - center) * inverse
+        dh = tl.load(grad + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)
+        if SILU:
+            dh = _silu_gradient(dh, hat * factor[:, None] + offset[:, None])
+        total += dh
+        total_hat += dh * hat
+    place = (b * C + channel) * chunks + chunk
+    tl.store(parts + place, tl.sum(total, 1), mask=channel < C)
+    tl.store(parts_hat + place, tl.sum(total_hat, 1), mask=channel < C)
+
+
+@triton.jit
+def _merge_grads(
+    parts, parts_hat, weight, scale, sums, sums_hat, levels, slopes, C, S, G, width, chunks,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Σ dh and Σ dh · x̂ of one group's channels, and their weighted means over the group; grid (B · G)."""
+    pid = tl.program_id(0)
+    b = (pid // G).to(tl.int64)
+    last = (pid % G + 1) * width
+    level = tl.zeros((CHANNELS,), tl.float32)
+    slope = tl.zeros((CHANNELS,), tl.float32)
+    for first in range(0, width, CHANNELS):
+        channel = pid % G * width + first + tl.arange(0, CHANNELS)
+        total = tl.zeros((CHANNELS, BLOCK), tl.float32)
+        total_hat = tl.zeros((CHANNELS, BLOCK), tl.float32)
+        for start in range(0, chunks, BLOCK):
+            place, inside = _tile(channel, start + tl.arange(0, BLOCK), last, chunks, chunks, 1)
+            total += tl.load(parts + b * C * chunks + place, mask=inside, other=0.0)
+            total_hat += tl.load(parts_hat + b * C * chunks + place, mask=inside, other=0.0)
+        sum_, sum_hat = tl.sum(total, 1), tl.sum(total_hat, 1)
+        tl.store(sums + b * C + channel, sum_, mask=channel < last)
+        tl.store(sums_hat + b * C + channel, sum_hat, mask=channel < last)
+        factor, _, _ = _affine(weight, None, scale, None, b * C, channel, channel < last)
+        level += factor * sum_
+        slope += factor * sum_hat
+    count = 1.0 * width * S
+    tl.store(levels + pid, tl.sum(level, 0) / count)
+    tl.store(slopes + pid, tl.sum(slope, 0) / count)
+
+
+@triton.jit
+def _grad_apply(
+    grad, x, weight, bias, scale, shift, mean, rstd, levels, slopes, dx,
+    C, S, stride_c, stride_s, G, width, chunks,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """One tile of dx from known sums; grid (chunks · channel tiles · B). Moves grad, x and dx once."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(C, CHANNELS)
+    pixel = pid % chunks * PIXELS + tl.arange(0, PIXELS)
+    channel = pid // chunks % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    b = (pid // chunks // tiles).to(tl.int64)
+    offsets, inside = _tile(channel, pixel, C, S, stride_c, stride_s)
+    group = b * G + channel // width
+    center = tl.load(mean + group, mask=channel < C, other=0.0)[:, None]
+    inverse = tl.load(rstd + group, mask=channel < C, other=0.0)[:, None]
+    level = tl.load(levels + group, mask=channel < C, other=0.0)[:, None]
+    slope = tl.load(slopes + group, mask=channel < C, other=0.0)[:, None]
+    hat = (tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32) - center) * inverse
+    dh = tl.load(grad + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
+    factor, offset, _ = _affine(weight, bias, scale, shift, b * C, channel, channel < C)
+    if SILU:
+        dh = _silu_gradient(dh, hat * factor[:, None] + offset[:, None])
+    result = inverse * (dh * factor[:, None] - level - hat * slope)
+    tl.store(dx + b * C * S + offsets, result.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _grad_parameters(
+    sums, sums_hat, weight, bias, scale, dweight, dbias, dscale, dshift, B, C, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Gradients of BLOCK channels' weight, bias, scale and shift, images added in order; grid (channel blocks)."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < C
+    total = tl.zeros((BLOCK,), tl.float32)
+    total_hat = tl.zeros((BLOCK,), tl.float32)
+    gain, base, _ = _affine(weight, bias, None, None, 0, channel, inside)
+    for b in range(B):
+        sum_ = tl.load(sums + b * C + channel, mask=inside, other=0.0)
+        sum_hat = tl.load(sums_hat + b * C + channel, mask=inside, other=0.0)
+        _, _, modulation = _affine(None, None, scale, None, b * C, channel, inside)
+        total += sum_ * modulation
+        total_hat += sum_hat * modulation
+        if dscale is not None:
+            change = gain * sum_hat + base * sum_
+            tl.store(dscale + b * C + channel, change.to(dscale.dtype.element_ty), mask=inside)
+        if dshift is not None:
+            tl.store(dshift + b * C + channel, sum_.to(dshift.dtype.element_ty), mask=inside)
+    if dweight is not None:
+        tl.store(dweight + channel, total_hat.to(dweight.dtype.element_ty), mask=inside)
+    if dbias is not None:
+        tl.store(dbias + channel, total.to(dbias.dtype.element_ty), mask=inside)
+
+
+def _layout(x: torch.Tensor) -> tuple[int, int, int, bool]:
+    """S, the strides of channels and of pixels, and whether channels are the ones in a row."""
+    channels, pixels = x.shape[1], x[0, 0].numel()
+    if pixels == 1 or not x.is_contiguous():
+        return pixels, 1, channels, True
+    return pixels, pixels, 1, False
+
+
+def _on_chip(x: torch.Tensor, width: int, limit: int) -> tuple[int, int] | None:
+    """The tile that holds a group, or None where the group is split."""
+    pixels, _, _, channels_in_row = _layout(x)
+    tile = triton.next_power_of_2(width), triton.next_power_of_2(pixels)
+    # a narrow group of a channels_last tensor would be read in crumbs of a few bytes per pixel
+    crumbs = channels_in_row and pixels > 1 and width * x.element_size() < ROW_BYTES // 2
+    return None if tile[0] * tile[1] > limit or crumbs else tile
+
+
+def _split(x: torch.Tensor) -> tuple[int, int, int]:
+    """Channels and pixels of a tile, and the steps that keep the partial results of a channel below CHUNKS."""
+    pixels, _, _, channels_in_row = _layout(x)
+    if channels_in_row:
+        channel_tile = min(triton.next_power_of_2(x.shape[1]), ROW_BYTES // x.element_size())
+        pixel_tile = min(triton.next_power_of_2(pixels), TILE // channel_tile)
+    else:
+        pixel_tile = min(triton.next_power_of_2(pixels), TILE // 4)
+        channel_tile = min(triton.next_power_of_2(x.shape[1]), TILE // pixel_tile)
+    return channel_tile, pixel_tile, triton.cdiv(triton.cdiv(pixels, pixel_tile), CHUNKS)
+
+
+def group_norm_silu_unsupported(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+) -> str | None:
+    """Why these (validated) inputs cannot run, None if they can."""
+    for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
+        if tensor is not None and tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"the Triton kernel takes a float16, bfloat16 or float32 {name}, not {tensor.dtype}"
+    if not x.is_contiguous() and not x.movedim(1, -1).is_contiguous():
+        return "the Triton kernel needs x contiguous or channels_last: call .contiguous() first"
+    return refuse(x)
+
+
+def forward_launches(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    y: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> list[Launch]:
+    """What `group_norm_silu` launches, in this order, to fill y, mean and rstd."""
+    b, c = x.shape[:2]
+    width = c // num_groups
+    s, stride_c, stride_s, _ = _layout(x)
+    fusion = {"enable_fp_fusion": True}
+    silu = {"SILU": activation == "silu", **fusion}
+    if tile := _on_chip(x, width, ON_CHIP):
+        args = (x, weight, bias, scale, shift, y, mean, rstd, c, s, stride_c, stride_s, num_groups, eps)
+        options = {"width": width, "CHANNELS": tile[0], "PIXELS": tile[1], "num_warps": _warps(tile, 16), **silu}
+        return [Launch(_forward_group, b * num_groups, args, options)]
+    channels, pixels, steps = _split(x)
+    tiles, chunks, steps_apply = triton.cdiv(c, channels), triton.cdiv(s, pixels * steps), triton.cdiv(s, pixels)
+    means, deviations = torch.empty((2, b, c, chunks), dtype=torch.float32, device=x.device)
+    block: dict[str, Any] = {"CHANNELS": channels, "PIXELS": pixels, "num_warps": _warps((channels, pixels), 32)}
+    stats = (x, means, deviations, c, s, stride_c, stride_s, chunks)
+    merge = (means, deviations, mean, rstd, s, num_groups, width, chunks, pixels * steps, eps)
+    apply = (
+        x, weight, bias, scale, shift, mean, rstd, y, c, s, stride_c, stride_s, num_groups, width, steps_apply
+    )  # fmt: skip
+    return [
+        Launch(_stats, chunks * tiles * b, stats, {**block, "STEPS": steps, **fusion}),
+        Launch(_merge, b * num_groups, merge, {"BLOCK": 1024, "num_warps": 4, **fusion}),
+        Launch(_apply, steps_apply * tiles * b, apply, {**block, **silu}),
+    ]
+
+
+def _warps(tile: tuple[int, int], elements: int) -> int:
+    """Warps that give a thread about `elements` elements of a tile."""
+    return max(1, min(16, tile[0] * tile[1] // (32 * elements)))
+
+
+def backward_launches(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    dx: torch.Tensor,
+    dweight: torch.Tensor | None,
+    dbias: torch.Tensor | None,
+    dscale: torch.Tensor | None,
+    dshift: torch.Tensor | None,
+) -> list[Launch]:
+    """What `group_norm_silu_backward` launches, in this order, to fill dx and the gradients that are not None."""
+    b, c = x.shape[:2]
+    width = c // num_groups
+    s, stride_c, stride_s, _ = _layout(x)
+    fusion = {"enable_fp_fusion": True}
+    silu = {"SILU": activation == "silu", **fusion}
+    sums, sums_hat = torch.empty((2, b, c), dtype=torch.float32, device=x.device)
+    inputs = (grad, x, weight, bias, scale, shift, mean, rstd)
+    sizes = (c, s, stride_c, stride_s, num_groups)
+    if tile := _on_chip(x, width, ON_CHIP // 2):
+        options = {"width": width, "CHANNELS": tile[0], "PIXELS": tile[1], "num_warps": _warps(tile, 16), **silu}
+        launches = [Launch(_backward_group, b * num_groups, (*inputs, dx, sums, sums_hat, *sizes), options)]
+    else:
+        channels, pixels, steps = _split(x)
+        tiles, chunks, steps_apply = triton.cdiv(c, channels), triton.cdiv(s, pixels * steps), triton.cdiv(s, pixels)
+        parts, parts_hat = torch.empty((2, b, c, chunks), dtype=torch.float32, device=x.device)
+        levels, slopes = torch.empty((2, b, num_groups), dtype=torch.float32, device=x.device)
+        block: dict[str, Any] = {"CHANNELS": channels, "PIXELS": pixels, "num_warps": _warps((channels, pixels), 32)}
+        merge = (parts, parts_hat, weight, scale, sums, sums_hat, levels, slopes, c, s, num_groups, width, chunks)
+        launches = [
+            Launch(_grad_sums, chunks * tiles * b, (*inputs, parts, parts_hat, *sizes, width, chunks),
+                   {**block, "STEPS": steps, **silu}),
+            Launch(_merge_grads, b * num_groups, merge, {"CHANNELS": 32, "BLOCK": 32, "num_warps": 4, **fusion}),
+            Launch(_grad_apply, steps_apply * tiles * b, (*inputs, levels, slopes, dx, *sizes, width, steps_apply),
+                   {**block, **silu}),
+        ]  # fmt: skip
+    if any(gradient is not None for gradient in (dweight, dbias, dscale, dshift)):
+        args = (sums, sums_hat, weight, bias, scale, dweight, dbias, dscale, dshift, b, c)
+        launches.append(Launch(_grad_parameters, triton.cdiv(c, 64), args, {"BLOCK": 64, "num_warps": 1, **fusion}))
+    return launches
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, mean, rstd) of validated inputs; mean and rstd (B, G) in float32."""
+    weight, bias, scale, shift = (None if t is None else t.contiguous() for t in (weight, bias, scale, shift))
+    y = torch.empty_like(x)
+    mean, rstd = (torch.empty((x.shape[0], num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    for launch in forward_launches(x, num_groups, weight, bias, eps, activation, scale, shift, y, mean, rstd):
+        launch.run()
+    return y, mean, rstd
+
+
+def group_norm_silu_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(dx, dweight, dbias, dscale, dshift), None for what was None, from what the forward returned."""
+    if grad.stride() != x.stride():
+        grad = torch.empty_like(x).copy_(grad)
+    weight, bias, scale, shift = (None if t is None else t.contiguous() for t in (weight, bias, scale, shift))
+    dx, *gradients = (None if t is None else torch.empty_like(t) for t in (x, weight, bias, scale, shift))
+    for launch in backward_launches(
+        grad, x, num_groups, weight, bias, activation, scale, shift, mean, rstd, dx, *gradients
+    ):
+        launch.run()
+    return dx, *gradients

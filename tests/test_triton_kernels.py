@@ -1,0 +1,235 @@
+"""The Triton kernels against the reference in float64: every kernel, every branch of how the work is divided.
+
+Triton decides when a kernel is decorated whether it is interpreted, so without a GPU the class `TestKernels` runs in a
+process of its own, started by the last test here. The interpreter runs programs one after another: races do not show.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ldm_fast import kernels, reference
+from ldm_fast.kernels import attention, group_norm_silu
+from ldm_fast.testing import Attention, GroupNormSilu, make_inputs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RUNS_HERE = kernels.interpreting() or DEVICE == "cuda"
+SHORT, LONG = {"_forward_short"}, {"_forward_long"}
+SHORT_GRADIENT, LONG_GRADIENT = {"_backward_short", "_sum_parts"}, {"_backward_queries", "_backward_keys"}
+GROUP, SPLIT = {"_forward_group"}, {"_stats", "_merge", "_apply"}
+GROUP_GRADIENT, SPLIT_GRADIENT = {"_backward_group"}, {"_grad_sums", "_merge_grads", "_grad_apply"}
+PARAMETERS = {"_grad_parameters"}
+
+# A case, and the kernels that it goes through in float16. Relative L2 error allowed in float32: 2e-6, unless given.
+ATTENTION = [
+    (Attention(1, 1, 1, 1, 1), SHORT | SHORT_GRADIENT),
+    (Attention(2, 1, 33, 77, 40, layout="heads_last"), SHORT | SHORT_GRADIENT),  # pieces of both widths
+    (Attention(1, 1, 1030, 5, 16), SHORT | SHORT_GRADIENT),  # programs with several tiles, the last one ragged
+    (Attention(1, 2, 19, 64, 80, mask="additive"), SHORT | SHORT_GRADIENT),  # one piece of keys, two of columns
+    (Attention(1, 1, 7, 128, 24, mask="masked_row"), SHORT | SHORT_GRADIENT),
+    (Attention(1, 1, 33, 77, 160, mask="key_padding"), SHORT | LONG_GRADIENT),
+    (Attention(2, 2, 67, 131, 40, mask="masked_row", layout="heads_last"), LONG | LONG_GRADIENT),
+    (Attention(1, 1, 13, 192, 32, mask="masked_row_additive"), LONG | LONG_GRADIENT),  # whole tiles of keys
+    (Attention(2, 1, 5, 130, 24, mask="key_padding", layout="rows_sliced"), LONG | LONG_GRADIENT),
+    (Attention(1, 1, 5, 19, 512), LONG | LONG_GRADIENT),
+    (Attention(1, 1, 11, 3, 300, mask="bool"), LONG | LONG_GRADIENT),
+]
+GROUP_NORM_SILU = [
+    (GroupNormSilu((2, 6), 2), GROUP | GROUP_GRADIENT | PARAMETERS),
+    (GroupNormSilu((2, 10, 7), 5, modulation="both", float32_affine=True), GROUP | GROUP_GRADIENT | PARAMETERS),
+    (GroupNormSilu((1, 8, 5, 7), 2, affine="none", activation=None), GROUP | GROUP_GRADIENT),
+    (GroupNormSilu((1, 40, 4, 4), 1, "channels_last", modulation="scale"), GROUP | GROUP_GRADIENT | PARAMETERS),
+    (GroupNormSilu((1, 4, 51, 50), 1), GROUP | SPLIT_GRADIENT | PARAMETERS),  # chunks of pixels, the last one ragged
+    (GroupNormSilu((1, 4, 70, 67), 1, modulation="both", data="offset"), SPLIT | SPLIT_GRADIENT | PARAMETERS),
+    (GroupNormSilu((2, 36, 9, 7), 3, "channels_last", modulation="both"), SPLIT | SPLIT_GRADIENT | PARAMETERS),
+    (GroupNormSilu((1, 2, 3, 5, 7), 2, "channels_last", affine="weight"), SPLIT | SPLIT_GRADIENT | PARAMETERS),
+    (GroupNormSilu((1, 40, 17, 1), 1, "channels_last", affine="bias"), GROUP | GROUP_GRADIENT | PARAMETERS),
+]
+
+
+def arguments(op: str, case: Any, dtype: torch.dtype, device: str = DEVICE) -> list[Any]:
+    """What ops.py would pass to an implementation."""
+    inputs = make_inputs(op, case, dtype, "cpu" if device == "meta" else device)
+    if op == "attention":
+        mask, shape = inputs["mask"], (case.B, case.H, case.N, case.M)
+        inputs["mask"] = None if mask is None else mask.expand(shape)
+        inputs["scale"] = case.D**-0.5
+    return [value.to(device) if isinstance(value, torch.Tensor) else value for value in inputs.values()]
+
+
+def launches(op: str, case: Any, dtype: torch.dtype) -> list[kernels.Launch]:
+    """What a forward and a backward pass would launch, on tensors without memory."""
+    args = arguments(op, case, dtype, "meta")
+    if op == "attention":
+        q, k, v, mask, scale = args
+        lse = torch.empty(q.shape[:3], device="meta")
+        forward = attention.forward_launches(*args, q, lse)
+        return forward + attention.backward_launches(q, q, k, v, mask, scale, q, lse, q, k, v)
+    x, groups, weight, bias, _, activation, scale, shift = args
+    mean = torch.empty(x.shape[0], groups, device="meta")
+    inputs = (x, groups, weight, bias, activation, scale, shift, mean, mean)
+    forward = group_norm_silu.forward_launches(*args, x, mean, mean)
+    return forward + group_norm_silu.backward_launches(x, *inputs, x, weight, bias, scale, shift)
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.cpu().double() - wanted).norm() / wanted.norm().clamp_min(1e-6))
+
+
+def in_float64(args: list[Any]) -> list[Any]:
+    return [a.cpu().double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+
+
+@pytest.fixture
+def nan_filled() -> Iterator[None]:
+    """torch.empty fills with NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy: log2(0) of a masked row and exp of a lot are meant
+class TestKernels:
+    __test__ = RUNS_HERE
+
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+    @pytest.mark.parametrize("case", [case for case, _ in ATTENTION], ids=str)
+    def test_attention(self, case: Attention, dtype: torch.dtype, nan_filled: None) -> None:
+        args = arguments("attention", case, dtype)
+        out, lse = attention.attention(*args)
+        # the gradient is a view that is contiguous in no order
+        grad = torch.randn(case.B, case.D, case.N, case.H).to(DEVICE, dtype).permute(0, 3, 2, 1)
+        gradients = attention.attention_backward(grad, *args, out, lse)
+        exact, exact_lse = reference.attention(*in_float64(args))
+        exact_gradients = reference.attention_backward(grad.cpu().double(), *in_float64(args), exact, exact_lse)
+
+        allowed = 2e-6 if dtype == torch.float32 else 1e-3
+        torch.testing.assert_close(lse.cpu(), exact_lse.float(), rtol=1e-5, atol=1e-5)
+        assert out.transpose(1, 2).is_contiguous()
+        assert relative_error(out, exact) <= allowed
+        for name, got, wanted in zip("qkv", gradients, exact_gradients, strict=True):
+            # a softmax over one key is constant: then q and k have no gradient, but for rounding
+            scale = wanted.norm() if case.M > 1 else exact_gradients[2].norm()
+            assert (got.cpu().double() - wanted).norm() <= allowed * scale, f"gradient of {name}"
+
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+    @pytest.mark.parametrize("case", [case for case, _ in GROUP_NORM_SILU], ids=str)
+    def test_group_norm_silu(self, case: GroupNormSilu, dtype: torch.dtype, nan_filled: None) -> None:
+        args = arguments("group_norm_silu", case, dtype)
+        x, groups, weight, bias, _, activation, scale, shift = args
+        y, mean, rstd = group_norm_silu.group_norm_silu(*args)
+        assert y.stride() == x.stride()
+        grad = torch.randn(x.shape).to(DEVICE, dtype)  # contiguous, whatever x is
+        rest = (groups, weight, bias, activation, scale, shift)
+        gradients = group_norm_silu.group_norm_silu_backward(grad, x, *rest, mean, rstd)
+        exact = reference.group_norm_silu(*in_float64(args))
+        exact_gradients = reference.group_norm_silu_backward(*in_float64([grad, x, *rest]), *exact[1:])
+
+        allowed = 2e-6 if dtype == torch.float32 else 1e-3
+        if case.data == "offset":  # the mean itself is known to half a unit in its last place, 3e-5 deviations
+            allowed = max(allowed, 1e-4)
+        for name, got, wanted in zip(("y", "mean", "rstd"), (y, mean, rstd), exact, strict=True):
+            assert relative_error(got, wanted) <= allowed, name
+        names = ("x", "weight", "bias", "scale", "shift")
+        for name, got, wanted in zip(names, gradients, exact_gradients, strict=True):
+            assert (got is None) == (wanted is None), name
+            assert got is None or relative_error(got, wanted) <= allowed, f"gradient of {name}"
+
+    def test_a_row_alone_has_the_same_bits(self) -> None:
+        args = arguments("attention", Attention(2, 2, 67, 77, 40), torch.float16)
+        alone = [a[1:, 1:] if isinstance(a, torch.Tensor) else a for a in args]
+        out, lse = attention.attention(*args)
+        out_alone, lse_alone = attention.attention(*alone)
+        assert torch.equal(out[1:, 1:], out_alone) and torch.equal(lse[1:, 1:], lse_alone)
+        both = attention.attention_backward(out, *args, out, lse)
+        one = attention.attention_backward(out_alone, *alone, out_alone, lse_alone)
+        assert all(torch.equal(a[1:, 1:], b) for a, b in zip(both, one, strict=True))
+
+    def test_the_lowest_additive_mask_is_no_missing_key(self) -> None:
+        """Libraries mask with the lowest finite number: PyTorch's softmax of a row of it alone is uniform."""
+        q, k, v = (torch.randn(1, 1, n, 16, device=DEVICE) for n in (3, 5, 5))
+        mask = torch.zeros(3, 5, device=DEVICE).masked_fill_(
+            torch.tensor([[0], [1], [0]], device=DEVICE).bool(), -3.4e38
+        )
+        out, lse = attention.attention(q, k, v, mask.expand(1, 1, 3, 5), 0.25)
+        torch.testing.assert_close(out[0, 0, 1], v[0, 0].mean(0), rtol=1e-4, atol=1e-5)
+        gradients = attention.attention_backward(out, q, k, v, mask.expand(1, 1, 3, 5), 0.25, out, lse)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.skipif(kernels.interpreting(), reason="interpreted kernels do not keep their source")
+def test_the_table_misses_no_kernel() -> None:
+    for op, module, table in (
+        ("attention", attention, ATTENTION),
+        ("group_norm_silu", group_norm_silu, GROUP_NORM_SILU),
+    ):
+        ran = set()
+        for case, expected in table:
+            names = {launch.kernel.__name__ for launch in launches(op, case, torch.float16)}
+            assert names == expected, case
+            ran |= names
+        assert ran == {name for name, value in vars(module).items() if "tl.program_id" in getattr(value, "src", "")}
+
+
+@pytest.mark.parametrize(
+    ("width", "pieces"),
+    [(1, (16, 0)), (16, (16, 0)), (17, (32, 0)), (24, (32, 0)), (40, (32, 16)), (48, (32, 16)), (77, (64, 16))]
+    + [(80, (64, 16)), (96, (64, 32)), (97, (128, 0)), (128, (128, 0)), (160, (128, 32)), (256, (256, 0))],
+)
+def test_a_width_is_at_most_two_powers_of_two(width: int, pieces: tuple[int, int]) -> None:
+    assert attention._pieces(width) == pieces
+
+
+@pytest.mark.parametrize("op", ("attention", "group_norm_silu"))
+def test_the_work_is_divided_alike_for_any_batch(op: str) -> None:
+    """Else a row would change its last bits with the company it is in."""
+    if op == "attention":
+        pairs = [(Attention(1, 1, n, m, d), Attention(7, 5, n, m, d)) for n, m, d in ((4096, 77, 40), (999, 555, 80))]
+    else:
+        pairs = [(GroupNormSilu((1, 64, s, s), 32), GroupNormSilu((9, 64, s, s), 32)) for s in (4, 80)]
+    for one, many in pairs:
+        for a, b in zip(launches(op, one, torch.float16), launches(op, many, torch.float16), strict=True):
+            assert a.options == b.options and a.programs < b.programs or a.kernel.__name__ == "_grad_parameters"
+
+
+def test_refusals_say_what_is_needed() -> None:
+    q = torch.zeros(1, 1, 4, 8)
+    wide = torch.zeros(1, 1, 4, 1025)
+    assert "1024" in attention.attention_unsupported(wide, wide, wide, None, 1.0)
+    assert "unit last stride" in attention.attention_unsupported(q, q.mT.contiguous().mT, q, None, 1.0)
+    assert "torch.float64" in attention.attention_unsupported(q.double(), q.double(), q.double(), None, 1.0)
+    assert "torch.float64" in attention.attention_unsupported(q, q, q, torch.zeros(1, 1, 4, 4).double(), 1.0)
+    x = torch.zeros(2, 4, 6)
+    assert "contiguous" in group_norm_silu.group_norm_silu_unsupported(
+        x[..., ::2], 2, None, None, 1e-5, None, None, None
+    )
+    assert "weight" in group_norm_silu.group_norm_silu_unsupported(
+        x, 2, torch.zeros(4).double(), None, 1e-5, None, None, None
+    )
+    if not RUNS_HERE:
+        assert "CUDA" in attention.attention_unsupported(q, q, q, None, 1.0)
+        assert "CUDA" in kernels.unavailable()
+
+
+@pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
+def test_the_kernels_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKernels"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    assert f"{2 * len(ATTENTION) + 2 * len(GROUP_NORM_SILU) + 2} passed" in done.stdout
