@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class Progress:
-    """Bars that appear when the work takes longer than a second; called with (what is done, done, of how many)."""
+    """Bars that appear when the work takes longer than a second; called with (what is done, done, of how many).
+
+    A log file gets a line now and then, not one for every step.
+    """
 
     def __init__(self) -> None:
         self.what, self.bar = "", None
@@ -18,7 +23,8 @@ class Progress:
         if what != self.what:
             self.__exit__()
             self.what = what
-            self.bar = tqdm(total=total, desc=what, unit="step", delay=1, leave=False, dynamic_ncols=True)
+            pace = {"dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 10}
+            self.bar = tqdm(total=total, desc=what, unit="step", delay=1, leave=False, **pace)
         self.bar.update(done - self.bar.n)
 
     def __exit__(self, *_: object) -> None:
