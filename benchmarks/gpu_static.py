@@ -111,7 +111,8 @@ def compile_launch(launch: Launch, arch: int) -> Static:
         raise RuntimeError(f"gpu_static: no machine code of {launch.kernel.__name__} could be read")
     counts = Counter(name.split(".")[0] for name in names)
     wide = Counter(name.split(".")[0] for name in names if ".128" in name)
-    # asynchronous copies from global to shared memory are loads as well
+    # asynchronous copies from global to shared memory (LDGSTS) are loads as well; atomics on shared memory (ATOMS) are
+    # how Blackwell hands out its tensor memory
     return Static(
         kernel=launch.kernel.__name__.lstrip("_"),
         arch=arch,
@@ -122,7 +123,7 @@ def compile_launch(launch: Launch, arch: int) -> Static:
         local=counts["LDL"] + counts["STL"] + resources["LOCAL"],
         tensor_core=sum(counts[name] for name in TENSOR_CORE),
         exp2=sum(name.startswith("MUFU.EX2") for name in names),
-        atomics=sum(counts[name] for name in ("ATOM", "ATOMG", "ATOMS", "RED", "REDG")),
+        atomics=sum(counts[name] for name in ("ATOM", "ATOMG", "RED", "REDG")),
         loads=counts["LDG"] + counts["LDGSTS"],
         loads_128=wide["LDG"] + wide["LDGSTS"],
         stores=counts["STG"],

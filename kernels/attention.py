@@ -605,6 +605,7 @@ def forward_launches(
         args = (*tensors, h, n, m, scale * LOG2E.value)
         return [Launch(_forward_short, b * h * triton.cdiv(n, block * tiles), args, options)]
     columns, own, step, warps = _plan(d, half)
+    warps = warps if mask is None else 8  # the mask's values take registers, too
     options.update(columns, BLOCK_N=own, BLOCK_M=step, EVEN_M=m % step == 0, num_warps=warps)
     args = (*tensors, h, n, m, d, scale * LOG2E.value)
     return [Launch(_forward_long, b * h * triton.cdiv(n, own) * columns["PIECES"], args, options)]

@@ -121,7 +121,7 @@ def test_sizes_of_one(gpu_static: ModuleType) -> None:
 
 
 def test_masks(gpu_static: ModuleType) -> None:
-    """Of a padding mask one value per key is read, of any other one value per score."""
+    """A mask is read, and costs no spill."""
     b, h, n, m, d = shape = (2, 8, 1024, 1024, 64)
     padding = torch.empty(b, 1, 1, m, dtype=torch.bool, device="meta").expand(b, h, n, m)
     additive = torch.empty(b, h, n, m, dtype=HALF, device="meta")
@@ -130,8 +130,8 @@ def test_masks(gpu_static: ModuleType) -> None:
         forward = gpu_static.attention_launches(shape, HALF, mask)[0]
         static = gpu_static.compile_launch(forward, 80)
         check(static, HALF, attention=True)
-        loads[name] = static.loads
-    assert loads["none"] < loads["padding"]
+        loads[name] = static.loads * static.warps
+    assert loads["none"] < min(loads["padding"], loads["additive"])
 
 
 @pytest.mark.slow

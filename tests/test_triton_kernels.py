@@ -40,6 +40,7 @@ ATTENTION = [
     (Attention(1, 1, 33, 77, 160, mask="key_padding"), SHORT | LONG_GRADIENT),
     (Attention(2, 2, 67, 131, 40, mask="masked_row", layout="heads_last"), LONG | LONG_GRADIENT),
     (Attention(1, 1, 13, 192, 32, mask="masked_row_additive"), LONG | LONG_GRADIENT),  # whole tiles of keys
+    (Attention(1, 1, 9, 150, 48), LONG | LONG_GRADIENT),  # a ragged tile of keys without a mask
     (Attention(2, 1, 5, 130, 24, mask="key_padding", layout="rows_sliced"), LONG | LONG_GRADIENT),
     (Attention(1, 1, 5, 19, 512), LONG | LONG_GRADIENT),
     (Attention(1, 1, 11, 3, 300, mask="bool"), LONG | LONG_GRADIENT),
@@ -166,6 +167,16 @@ class TestKernels:
         gradients = attention.attention_backward(out, q, k, v, mask.expand(1, 1, 3, 5), 0.25, out, lse)
         assert all(gradient.isfinite().all() for gradient in gradients)
 
+    def test_very_negative_scores(self) -> None:
+        """Keys beyond the last one score zero: next to these their exponentials would overflow."""
+        q = torch.full((1, 1, 3, 48), 5.0, device=DEVICE)
+        k, v = -q[:, :, :1].expand(1, 1, 150, 48), torch.randn(1, 1, 150, 48, device=DEVICE)
+        out, lse = attention.attention(q, k, v, None, 1.0)
+        torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out), rtol=1e-4, atol=1e-5)
+        dq, dk, dv = attention.attention_backward(out, q, k, v, None, 1.0, out, lse)
+        torch.testing.assert_close(dv, (out.sum(2, keepdim=True) / 150).expand_as(dv), rtol=1e-3, atol=1e-6)
+        assert dq.isfinite().all() and dk.isfinite().all()
+
 
 @pytest.mark.skipif(kernels.interpreting(), reason="interpreted kernels do not keep their source")
 def test_the_table_misses_no_kernel() -> None:
@@ -232,4 +243,4 @@ def test_the_kernels_in_the_interpreter() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
-    assert f"{2 * len(ATTENTION) + 2 * len(GROUP_NORM_SILU) + 2} passed" in done.stdout
+    assert f"{2 * len(ATTENTION) + 2 * len(GROUP_NORM_SILU) + 3} passed" in done.stdout
