@@ -120,13 +120,13 @@ def text_to_image_ranks(
 def table(metrics: dict[str, float | int]) -> str:
     """The metrics for people."""
     lines = [
-        f"first stage, held-out images      PSNR {metrics['psnr']:.2f} dB (pooled {metrics['psnr_pooled']:.2f} dB)",
+        f"{'first stage, held-out images':<38}PSNR {metrics['psnr']:.2f} dB (pooled {metrics['psnr_pooled']:.2f} dB)",
     ]
     if "codebook_usage" in metrics:
-        lines.append(f"codebook, all images              {metrics['codebook_usage']:.1%} of the codes in use")
+        lines.append(f"{'codebook, all images':<38}{metrics['codebook_usage']:.1%} of the codes in use")
     for group, words in (("seen", "seen in training"), ("held_out", "held out")):
         name = f"text to image, {metrics[f'{group}_count']} {words}"
-        lines.append(f"{name:<34}top-1 {metrics[f'{group}_top1']:.1%}, top-5 {metrics[f'{group}_top5']:.1%}")
+        lines.append(f"{name:<38}top-1 {metrics[f'{group}_top1']:.1%}, top-5 {metrics[f'{group}_top5']:.1%}")
     return "\n".join(lines)
 
 
