@@ -31,6 +31,7 @@ __all__ = ["attention", "attention_backward", "attention_unsupported", "unavaila
 
 SHORT_KEYS = 128  # keys that a program keeps
 SHORT_WIDTH = 256  # widest head with which they fit
+SHORT_MASKED = 96, 12800  # with a mask: keys, and keys times columns, both padded
 SHORT_GRADIENT = 80  # widest head whose dk and dv for all those keys stay in a program's registers
 WIDEST = 1024
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -545,10 +546,11 @@ class _Plan(NamedTuple):
     warps: int
 
 
-def _plan(d: int, half: bool, backward: bool = False, keys: bool = False) -> _Plan:
+def _plan(d: int, half: bool, masked: bool, backward: bool = False, keys: bool = False) -> _Plan:
     """The largest tiles that the compiler fits into the registers of sm_80 without spilling.
 
-    half: two bytes per element; keys: a program owns keys (for dk and dv) rather than queries.
+    half: two bytes per element; masked: the mask's values take registers, too; keys: a program owns keys (for dk and dv)
+    rather than queries.
     """
     narrow, piece = 256 if half else 128, 128
     if keys or (backward and not half):
@@ -561,12 +563,19 @@ def _plan(d: int, half: bool, backward: bool = False, keys: bool = False) -> _Pl
     elif pieces > 1:
         own, step, warps = 64, 32, 8
     elif backward:
-        own, step, warps = (64, 32, 4) if width <= 128 else (64, 16, 8)
-    elif width <= 128:
-        own, step, warps = 128, 64, 4 if width <= 64 else 8
+        own, step, warps = (64, 16 if keys and masked else 32, 4) if width <= 128 else (64, 16, 8)
+    elif masked or width > 128:
+        own, step, warps = 64, 32, 4 if width <= 64 else 8
     else:
-        own, step, warps = 64, 32, 8
+        own, step, warps = 128, 64, 4 if width <= 64 else 8
     return _Plan({"D0": d0, "D1": d1, "PIECES": pieces}, own, step, warps)
+
+
+def _is_short(m: int, d: int, masked: bool) -> bool:
+    """Whether a program of the forward pass can keep all keys."""
+    keys, columns = sum(_pieces(m)), sum(_pieces(d))
+    most_keys, most_elements = SHORT_MASKED if masked else (SHORT_KEYS, SHORT_KEYS * SHORT_WIDTH)
+    return m <= SHORT_KEYS and d <= SHORT_WIDTH and keys <= most_keys and keys * columns <= most_elements
 
 
 def attention_unsupported(
@@ -597,15 +606,14 @@ def forward_launches(
     mask, mask_strides, per_query = _mask_arguments(mask)
     tensors = (q, k, v, mask, out, lse, *_in_units(unit, q, k, v), *mask_strides)
     options = {"D": d, "UNIT": unit, "PER_QUERY": per_query, "num_stages": 2, "enable_fp_fusion": True}
-    if half and m <= SHORT_KEYS and d <= SHORT_WIDTH:
+    if half and _is_short(m, d, mask is not None):
         (d0, d1), (m0, m1), block = _pieces(d), _pieces(m), 64
         # more tiles per program spread the loading of k and v, fewer leave programs for every processor
         tiles = max(1, min(4, n // (8 * block)))
         options.update(D0=d0, D1=d1, M0=m0, M1=m1, BLOCK_N=block, TILES=tiles, num_warps=4 if d <= 96 else 8)
         args = (*tensors, h, n, m, scale * LOG2E.value)
         return [Launch(_forward_short, b * h * triton.cdiv(n, block * tiles), args, options)]
-    columns, own, step, warps = _plan(d, half)
-    warps = warps if mask is None else 8  # the mask's values take registers, too
+    columns, own, step, warps = _plan(d, half, mask is not None)
     options.update(columns, BLOCK_N=own, BLOCK_M=step, EVEN_M=m % step == 0, num_warps=warps)
     args = (*tensors, h, n, m, d, scale * LOG2E.value)
     return [Launch(_forward_long, b * h * triton.cdiv(n, own) * columns["PIECES"], args, options)]
@@ -632,7 +640,8 @@ def backward_launches(
     scales = (scale, scale * LOG2E.value)
     options = {"D": d, "UNIT": unit, "PER_QUERY": per_query, "num_stages": 1, "enable_fp_fusion": True}
     if m <= SHORT_KEYS and half and d <= SHORT_GRADIENT:
-        (d0, d1), keys, block = _pieces(d), max(16, triton.next_power_of_2(m)), 32
+        (d0, d1), keys = _pieces(d), max(16, triton.next_power_of_2(m))
+        block = 16 if mask is not None and d > 64 else 32
         tiles = max(1, min(16, n // (8 * block)))
         groups = triton.cdiv(n, block * tiles)
         dk_parts, dv_parts = torch.empty((2, b * h * groups, m, d), dtype=torch.float32, device=q.device)
@@ -645,12 +654,12 @@ def backward_launches(
         ]
     delta = torch.empty_like(lse)
     sizes = (*mask_strides, h, n, m, d, *scales)
-    columns, own, step, warps = _plan(d, half, backward=True)
+    columns, own, step, warps = _plan(d, half, mask is not None, backward=True)
     even = m % step == 0
     args = (grad, q, k, v, mask, out, lse, dq, delta, *strides, *_in_units(unit, out), *sizes)
     for_queries = {**options, **columns, "BLOCK_N": own, "BLOCK_M": step, "EVEN_M": even, "num_warps": warps}
     queries = Launch(_backward_queries, b * h * triton.cdiv(n, own) * columns["PIECES"], args, for_queries)
-    columns, own, step, warps = _plan(d, half, keys=True, backward=True)
+    columns, own, step, warps = _plan(d, half, mask is not None, backward=True, keys=True)
     args = (grad, q, k, v, mask, lse, delta, dk, dv, *strides, *sizes)
     for_keys = {**options, **columns, "BLOCK_N": step, "BLOCK_M": own, "num_warps": warps}
     return [queries, Launch(_backward_keys, b * h * triton.cdiv(m, own) * columns["PIECES"], args, for_keys)]

@@ -36,7 +36,9 @@ ATTENTION = [
     (Attention(2, 1, 33, 77, 40, layout="heads_last"), SHORT | SHORT_GRADIENT),  # pieces of both widths
     (Attention(1, 1, 1030, 5, 16), SHORT | SHORT_GRADIENT),  # programs with several tiles, the last one ragged
     (Attention(1, 2, 19, 64, 80, mask="additive"), SHORT | SHORT_GRADIENT),  # one piece of keys, two of columns
-    (Attention(1, 1, 7, 128, 24, mask="masked_row"), SHORT | SHORT_GRADIENT),
+    (Attention(1, 1, 7, 128, 24), SHORT | SHORT_GRADIENT),
+    (Attention(1, 1, 7, 128, 24, mask="masked_row"), LONG | SHORT_GRADIENT),  # a mask takes registers
+    (Attention(1, 1, 9, 31, 24, mask="masked_row"), SHORT | SHORT_GRADIENT),
     (Attention(1, 1, 33, 77, 160, mask="key_padding"), SHORT | LONG_GRADIENT),
     (Attention(2, 2, 67, 131, 40, mask="masked_row", layout="heads_last"), LONG | LONG_GRADIENT),
     (Attention(1, 1, 13, 192, 32, mask="masked_row_additive"), LONG | LONG_GRADIENT),  # whole tiles of keys
