@@ -549,8 +549,8 @@ class _Plan(NamedTuple):
 def _plan(d: int, half: bool, masked: bool, backward: bool = False, keys: bool = False) -> _Plan:
     """The largest tiles that the compiler fits into the registers of sm_80 without spilling.
 
-    half: two bytes per element; masked: the mask's values take registers, too; keys: a program owns keys (for dk and dv)
-    rather than queries.
+    half: two bytes per element; masked: the mask's values take registers, too; keys: a program owns keys (for dk and
+    dv) rather than queries.
     """
     narrow, piece = 256 if half else 128, 128
     if keys or (backward and not half):
