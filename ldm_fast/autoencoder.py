@@ -231,6 +231,17 @@ class _FirstStage(nn.Module):
         self.quant_conv = nn.Conv2d(moments * config.encoder_channels, moments * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.encoder_channels, 1)
 
+    @torch.no_grad()
+    def open_latent_convs(self) -> None:
+        """Sets the 1×1 convolutions around the latent to the identity: how training is to start.
+
+        With the convolution on either side of them they are four linear layers in a row, and gradient descent on such a
+        chain from random weights finds maps of low rank: latents that lie in a plane, whatever their channels.
+        """
+        for conv in (self.quant_conv, self.post_quant_conv):
+            nn.init.dirac_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.quant_conv.weight.dtype

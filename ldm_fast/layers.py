@@ -241,6 +241,41 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class AttentionPooling(nn.Module):
+    """A sequence as one vector: attention from its mean (with a learned offset) to itself, (B, L, C) → (B, C)."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(1, channels) / channels**0.5)
+        self.k_proj = nn.Linear(channels, channels)
+        self.q_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(dim=1, keepdim=True) + self.positional_embedding  # (B, 1, C)
+        x = torch.cat([mean, x], dim=1)  # (B, 1 + L, C)
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (self.q_proj(mean), self.k_proj(x), self.v_proj(x))
+        )
+        return ops.attention(q, k, v).transpose(1, 2).flatten(1)
+
+
+class TextTimeEmbedding(nn.Module):
+    """The whole context as one vector to add to the time embedding, (B, L, C) → (B, out_channels)."""
+
+    def __init__(self, channels: int, out_channels: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.pool = AttentionPooling(channels, heads)
+        self.proj = nn.Linear(channels, out_channels)
+        self.norm2 = nn.LayerNorm(out_channels)
+
+    def forward(self, context: Tensor) -> Tensor:
+        return self.norm2(self.proj(self.pool(self.norm1(context))))
+
+
 def sinusoidal_embedding(t: Tensor, channels: int, max_period: float = 10000.0) -> Tensor:
     """cos and sin of t at `channels`/2 frequencies, (B,) → (B, channels) float32 (arXiv:2006.11239, cosines first)."""
     half = channels // 2

@@ -13,6 +13,7 @@ from ldm_fast.layers import (
     ResBlock,
     SelfAttention2d,
     SpatialTransformer,
+    TextTimeEmbedding,
     TimestepEmbedding,
     Upsample,
     sinusoidal_embedding,
@@ -46,6 +47,8 @@ class UNetConfig:
     resnet_time_scale_shift: str = "default"
     resample_type: str = "conv"
     num_class_embeds: int | None = None
+    addition_embed_type: str | None = None  # "text": the context, pooled, joins the time embedding
+    addition_embed_type_num_heads: int = 64
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     dropout: float = 0.0
@@ -58,10 +61,11 @@ class UNetConfig:
             *(("down_block_types", t, DOWN_BLOCK_TYPES) for t in self.down_block_types),
             ("mid_block_type", self.mid_block_type, MID_BLOCK_TYPES),
             ("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift")),
+            ("addition_embed_type", self.addition_embed_type, (None, "text")),
             ("resample_type", self.resample_type, ("conv", "resnet")),
         ):
             if value not in allowed:
-                raise ValueError(f"UNetConfig: {name} must be one of {', '.join(allowed)}, got {value!r}")
+                raise ValueError(f"UNetConfig: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
         if (self.num_attention_heads is None) == (self.attention_head_dim is None):
             raise ValueError("UNetConfig: give exactly one of num_attention_heads and attention_head_dim")
         for channels in self.block_out_channels:
@@ -101,6 +105,10 @@ class UNet(nn.Module):
             self.class_embedding = nn.Embedding(config.num_class_embeds, time_channels)
         else:
             self.class_embedding = None
+        self.add_embedding = None
+        if config.addition_embed_type == "text":
+            heads = config.addition_embed_type_num_heads
+            self.add_embedding = TextTimeEmbedding(config.cross_attention_dim, time_channels, heads)
 
         levels = range(len(channels))
         self.down_blocks = nn.ModuleList(DownBlock(config, level, time_channels) for level in levels)
@@ -158,7 +166,7 @@ class UNet(nn.Module):
             ValueError: an input is missing or has the wrong shape.
         """
         self._check(sample, timestep, encoder_hidden_states, encoder_attention_mask, class_labels)
-        temb = self._embed(sample, timestep, class_labels)  # (B, 4 C)
+        temb = self._embed(sample, timestep, encoder_hidden_states, class_labels)  # (B, 4 C)
         context, mask = encoder_hidden_states, encoder_attention_mask
         mask = mask[:, None, None, :] if mask is not None else None  # (B, 1, 1, L)
 
@@ -173,10 +181,16 @@ class UNet(nn.Module):
         h = self.conv_out(self.conv_norm_out(h, "silu"))  # (B, out, H, W)
         return UNetOutput(h) if return_dict else (h,)
 
-    def _embed(self, sample: Tensor, timestep: Tensor | float | int, class_labels: Tensor | None) -> Tensor:
+    def _embed(
+        self, sample: Tensor, timestep: Tensor | float | int, context: Tensor | None, class_labels: Tensor | None
+    ) -> Tensor:
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])  # (B,)
         temb = self.time_embedding(sinusoidal_embedding(t, self.config.block_out_channels[0]).to(sample.dtype))
-        return temb if self.class_embedding is None else temb + self.class_embedding(class_labels)
+        if self.class_embedding is not None:
+            temb = temb + self.class_embedding(class_labels)
+        if self.add_embedding is not None:
+            temb = temb + self.add_embedding(context)
+        return temb
 
     def _check(
         self,

@@ -393,6 +393,24 @@ def test_kl_loss_by_hand():
     assert stage.logvar["logvar"].grad is not None
 
 
+def test_training_starts_with_open_latents():
+    """The 1x1 convolutions around the latent start as the identity; with them at random its channels collapse."""
+    model = FirstStage(TINY.first_stage, synthetic_images(16), 0, CPU).model
+    z = torch.randn(2, model.config.latent_channels, 3, 3)
+    assert torch.equal(model.post_quant_conv(model.quant_conv(z)), z)
+
+
+def test_latent_noise_is_relative_to_the_latents():
+    recipe = change(TINY, "first_stage", latent_noise=0.5).first_stage
+    stage = FirstStage(recipe, synthetic_images(16), 0, CPU)
+    z = (torch.randn(8, 4, 32, 32) * 3 + 10).requires_grad_()
+    noise = stage._noisy(z, seeded(0)) - z
+    assert float(noise.detach().std()) == pytest.approx(1.5, rel=0.02)
+    assert torch.equal(stage._noisy(z, seeded(1)), stage._noisy(z, seeded(1)))
+    scaled = stage._noisy(2 * z, seeded(0))  # larger latents get as much more noise
+    torch.testing.assert_close(scaled, 2 * stage._noisy(z, seeded(0)))
+
+
 @pytest.fixture(scope="module")
 def second_stage():
     first = FirstStage(TINY.first_stage, synthetic_images(16), 0, CPU)
@@ -408,6 +426,14 @@ def test_scaling_factor_is_one_over_the_first_batchs_deviation(second_stage):
 def test_stratified_timesteps_cover_the_range(second_stage):
     t = second_stage._timesteps(10, seeded(0))
     assert (t // 100).tolist() == list(range(10))
+
+
+def test_shifted_timesteps(second_stage, monkeypatch):
+    """A shift of 3 puts three quarters of the timesteps where half of the uniform ones are: t' = 3 t / (1 + 2 t)."""
+    monkeypatch.setattr(second_stage, "recipe", dataclasses.replace(second_stage.recipe, timestep_shift=3.0))
+    t = second_stage._timesteps(1000, seeded(0))
+    assert abs(int((t >= 750).sum()) - 500) <= 1
+    assert int(t.max()) == 999
 
 
 def test_dropped_conditions_are_the_empty_caption(second_stage):

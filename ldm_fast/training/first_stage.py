@@ -51,6 +51,7 @@ class FirstStage:
     def _build(self) -> None:
         recipe, loop, device = self.recipe, self.loop, self.device
         self.model = (VQModel(recipe.vq) if recipe.vq is not None else AutoencoderKL(recipe.kl)).to(device)
+        self.model.open_latent_convs()
         layout = torch.channels_last if loop.channels_last else torch.contiguous_format
         self.model.to(memory_format=layout)
         self.logvar = nn.ParameterDict({"logvar": nn.Parameter(torch.zeros((), device=device))})
@@ -124,7 +125,7 @@ class FirstStage:
             if self.quantizing:
                 reconstruction, regulariser = self.model(images)
             elif recipe.vq is not None:
-                z = self.model.encode_latents(images)
+                z = self._noisy(self.model.encode_latents(images), generator)
                 reconstruction, regulariser = self.model.decode(z, force_not_quantize=True).sample, None
             else:
                 reconstruction, regulariser = self.model(images, generator if self.device.type == "cpu" else None)
@@ -151,6 +152,15 @@ class FirstStage:
         if adversarial:
             loss, values["adaptive"] = self._add_adversarial(loss, reconstruction_loss, reconstruction)
         return loss, reconstruction, {"loss": loss.detach(), **values}
+
+    def _noisy(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        """z plus noise of `latent_noise` times its own deviation, through which the gradient flows, too: what counts is
+        the ratio, so the encoder gains nothing by larger latents, only by spreading them over all channels."""
+        if self.recipe.latent_noise == 0:
+            return z
+        centred = z.float() - z.float().mean((0, 2, 3), keepdim=True)
+        deviation = centred.square().mean().sqrt()
+        return z + self.recipe.latent_noise * deviation * torch.randn(z.shape, generator=generator).to(z.device)
 
     def _pixel_error(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         difference = reconstruction - images

@@ -72,9 +72,10 @@ class FirstStageRecipe:
     lpips_weight: float = 0.0
     kl_weight: float = 1e-6
     codebook_weight: float = 1.0  # of the codebook and the commitment loss together
-    quantize_from: int = (
-        0  # steps before it train a plain autoencoder, so that the codebook starts at latents that mean something
-    )
+    # Steps before `quantize_from` train a plain autoencoder, so that the codebook starts at latents that mean
+    # something; noise on these, relative to their standard deviation, makes them use all channels.
+    quantize_from: int = 0
+    latent_noise: float = 0.0
     init_codebook: bool = True  # at k-means centres of the latents, not at random
     revive_every: int = 0  # steps after which codes that no latent chose start anew; 0: never
     revive_until: int | None = None
@@ -119,6 +120,7 @@ class SecondStageRecipe:
     condition_dropout: float = 0.1
     min_snr_gamma: float | None = None
     stratified_timesteps: bool = False
+    timestep_shift: float = 1.0  # above 1: more of the noisy ones (arXiv:2403.03206, 5.3.2)
     horizontal_flip: bool = False
     sampling: Defaults = free(Defaults())  # how the exported model, and the grids while it trains, are sampled
     grid_prompts: tuple[str, ...] = free(())  # of the sample grids; where empty, spread over the data
@@ -129,6 +131,8 @@ class SecondStageRecipe:
             raise ValueError('condition "text" needs the section text')
         if not 0 <= self.condition_dropout <= 1:
             raise ValueError(f"condition_dropout must be in [0, 1], got {self.condition_dropout}")
+        if not self.timestep_shift > 0:
+            raise ValueError(f"timestep_shift must be positive, got {self.timestep_shift}")
 
 
 @dataclass(frozen=True)

@@ -115,12 +115,13 @@ class SecondStage:
         return inputs
 
     def _timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count,) uniform timesteps; stratified ones cover the whole range in every batch."""
+        """(count,) random timesteps: uniform or shifted towards noise, stratified over the whole range or not."""
         uniform = torch.rand(count, generator=generator, dtype=torch.float64)
         if self.recipe.stratified_timesteps:
             uniform = (torch.arange(count) + uniform) / count
-        steps = self.schedule.num_train_timesteps
-        return (uniform * steps).long().clamp(max=steps - 1)
+        steps, shift = self.schedule.num_train_timesteps, self.recipe.timestep_shift
+        shifted = shift * uniform / (1 + (shift - 1) * uniform)
+        return (shifted * steps).long().clamp(max=steps - 1)
 
     def _loss(self, model: nn.ModuleDict, z: Tensor, condition: Tensor | None, generator: torch.Generator) -> Tensor:
         z_0 = z * float(self.scaling_factor)  # (B, C, h, w)
