@@ -28,8 +28,8 @@ class UNetConfig:
     """Shape of a UNet; field names are those of diffusers. The defaults are Stable Diffusion 1.x.
 
     A level of `down_block_types` has no attention ("DownBlock2D"), self attention ("AttnDownBlock2D") or a spatial
-    transformer with cross attention ("CrossAttnDownBlock2D"); the up path mirrors it. Of `num_attention_heads` and
-    `attention_head_dim` (the width of one head) exactly one is given, for all levels or level by level.
+    transformer with cross attention ("CrossAttnDownBlock2D"); the up path mirrors it. `num_attention_heads` holds for all
+    levels or is given level by level.
     """
 
     sample_size: int = 64
@@ -41,8 +41,7 @@ class UNetConfig:
     layers_per_block: int = 2
     cross_attention_dim: int | None = 768
     transformer_layers_per_block: int = 1
-    num_attention_heads: int | tuple[int, ...] | None = 8
-    attention_head_dim: int | tuple[int, ...] | None = None
+    num_attention_heads: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     resnet_time_scale_shift: str = "default"
     resample_type: str = "conv"
@@ -66,20 +65,17 @@ class UNetConfig:
         ):
             if value not in allowed:
                 raise ValueError(f"UNetConfig: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-        if (self.num_attention_heads is None) == (self.attention_head_dim is None):
-            raise ValueError("UNetConfig: give exactly one of num_attention_heads and attention_head_dim")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"UNetConfig: norm_num_groups {self.norm_num_groups} must divide {channels} channels")
 
     def heads(self, level: int) -> tuple[int, int]:
         """(number of heads, width of one head) at a level."""
-        channels = self.block_out_channels[level]
-        given = self.attention_head_dim if self.num_attention_heads is None else self.num_attention_heads
-        one = given if isinstance(given, int) else given[level]
-        if channels % one:
-            raise ValueError(f"UNetConfig: {channels} channels do not divide into heads by {one}")
-        return (channels // one, one) if self.num_attention_heads is None else (one, channels // one)
+        channels, given = self.block_out_channels[level], self.num_attention_heads
+        heads = given if isinstance(given, int) else given[level]
+        if channels % heads:
+            raise ValueError(f"UNetConfig: {channels} channels do not divide into {heads} heads")
+        return heads, channels // heads
 
 
 @dataclass
