@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from ldm_fast.training.recipe import (
+    Fingerprint,
+    LoopConfig,
     Recipe,
     RecipeError,
-    changed_fields,
-    fingerprint,
     load_recipe,
     parse_recipe,
     shipped_recipes,
@@ -111,5 +111,19 @@ def test_fingerprint_leaves_out_what_has_no_influence():
     loop = parse_recipe(MINIMAL).first_stage.loop
     same = dataclasses.replace(loop, checkpoint_every=7)
     other = dataclasses.replace(loop, batch_size=5)
-    assert fingerprint(loop) == fingerprint(same)
-    assert changed_fields(fingerprint(loop), fingerprint(other)) == ["batch_size: 4 -> 5"]
+    assert Fingerprint.of(loop) == Fingerprint.of(same)
+    assert Fingerprint.of(other).changes(Fingerprint.of(loop).fields) == {"batch_size": "batch_size: 4 -> 5"}
+
+
+def test_a_field_that_an_earlier_version_lacked_is_no_change_at_its_default():
+    loop = parse_recipe(MINIMAL).first_stage.loop
+    earlier = {name: value for name, value in Fingerprint.of(loop).fields.items() if name != "lr_restarts"}
+    assert Fingerprint.of(loop).changes(earlier) == {}
+    restarted = dataclasses.replace(loop, lr_restarts=(1,))
+    assert Fingerprint.of(restarted).changes(earlier) == {"lr_restarts": "lr_restarts: None -> [1]"}
+
+
+@pytest.mark.parametrize("restarts", [(0,), (5, 5), (7, 6), (10,)])
+def test_restarts_lie_between_the_first_and_the_last_step(restarts):
+    with pytest.raises(ValueError, match="lr_restarts must rise"):
+        LoopConfig(steps=10, batch_size=1, learning_rate=1.0, lr_restarts=restarts)

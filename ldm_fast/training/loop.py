@@ -8,6 +8,7 @@ bit the run that was never interrupted.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from ldm_fast.files import reason, write_atomically
 from ldm_fast.images import write_png
 from ldm_fast.training.checkpoint import CheckpointError, newest_checkpoint, save_checkpoint
-from ldm_fast.training.recipe import LoopConfig, changed_fields
+from ldm_fast.training.recipe import Fingerprint, LoopConfig
 
 
 class TrainingError(RuntimeError):
@@ -94,11 +95,16 @@ class DataOrder:
 
 
 def learning_rate_factor(step: int, config: LoopConfig) -> float:
-    """The learning rate of `step` (from 0) over the peak's: linear warm-up, then constant or half a cosine."""
-    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    """The learning rate of `step` (from 0) over the peak's: linear warm-up, then constant or half a cosine.
+
+    Each of `config.lr_restarts` begins all of it anew (SGDR, arXiv:1608.03983).
+    """
+    start = max([0, *(restart for restart in config.lr_restarts if restart <= step)])
+    end = min([config.steps, *(restart for restart in config.lr_restarts if restart > step)])
+    warmup = min(1.0, (step - start + 1) / (config.warmup_steps + 1))
     if config.lr_schedule == "constant":
         return warmup
-    progress = min(1.0, max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+    progress = min(1.0, max(0, step - start - config.warmup_steps) / max(1, end - start - config.warmup_steps))
     low = config.final_lr_ratio
     return warmup * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
@@ -112,7 +118,7 @@ def update_weights(optimizer: torch.optim.Optimizer, clip: float | None) -> None
 
 
 def run_stage(
-    stage: Stage, config: LoopConfig, seed: int, folder: Path, fingerprint: dict[str, Any], progress: bool, resume: bool
+    stage: Stage, config: LoopConfig, seed: int, folder: Path, fingerprint: Fingerprint, progress: bool, resume: bool
 ) -> None:
     """Trains `stage` up to config.steps in `folder` (checkpoints/, samples/, metrics.jsonl), resuming where it can.
 
@@ -123,7 +129,7 @@ def run_stage(
     done = 0
     if resume and (found := newest_checkpoint(folder / "checkpoints")) is not None:
         tensors, saved = found
-        _check_unchanged(saved["fingerprint"], fingerprint, folder)
+        _check_unchanged(saved, fingerprint, config, stage.name, folder)
         restore(stage, tensors)
         done, state = saved["step"], {key: saved[key] for key in state}
     elif (folder / "checkpoints").is_dir() and not resume:
@@ -131,14 +137,26 @@ def run_stage(
             old.unlink()
     log = MetricsLog(folder / "metrics.jsonl", keep_until=done)
     with torch.random.fork_rng(devices=[]), _stop_requests() as stop:
-        _Loop(stage, config, seed, folder, fingerprint, log, state).run(done, progress, stop)
+        _Loop(stage, config, seed, folder, fingerprint.fields, log, state).run(done, progress, stop)
 
 
-def _check_unchanged(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    changes = changed_fields(before, json.loads(json.dumps(now)))
+def _check_unchanged(
+    saved: dict[str, Any], fingerprint: Fingerprint, config: LoopConfig, stage: str, folder: Path
+) -> None:
+    """Training goes on only as it began. How long it lasts may change where the steps already run keep their learning
+    rates: a constant one goes on, a cosine that has ended may be followed by another."""
+    before = saved["fingerprint"]
+    changes = fingerprint.changes(before)
+    schedule = {name: f"{stage}.loop.{name}" for name in ("steps", "lr_restarts")}
+    if changes.keys() & set(schedule.values()):
+        was = {"steps": config.steps, "lr_restarts": ()}
+        was |= {name: before[path] for name, path in schedule.items() if path in before}
+        then = dataclasses.replace(config, **was)
+        if all(learning_rate_factor(n, then) == learning_rate_factor(n, config) for n in range(saved["step"])):
+            changes = {name: change for name, change in changes.items() if name not in schedule.values()}
     if changes:
         raise CheckpointError(
-            f"{folder} was trained with another recipe ({'; '.join(changes[:5])}): "
+            f"{folder} was trained with another recipe ({'; '.join(list(changes.values())[:5])}): "
             "restore the recipe, train in another folder or start again without resuming"
         )
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
+import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -41,6 +43,7 @@ class LoopConfig:
     warmup_steps: int = 0
     lr_schedule: Literal["constant", "cosine"] = "constant"
     final_lr_ratio: float = 0.0  # of the cosine: the last step's learning rate over the peak's
+    lr_restarts: tuple[int, ...] = ()  # the steps before which the schedule starts anew, warm-up and all
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     grad_clip: float | None = None  # the largest norm of all gradients together
@@ -59,6 +62,9 @@ class LoopConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.learning_rate <= 0 or not 0 <= self.ema_decay < 1:
             raise ValueError("learning_rate must be positive and ema_decay in [0, 1)")
+        bounds = [0, *self.lr_restarts, self.steps]
+        if any(b <= a for a, b in itertools.pairwise(bounds)):
+            raise ValueError(f"lr_restarts must rise from above 0 to below steps ({self.steps}), got {bounds[1:-1]}")
 
 
 @dataclass(frozen=True)
@@ -297,18 +303,39 @@ def to_dict(value: Any) -> Any:
     return value
 
 
-def fingerprint(value: Any, path: str = "") -> dict[str, Any]:
-    """Every field that has an influence on the weights, flat: {"loop.batch_size": 64, ...}."""
-    if not dataclasses.is_dataclass(value):
-        return {path: to_dict(value)}
-    flat: dict[str, Any] = {}
-    for f in dataclasses.fields(value):
-        if not f.metadata.get("free"):
-            flat.update(fingerprint(getattr(value, f.name), _join(path, f.name)))
-    return flat
+@dataclass(frozen=True)
+class Fingerprint:
+    """Every field that has an influence on the weights, flat: {"loop.batch_size": 64, ...}.
 
+    `defaults` are those whose values are the defaults: what an earlier version had no field for did as they say.
+    """
 
-def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints, as "field: old -> new"."""
-    names = sorted(before.keys() | now.keys())
-    return [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
+    fields: dict[str, Any]
+    defaults: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, value: Any, path: str = "") -> Fingerprint:
+        """The fingerprint of a dataclass, whose own name is `path`."""
+        flat, defaults = {}, set()
+        for f in dataclasses.fields(value):
+            name, inner = _join(path, f.name), getattr(value, f.name)
+            if f.metadata.get("free"):
+                continue
+            if dataclasses.is_dataclass(inner):
+                part = cls.of(inner, name)
+                flat.update(part.fields)
+                defaults |= part.defaults
+            else:
+                flat[name] = to_dict(inner)
+                if inner == f.default:
+                    defaults.add(name)
+        return cls(flat, frozenset(defaults))
+
+    def __or__(self, other: Fingerprint) -> Fingerprint:
+        return Fingerprint(self.fields | other.fields, self.defaults | other.defaults)
+
+    def changes(self, before: dict[str, Any]) -> dict[str, str]:
+        """What differs from the fields of an earlier run, as {"field": "field: old -> new"}."""
+        now = json.loads(json.dumps(self.fields))
+        names = sorted((before.keys() | now.keys()) - (self.defaults - before.keys()))
+        return {n: f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names if before.get(n) != now.get(n)}

@@ -20,7 +20,7 @@ from ldm_fast.training.checkpoint import CheckpointError, list_checkpoints, newe
 from ldm_fast.training.data import load_data
 from ldm_fast.training.first_stage import FirstStage
 from ldm_fast.training.loop import run_stage
-from ldm_fast.training.recipe import FirstStageRecipe, Recipe, fingerprint, load_recipe, to_dict
+from ldm_fast.training.recipe import Fingerprint, FirstStageRecipe, Recipe, load_recipe, to_dict
 from ldm_fast.training.second_stage import SecondStage, assemble, build_model
 
 
@@ -57,7 +57,7 @@ def train(
     if first_stage is None:
         _check_finished(recipe, run_dir)
     autoencoder = load_first_stage(recipe.first_stage, first_stage or run_dir)
-    about = {**_fingerprint(recipe, "second_stage"), "first_stage": _digest(autoencoder)}
+    about = _fingerprint(recipe, "second_stage") | Fingerprint({"first_stage": _digest(autoencoder)})
     trained = SecondStage(recipe.second_stage, autoencoder, data, recipe.seed, device)
     run_stage(trained, recipe.second_stage.loop, recipe.seed, run_dir / "second_stage", about, progress, resume)
     return export(recipe, run_dir, first_stage=autoencoder)
@@ -142,13 +142,10 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], prefix: str, what: str) 
         raise CheckpointError(f"{what} does not fit the recipe: {error}") from error
 
 
-def _fingerprint(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """What must not change between two parts of one run. More steps are welcome where no schedule depends on them."""
-    config = getattr(recipe, stage)
-    values = {"seed": recipe.seed, **fingerprint(recipe.data, "data"), **fingerprint(config, stage)}
-    if config.loop.lr_schedule == "constant":
-        del values[f"{stage}.loop.steps"]
-    return values
+def _fingerprint(recipe: Recipe, stage: str) -> Fingerprint:
+    """What must not change between two parts of one run."""
+    seed = Fingerprint({"seed": recipe.seed})
+    return seed | Fingerprint.of(recipe.data, "data") | Fingerprint.of(getattr(recipe, stage), stage)
 
 
 def _digest(module: nn.Module) -> str:
