@@ -9,7 +9,9 @@
 
 from ldm_fast import ops
 from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQModel
+from ldm_fast.checkpoints import inspect, load
 from ldm_fast.diffusion import NoiseSchedule
+from ldm_fast.drop_in import accelerate
 from ldm_fast.explain import explain
 from ldm_fast.ops import use_impl
 from ldm_fast.pipeline import LatentDiffusion
@@ -25,7 +27,10 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "VQModel",
+    "accelerate",
     "explain",
+    "inspect",
+    "load",
     "ops",
     "use_impl",
 ]

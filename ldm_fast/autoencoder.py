@@ -1,30 +1,39 @@
 """The first stage: encoder E, decoder D and the regularisation of the latent between them (arXiv:2112.10752, 3.1).
 
 `AutoencoderKL` regularises by a KL term towards the standard normal, `VQModel` by a vector-quantization layer absorbed
-into the decoder. Both compress by f = 2^m, m being the number of levels less one.
+into the decoder. Both compress by f = 2^m, m being the number of levels less one. Methods, outputs and the fields of
+the configuration have the names that diffusers gave them, so that its pipelines run on these classes as they are.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_fast import ops
-from ldm_fast.layers import Downsample, GroupNorm, ResBlock, SelfAttention2d, Upsample
+from ldm_fast.coders import Decoder, Encoder
+from ldm_fast.pretrained import Pretrained
+from ldm_fast.regularisation import DiagonalGaussian, QuantizerOutput, VectorQuantizer
+from ldm_fast.tiling import in_tiles
 
-EPS = 1e-6  # of every group norm in the first stage
+
+def _free(default: Any) -> Any:
+    """A field without influence on the weights or on how they are trained: a recipe may change it between two runs."""
+    return field(default=default, metadata={"free": True})
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """Shape of a first stage. The defaults are Stable Diffusion's kl-f8.
 
-    `latent_channels` is the width of z (embed_dim in LDM), `z_channels` that of the encoder's last convolution, the
-    same unless given. `attention_levels` are the levels (0 = full resolution) with attention after every block.
+    `latent_channels` is the width of z (embed_dim in LDM, vq_embed_dim in diffusers), `z_channels` that of the
+    encoder's last convolution, the same unless given. `attention_levels` are the levels (0 = full resolution) with
+    attention after every block. The fields from `sample_size` on say how the model is to be used, by diffusers'
+    pipelines above all; `LatentDiffusion` has its own scaling factor.
     """
 
     in_channels: int = 3
@@ -36,16 +45,31 @@ class AutoencoderConfig:
     attention_levels: tuple[int, ...] = ()
     mid_block_add_attention: bool = True
     norm_num_groups: int = 32
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    sample_size: int | tuple[int, int] = _free(512)  # of the images trained on; the size of a tile
+    scaling_factor: float = _free(0.18215)  # the second stage sees latents times this, less shift_factor before
+    shift_factor: float | None = _free(None)
+    latents_mean: tuple[float, ...] | None = _free(None)
+    latents_std: tuple[float, ...] | None = _free(None)
+    force_upcast: bool = _free(True)  # too large activations for float16
+
+    act_fn: ClassVar[str] = "silu"
+    norm_type: ClassVar[str] = "group"
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
-                raise ValueError(
-                    f"{type(self).__name__}: norm_num_groups {self.norm_num_groups} must divide {channels} channels"
-                )
+                raise ValueError(f"{name}: norm_num_groups {self.norm_num_groups} must divide {channels} channels")
         for level in self.attention_levels:
             if not 0 <= level < len(self.block_out_channels):
-                raise ValueError(f"{type(self).__name__}: attention_levels has no level {level}")
+                raise ValueError(f"{name}: attention_levels has no level {level}")
+        if not (self.use_quant_conv and self.use_post_quant_conv) and self.encoder_channels != self.latent_channels:
+            raise ValueError(
+                f"{name}: z_channels {self.z_channels} is not latent_channels {self.latent_channels}: "
+                "use_quant_conv and use_post_quant_conv are needed"
+            )
 
     @property
     def downsampling_factor(self) -> int:
@@ -55,12 +79,26 @@ class AutoencoderConfig:
     def encoder_channels(self) -> int:
         return self.latent_channels if self.z_channels is None else self.z_channels
 
+    @property
+    def down_block_types(self) -> tuple[str, ...]:
+        """diffusers' names of the encoder's levels."""
+        return tuple(f"{self._attention(i)}DownEncoderBlock2D" for i in range(len(self.block_out_channels)))
+
+    @property
+    def up_block_types(self) -> tuple[str, ...]:
+        """diffusers' names of the decoder's levels, the lowest resolution first."""
+        return tuple(f"{self._attention(i)}UpDecoderBlock2D" for i in reversed(range(len(self.block_out_channels))))
+
+    def _attention(self, level: int) -> str:
+        return "Attn" if level in self.attention_levels else ""
+
 
 @dataclass(frozen=True)
 class VQConfig(AutoencoderConfig):
     """First stage with a codebook of `num_vq_embeddings` codes. The defaults are LDM's vq-f4.
 
     `commitment_weight` is β of the VQ loss; `legacy` puts it on the codebook term instead, as the published code does.
+    With `lookup_from_codebook`, `decode` takes indices of codes where it is told not to quantize.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512)
@@ -68,168 +106,79 @@ class VQConfig(AutoencoderConfig):
     num_vq_embeddings: int = 8192
     commitment_weight: float = 0.25
     legacy: bool = False
+    sample_size: int | tuple[int, int] = _free(256)
+    scaling_factor: float = _free(1.0)
+    force_upcast: bool = _free(False)
+    lookup_from_codebook: bool = _free(False)
+
+    @property
+    def vq_embed_dim(self) -> int:
+        """diffusers' name for the width of z; its `latent_channels` are `z_channels` here."""
+        return self.latent_channels
+
+
+class Output:
+    """Results by name, by position (those that are None left out) or by name as a key."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        values = (getattr(self, f.name) for f in fields(self))
+        return tuple(value for value in values if value is not None)
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
 
 @dataclass
-class DecoderOutput:
+class DecoderOutput(Output):
     sample: Tensor  # (B, out_channels, H, W)
+    commit_loss: Tensor | None = None  # VQ-reg: codebook + commitment loss
+    regulariser: DiagonalGaussian | QuantizerOutput | None = None  # of `forward`: what training regularises
 
 
 @dataclass
-class AutoencoderKLOutput:
+class AutoencoderKLOutput(Output):
     latent_dist: DiagonalGaussian
 
 
 @dataclass
-class VQEncoderOutput:
+class VQEncoderOutput(Output):
     latents: Tensor  # (B, latent_channels, H/f, W/f), not yet quantized
 
 
-@dataclass
-class QuantizerOutput:
-    z_q: Tensor  # (B, d, h, w): the codes, with the straight-through gradient
-    indices: Tensor  # (B, h, w) int64
-    loss: Tensor  # codebook + commitment loss
-    perplexity: Tensor  # exp of the entropy of the codes in this batch: how many are in use
+def _after_offloading(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Accelerate moves an offloaded model to its device before `forward`; this makes it do so before `method`, too."""
+
+    @functools.wraps(method)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hook = getattr(self, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self)
+        return method(self, *args, **kwargs)
+
+    return wrapper
 
 
-class Encoder(nn.Module):
-    """Image (B, in, H, W) → features (B, outputs, H/f, W/f)."""
+class _FirstStage(Pretrained):
+    """What the two first stages share: E, D and the 1×1 convolutions on either side of the latent.
 
-    def __init__(self, config: AutoencoderConfig, outputs: int):
-        super().__init__()
-        channels = config.block_out_channels
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(EncoderBlock(config, level) for level in range(len(channels)))
-        self.mid_block = MidBlock(config)
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], EPS)
-        self.conv_out = nn.Conv2d(channels[-1], outputs, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)  # (B, C, H, W)
-        for block in self.down_blocks:
-            h = block(h)  # (B, C', H/2, W/2)
-        h = self.mid_block(h)
-        return self.conv_out(self.conv_norm_out(h, "silu"))  # (B, outputs, H/f, W/f)
-
-
-class Decoder(nn.Module):
-    """Latent (B, z, H/f, W/f) → image (B, out, H, W)."""
-
-    def __init__(self, config: AutoencoderConfig):
-        super().__init__()
-        channels = config.block_out_channels
-        self.conv_in = nn.Conv2d(config.encoder_channels, channels[-1], 3, padding=1)
-        self.mid_block = MidBlock(config)
-        self.up_blocks = nn.ModuleList(DecoderBlock(config, level) for level in reversed(range(len(channels))))
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], EPS)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.mid_block(self.conv_in(z))  # (B, C, H/f, W/f)
-        for block in self.up_blocks:
-            h = block(h)  # (B, C', 2H, 2W)
-        return self.conv_out(self.conv_norm_out(h, "silu"))  # (B, out, H, W)
-
-
-def _res_blocks(config: AutoencoderConfig, inputs: int, outputs: int, count: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        ResBlock(inputs if i == 0 else outputs, outputs, groups=config.norm_num_groups, eps=EPS) for i in range(count)
-    )
-
-
-def _self_attention(config: AutoencoderConfig, channels: int) -> SelfAttention2d:
-    return SelfAttention2d(channels, heads=1, head_dim=channels, groups=config.norm_num_groups, eps=EPS)
-
-
-def _attentions(config: AutoencoderConfig, level: int, count: int) -> nn.ModuleList | None:
-    if level not in config.attention_levels:
-        return None
-    return nn.ModuleList(_self_attention(config, config.block_out_channels[level]) for _ in range(count))
-
-
-class EncoderBlock(nn.Module):
-    def __init__(self, config: AutoencoderConfig, level: int):
-        super().__init__()
-        channels, count = config.block_out_channels, config.layers_per_block
-        self.resnets = _res_blocks(config, channels[max(level - 1, 0)], channels[level], count)
-        self.attentions = _attentions(config, level, count)
-        last = level == len(channels) - 1
-        self.downsamplers = None if last else nn.ModuleList([Downsample(channels[level], asymmetric=True)])
-
-    def forward(self, h: Tensor) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            h = resnet(h)
-            if self.attentions is not None:
-                h = self.attentions[i](h)
-        return h if self.downsamplers is None else self.downsamplers[0](h)
-
-
-class DecoderBlock(nn.Module):
-    def __init__(self, config: AutoencoderConfig, level: int):
-        super().__init__()
-        channels, count = config.block_out_channels, config.layers_per_block + 1
-        self.resnets = _res_blocks(config, channels[min(level + 1, len(channels) - 1)], channels[level], count)
-        self.attentions = _attentions(config, level, count)
-        self.upsamplers = None if level == 0 else nn.ModuleList([Upsample(channels[level])])
-
-    def forward(self, h: Tensor) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            h = resnet(h)
-            if self.attentions is not None:
-                h = self.attentions[i](h)
-        return h if self.upsamplers is None else self.upsamplers[0](h)
-
-
-class MidBlock(nn.Module):
-    def __init__(self, config: AutoencoderConfig):
-        super().__init__()
-        channels = config.block_out_channels[-1]
-        self.resnets = _res_blocks(config, channels, channels, 2)
-        attention = config.mid_block_add_attention
-        self.attentions = nn.ModuleList([_self_attention(config, channels)]) if attention else None
-
-    def forward(self, h: Tensor) -> Tensor:
-        h = self.resnets[0](h)
-        if self.attentions is not None:
-            h = self.attentions[0](h)
-        return self.resnets[1](h)
-
-
-class DiagonalGaussian:
-    """The encoder's distribution q(z | x) = N(mean, diag(exp(logvar)))."""
-
-    def __init__(self, moments: Tensor):
-        self.mean, logvar = moments.chunk(2, dim=1)  # (B, C, h, w) each
-        self.logvar = logvar.clamp(-30.0, 20.0)
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean + (0.5 * self.logvar).exp() * noise
-
-    def mode(self) -> Tensor:
-        return self.mean
-
-    def kl(self) -> Tensor:
-        """KL(q(z | x) ‖ N(0, 1)) of each sample, (B,), in nats."""
-        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
-
-    def nll(self, z: Tensor) -> Tensor:
-        """-log q(z | x) of each sample, (B,), in nats."""
-        squares = (z - self.mean).square() * (-self.logvar).exp()
-        return 0.5 * (math.log(2 * math.pi) + self.logvar + squares).flatten(1).sum(1)
-
-
-class _FirstStage(nn.Module):
-    """What the two first stages share: E, D and the 1×1 convolutions on either side of the latent."""
+    `use_slicing`: one image at a time. `use_tiling`: images larger than a tile in overlapping tiles, each side
+    `tile_sample_min_size` pixels (`tile_latent_min_size` in the latent) and `tile_overlap_factor` of it shared.
+    """
 
     def __init__(self, config: AutoencoderConfig, moments: int):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config, moments * config.encoder_channels)
+        inner, z = config.encoder_channels, config.latent_channels
+        self.encoder = Encoder(config, moments * inner)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(moments * config.encoder_channels, moments * config.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.encoder_channels, 1)
+        self.quant_conv = nn.Conv2d(moments * inner, moments * z, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(z, inner, 1) if config.use_post_quant_conv else None
+        self.latent_channels = z
+        self.use_slicing = self.use_tiling = False
+        size = config.sample_size
+        self.tile_sample_min_size = size if isinstance(size, int) else size[0]
+        self.tile_latent_min_size = self.tile_sample_min_size // config.downsampling_factor
+        self.tile_overlap_factor = 0.25
 
     @torch.no_grad()
     def open_latent_convs(self) -> None:
@@ -239,30 +188,71 @@ class _FirstStage(nn.Module):
         chain from random weights finds maps of low rank: latents that lie in a plane, whatever their channels.
         """
         for conv in (self.quant_conv, self.post_quant_conv):
-            nn.init.dirac_(conv.weight)
-            nn.init.zeros_(conv.bias)
+            if conv is not None:
+                nn.init.dirac_(conv.weight)
+                nn.init.zeros_(conv.bias)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.quant_conv.weight.dtype
+        return self.encoder.conv_in.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.quant_conv.weight.device
+        return self.encoder.conv_in.weight.device
+
+    def enable_slicing(self) -> None:
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        self.use_slicing = False
+
+    def enable_tiling(self) -> None:
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        self.use_tiling = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Training keeps the inputs of the blocks alone and computes what is inside them twice."""
+        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = False
 
     def _encode(self, x: Tensor) -> Tensor:
-        config = self.config
-        if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise ValueError(f"{type(self).__name__}: x must be (B, {config.in_channels}, H, W), got {tuple(x.shape)}")
-        return self.quant_conv(self.encoder(x))
+        """x (B, in_channels, H, W) → moments (B, latent_channels or twice that, H/f, W/f)."""
+        channels = self.encoder.conv_in.in_channels
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(f"{type(self).__name__}: x must be (B, {channels}, H, W), got {tuple(x.shape)}")
+        sample, latent = self.tile_sample_min_size, self.tile_latent_min_size
+        return self._in_parts(self._encode_whole, x, sample, latent)
+
+    def _encode_whole(self, x: Tensor) -> Tensor:
+        h = self.encoder(x)
+        return h if self.quant_conv is None else self.quant_conv(h)
 
     def _decode(self, z: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(z))
+        """z (B, latent_channels, h, w) → (B, out_channels, f·h, f·w)."""
+        sample, latent = self.tile_sample_min_size, self.tile_latent_min_size
+        return self._in_parts(self._decode_whole, z, latent, sample)
+
+    def _decode_whole(self, z: Tensor) -> Tensor:
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+    def _in_parts(self, function: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: int) -> Tensor:
+        """function(x), in slices and tiles where they are enabled."""
+        if self.use_tiling and max(x.shape[2:]) > size:
+            function = functools.partial(
+                in_tiles, function, size=size, out_size=out_size, overlap=self.tile_overlap_factor
+            )
+        if self.use_slicing and len(x) > 1:
+            return torch.cat([function(image) for image in x.split(1)])
+        return function(x)
 
     def _check_latent(self, z: Tensor) -> None:
-        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
+        if z.ndim != 4 or z.shape[1] != self.latent_channels:
             raise ValueError(
-                f"{type(self).__name__}: z must be (B, {self.config.latent_channels}, h, w), got {tuple(z.shape)}"
+                f"{type(self).__name__}: z must be (B, {self.latent_channels}, h, w), got {tuple(z.shape)}"
             )
 
 
@@ -272,22 +262,39 @@ class AutoencoderKL(_FirstStage):
     def __init__(self, config: AutoencoderConfig):
         super().__init__(config, moments=2)
 
-    def encode(self, x: Tensor) -> AutoencoderKLOutput:
+    @_after_offloading
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
         """x (B, in_channels, H, W) → `.latent_dist` over z (B, latent_channels, H/f, W/f)."""
-        return AutoencoderKLOutput(DiagonalGaussian(self._encode(x)))
+        posterior = DiagonalGaussian(self._encode(x))
+        return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
     def encode_latents(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The latent that the second stage learns: a sample of q(z | x)."""
         return self.encode(x).latent_dist.sample(generator)
 
-    def decode(self, z: Tensor) -> DecoderOutput:
-        """z (B, latent_channels, h, w) → `.sample` (B, out_channels, f·h, f·w)."""
+    @_after_offloading
+    def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Tensor]:
+        """z (B, latent_channels, h, w) → `.sample` (B, out_channels, f·h, f·w). Nothing here is random: pipelines pass
+        a generator since some decoders of diffusers are."""
         self._check_latent(z)
-        return DecoderOutput(self._decode(z))
+        sample = self._decode(z)
+        return DecoderOutput(sample) if return_dict else (sample,)
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
-        posterior = self.encode(x).latent_dist
-        return self.decode(posterior.sample(generator)).sample, posterior
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Reconstruction of `sample` (B, in_channels, H, W) from the mode of q(z | x), or from a sample of it.
+
+        `.sample` like the input, `.regulariser` the distribution q. Training samples the posterior.
+        """
+        posterior = self.encode(sample).latent_dist
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        reconstruction = self.decode(z).sample
+        return DecoderOutput(reconstruction, regulariser=posterior) if return_dict else (reconstruction,)
 
 
 class VQModel(_FirstStage):
@@ -295,80 +302,44 @@ class VQModel(_FirstStage):
 
     def __init__(self, config: VQConfig):
         super().__init__(config, moments=1)
-        self.quantize = VectorQuantizer(config)
+        self.quantize = VectorQuantizer(
+            config.num_vq_embeddings, config.latent_channels, config.commitment_weight, config.legacy
+        )
 
-    def encode(self, x: Tensor) -> VQEncoderOutput:
+    @_after_offloading
+    def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
         """x (B, in_channels, H, W) → `.latents` (B, latent_channels, H/f, W/f), not yet quantized."""
-        return VQEncoderOutput(self._encode(x))
+        latents = self._encode(x)
+        return VQEncoderOutput(latents) if return_dict else (latents,)
 
     def encode_latents(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The latent that the second stage learns: the one before quantization (decoding quantizes)."""
-        return self._encode(x)
+        return self.encode(x).latents
 
-    def decode(self, z: Tensor, force_not_quantize: bool = False) -> DecoderOutput:
-        """z (B, latent_channels, h, w), quantized here unless told not to → `.sample` (B, out_channels, f·h, f·w)."""
-        self._check_latent(z)
-        return DecoderOutput(self._decode(z if force_not_quantize else self.quantize(z).z_q))
+    @_after_offloading
+    def decode(
+        self,
+        z: Tensor,
+        force_not_quantize: bool = False,
+        return_dict: bool = True,
+        shape: Sequence[int] | None = None,
+    ) -> DecoderOutput | tuple[Tensor, Tensor]:
+        """z (B, latent_channels, h, w), quantized here unless told not to → `.sample` (B, out_channels, f·h, f·w).
 
-    def forward(self, x: Tensor) -> tuple[Tensor, QuantizerOutput]:
-        quantized = self.quantize(self._encode(x))
-        return self._decode(quantized.z_q), quantized
-
-
-class VectorQuantizer(nn.Module):
-    """Nearest codes with the straight-through estimator (van den Oord et al., arXiv:1711.00937)."""
-
-    def __init__(self, config: VQConfig):
-        super().__init__()
-        self.commitment_weight = config.commitment_weight
-        self.legacy = config.legacy
-        self.embedding = nn.Embedding(config.num_vq_embeddings, config.latent_channels)
-        nn.init.uniform_(self.embedding.weight, -1 / config.num_vq_embeddings, 1 / config.num_vq_embeddings)
-
-    def forward(self, z: Tensor) -> QuantizerOutput:
-        codebook = self.embedding.weight  # (K, d)
-        z = z.to(codebook.dtype)
-        indices = ops.nearest_codebook(z, codebook)  # (B, h, w)
-        codes = F.embedding(indices, codebook).permute(0, 3, 1, 2)  # (B, d, h, w)
-        codebook_loss = F.mse_loss(codes, z.detach())
-        commitment_loss = F.mse_loss(z, codes.detach())
-        if self.legacy:
-            loss = commitment_loss + self.commitment_weight * codebook_loss
+        A model with `config.lookup_from_codebook` that is told not to quantize takes indices of codes, in any shape,
+        and `shape` (B, h, w, latent_channels) says what they make up.
+        """
+        if force_not_quantize and self.config.lookup_from_codebook:
+            quantized, z = None, self.quantize.get_codebook_entry(z, shape)
+            self._check_latent(z)
         else:
-            loss = codebook_loss + self.commitment_weight * commitment_loss
-        return QuantizerOutput(z + (codes - z).detach(), indices, loss, self._perplexity(indices))
+            self._check_latent(z)
+            quantized = None if force_not_quantize else self.quantize(z)
+        sample = self._decode(z if quantized is None else quantized.z_q)
+        loss = z.new_zeros(len(z)) if quantized is None else quantized.loss
+        return DecoderOutput(sample, loss, quantized) if return_dict else (sample, loss)
 
-    def _perplexity(self, indices: Tensor) -> Tensor:
-        p = torch.bincount(indices.flatten(), minlength=self.embedding.num_embeddings) / max(1, indices.numel())
-        return torch.special.entr(p).sum().exp()
-
-    @torch.no_grad()
-    def init_from_data(self, z: Tensor, generator: torch.Generator, iterations: int = 10) -> None:
-        """Set the codebook to k-means centres of the vectors z (N, d); codes left empty restart at random vectors."""
-        codes = self.embedding.weight
-        codes.copy_(_draw(z, len(codes), generator))
-        for _ in range(iterations):
-            indices = ops.nearest_codebook(z, codes.detach())
-            counts = torch.bincount(indices, minlength=len(codes))
-            sums = torch.zeros_like(codes).index_add_(0, indices, z.to(codes.dtype))
-            codes.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codes))
-            self.revive_dead_codes(z, counts, generator)
-
-    @torch.no_grad()
-    def revive_dead_codes(self, z: Tensor, counts: Tensor, generator: torch.Generator) -> int:
-        """Move every code with a count of 0 to a random one of the vectors z (N, d). Returns how many there were."""
-        dead = counts == 0
-        count = int(dead.sum())
-        if count:
-            self.embedding.weight[dead] = _draw(z, count, generator).to(self.embedding.weight.dtype)
-        return count
-
-
-def _draw(z: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different rows of z at random, some of them again only where there are too few."""
-    z = z.unique(dim=0)
-    if count <= z.shape[0]:
-        rows = torch.randperm(z.shape[0], generator=generator, device=generator.device)[:count]
-    else:
-        rows = torch.randint(z.shape[0], (count,), generator=generator, device=generator.device)
-    return z[rows.to(z.device)]
+    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor, Tensor]:
+        """Reconstruction of `sample` (B, in_channels, H, W): `.sample` like it, `.commit_loss`, and with indices and
+        perplexity `.regulariser`."""
+        return self.decode(self.encode(sample).latents, return_dict=return_dict)

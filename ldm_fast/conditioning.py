@@ -6,20 +6,16 @@ them in: as context of its cross attention, as extra input channels, as both, or
 
 from __future__ import annotations
 
-import difflib
-import re
-import unicodedata
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_fast import ops
-
-PAD, UNKNOWN, START = "<pad>", "<unk>", "<start>"
+from ldm_fast.tokenizers import WordPieceTokenizer, WordTokenizer
 
 
 @dataclass(frozen=True)
@@ -27,6 +23,11 @@ class ClassEmbedderConfig:
     num_classes: int
     width: int
     null_class: int | None = None  # the class that stands for "no condition", where the model was trained with one
+
+    @classmethod
+    def published(cls, num_classes: int, width: int) -> ClassEmbedderConfig:
+        """Of a published checkpoint: where ImageNet has 1001 classes, the last one stands for "no condition"."""
+        return cls(num_classes, width, null_class=1000 if num_classes == 1001 else None)
 
 
 class ClassEmbedder(nn.Module):
@@ -150,70 +151,6 @@ class SpatialRescaler(nn.Module):
         return self.channel_mapper(x)
 
 
-def split_words(text: str) -> list[str]:
-    """Lower-case words and single punctuation marks, accents removed: "Piñata, 2!" -> ["pinata", ",", "2", "!"]."""
-    if not isinstance(text, str):
-        raise TypeError(f"a prompt must be a str, not {type(text).__name__}")
-    decomposed = unicodedata.normalize("NFKD", text.replace("’", "'")).casefold()
-    plain = "".join(c for c in decomposed if not unicodedata.combining(c))
-    return re.findall(r"[^\W_]+|[^\w\s]", plain)
-
-
-class WordTokenizer:
-    """Words -> token ids of a closed vocabulary, padded to max_length.
-
-    A prompt becomes <start> word word ... <pad> <pad>; the empty prompt is padding alone, which is what condition
-    dropout trains as "no condition". Ids are positions in `vocabulary`, whose first three entries are the special ones.
-    """
-
-    def __init__(self, vocabulary: Sequence[str], max_length: int = 32):
-        if list(vocabulary[:3]) != [PAD, UNKNOWN, START]:
-            raise ValueError(f"WordTokenizer: a vocabulary starts with {PAD}, {UNKNOWN}, {START}, not {vocabulary[:3]}")
-        if len(set(vocabulary)) != len(vocabulary):
-            raise ValueError("WordTokenizer: the vocabulary names a word twice")
-        if max_length < 2:
-            raise ValueError(f"WordTokenizer: max_length is {max_length}; at least 2 (start and one word) is needed")
-        self.vocabulary = tuple(vocabulary)
-        self.max_length = max_length
-        self._ids = {word: i for i, word in enumerate(self.vocabulary)}
-
-    @classmethod
-    def from_captions(cls, captions: Iterable[str], max_length: int = 32) -> WordTokenizer:
-        """The vocabulary of all words in the captions, sorted, so that it depends on the set of captions alone."""
-        words = {word for caption in captions for word in split_words(caption)}
-        return cls([PAD, UNKNOWN, START, *sorted(words)], max_length)
-
-    def __len__(self) -> int:
-        return len(self.vocabulary)
-
-    def __call__(self, prompts: str | Sequence[str]) -> Tensor:
-        """Prompts -> (B, max_length) int64. Warns (UserWarning) of a cut prompt and of unknown words."""
-        rows = [self._encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
-
-    def _encode(self, prompt: str) -> list[int]:
-        words = split_words(prompt)
-        if len(words) > self.max_length - 1:
-            kept = self.max_length - 1
-            warnings.warn(
-                f"the prompt has {len(words)} words; only the first {kept} are used, {len(words) - kept} are cut off",
-                stacklevel=3,
-            )
-            words = words[:kept]
-        unknown = dict.fromkeys(word for word in words if word not in self._ids)
-        if unknown:
-            named = ", ".join(self._describe_unknown(word) for word in unknown)
-            warnings.warn(f"the model does not know {named}", stacklevel=3)
-        ids = [self._ids[START]] if words else []
-        ids += [self._ids.get(word, self._ids[UNKNOWN]) for word in words]
-        return ids + [self._ids[PAD]] * (self.max_length - len(ids))
-
-    def _describe_unknown(self, word: str) -> str:
-        shown = word if len(word) <= 40 else word[:40] + "…"
-        near = difflib.get_close_matches(word[:40], self.vocabulary[3:], n=1, cutoff=0.6)
-        return f"'{shown}' (nearest known word: '{near[0]}')" if near else f"'{shown}'"
-
-
 @dataclass(frozen=True)
 class TextEncoderConfig:
     """vocab_size and max_length of the transformer are the tokenizer's."""
@@ -229,10 +166,12 @@ class TextEncoderConfig:
 class TextEncoder(nn.Module):
     """Prompts -> context for cross attention: list of B str -> (B, max_length, width)."""
 
+    tokenizer_class: ClassVar[type] = WordTokenizer
+
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.config = config
-        self.tokenizer = WordTokenizer(config.vocabulary, config.max_length)
+        self.tokenizer = self.tokenizer_class(config.vocabulary, config.max_length)
         sizes = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "vocabulary"}
         self.transformer = TransformerEmbedder(TransformerConfig(vocab_size=len(config.vocabulary), **sizes))
 
@@ -241,12 +180,34 @@ class TextEncoder(nn.Module):
         """sizes: width, depth and optionally heads, head_dim."""
         return cls(TextEncoderConfig(vocabulary=tokenizer.vocabulary, max_length=tokenizer.max_length, **sizes))
 
+    @classmethod
+    def from_transformer(
+        cls, tokenizer: WordTokenizer | WordPieceTokenizer, transformer: TransformerEmbedder
+    ) -> TextEncoder:
+        """From its two halves. ValueError where they do not fit."""
+        sizes = {f.name: getattr(transformer.config, f.name) for f in fields(transformer.config)}
+        if (len(tokenizer), tokenizer.max_length) != (sizes.pop("vocab_size"), sizes["max_length"]):
+            raise ValueError(
+                f"{cls.__name__}: the tokenizer has {len(tokenizer)} tokens and max_length {tokenizer.max_length}, "
+                f"the transformer {transformer.config.vocab_size} and {sizes['max_length']}"
+            )
+        with torch.device("meta"):
+            encoder = cls(TextEncoderConfig(vocabulary=tokenizer.vocabulary, **sizes))
+        encoder.tokenizer, encoder.transformer = tokenizer, transformer
+        return encoder
+
     def forward(self, prompts: str | Sequence[str]) -> Tensor:
         return self.transformer(self.tokenizer(prompts).to(self.transformer.norm.weight.device))
 
     def unconditional(self, batch: int) -> Tensor:
         """The context of the empty prompt, (batch, max_length, width)."""
         return self([""]).expand(batch, -1, -1)
+
+
+class BertTextEncoder(TextEncoder):
+    """The text encoder of LDM's text-to-image models: the same transformer on the pieces of BERT's vocabulary."""
+
+    tokenizer_class = WordPieceTokenizer
 
 
 @dataclass(frozen=True)

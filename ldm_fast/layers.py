@@ -5,13 +5,13 @@ Names of sub-modules follow diffusers, so LoRA, ControlNet and IP-Adapter files 
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_fast import ops
+from ldm_fast.attention_layers import Attention, ImagePrompts
 
 
 class GroupNorm(nn.GroupNorm):
@@ -108,30 +108,13 @@ class Upsample(nn.Module):
         return self.conv(upsample_nearest(x, size))
 
 
-class Attention(nn.Module):
-    """Multi-head attention from x to `context`, or to x itself where there is none."""
+class Conditions(NamedTuple):
+    """What the attention layers of a UNet look at beside the image."""
 
-    def __init__(
-        self, channels: int, *, heads: int, head_dim: int, context_channels: int | None = None, qkv_bias: bool = False
-    ):
-        super().__init__()
-        self.heads = heads
-        inner = heads * head_dim
-        context_channels = channels if context_channels is None else context_channels
-        self.to_q = nn.Linear(channels, inner, bias=qkv_bias)
-        self.to_k = nn.Linear(context_channels, inner, bias=qkv_bias)
-        self.to_v = nn.Linear(context_channels, inner, bias=qkv_bias)
-        self.to_out = nn.ModuleList([nn.Linear(inner, channels), nn.Dropout(0.0)])
-
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = (self._split(t) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))  # (B, H, N, D)
-        out = ops.attention(q, k, v, mask=mask)  # (B, H, N, D)
-        out = out.transpose(1, 2).flatten(2)  # (B, N, H·D)
-        return self.to_out[0](out)
-
-    def _split(self, t: Tensor) -> Tensor:
-        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    context: Tensor | None = None  # τ_θ(y), (B, L, context channels)
+    context_mask: Tensor | None = None  # (B, 1, 1, L), added to the scores of cross attention
+    mask: Tensor | None = None  # (B, 1, 1, keys), added to the scores of self attention
+    images: ImagePrompts | None = None
 
 
 class SelfAttention2d(Attention):
@@ -141,7 +124,7 @@ class SelfAttention2d(Attention):
         super().__init__(channels, heads=heads, head_dim=head_dim, qkv_bias=True)
         self.group_norm = GroupNorm(groups, channels, eps)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, conditions: Conditions | None = None) -> Tensor:
         tokens = _to_tokens(self.group_norm(x))  # (B, H·W, C)
         return x + _to_map(super().forward(tokens), x)
 
@@ -178,20 +161,42 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self attention, cross attention, feed-forward, each after a layer norm and around a residual."""
+    """Self attention, cross attention, feed-forward, each after a layer norm and around a residual.
 
-    def __init__(self, channels: int, *, heads: int, head_dim: int, context_channels: int | None):
+    `only_cross_attention`: the first attention looks at the context, too.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        head_dim: int,
+        context_channels: int | None,
+        only_cross_attention: bool = False,
+    ):
         super().__init__()
+        self.only_cross_attention = only_cross_attention
+        own = context_channels if only_cross_attention else None
         self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, heads=heads, head_dim=head_dim)
+        self.attn1 = Attention(channels, heads=heads, head_dim=head_dim, context_channels=own)
         self.norm2 = nn.LayerNorm(channels)
         self.attn2 = Attention(channels, heads=heads, head_dim=head_dim, context_channels=context_channels)
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context, mask)
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
+        context = conditions.context
+        own = context if self.only_cross_attention else None
+        if conditions.mask is not None:
+            keys = (x if own is None else own).shape[1]
+            if conditions.mask.shape[-1] != keys:
+                raise ValueError(
+                    f"UNet: attention_mask must be (B, {keys}) for this size, got (B, {conditions.mask.shape[-1]}); a "
+                    "UNet with self attention at several resolutions takes none"
+                )
+        x = x + self.attn1(self.norm1(x), own, conditions.mask)
+        x = x + self.attn2(self.norm2(x), context, conditions.context_mask, conditions.images)
         return x + self.ff(self.norm3(x))
 
 
@@ -208,6 +213,7 @@ class SpatialTransformer(nn.Module):
         depth: int = 1,
         groups: int = 32,
         linear: bool = False,
+        only_cross_attention: bool = False,
     ):
         super().__init__()
         inner = heads * head_dim
@@ -215,70 +221,21 @@ class SpatialTransformer(nn.Module):
         self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(inner, heads=heads, head_dim=head_dim, context_channels=context_channels)
+            TransformerBlock(
+                inner,
+                heads=heads,
+                head_dim=head_dim,
+                context_channels=context_channels,
+                only_cross_attention=only_cross_attention,
+            )
             for _ in range(depth)
         )
         self.proj_out = nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         h = self.norm(x)  # (B, C, H, W)
         h = self.proj_in(_to_tokens(h)) if self.linear else _to_tokens(self.proj_in(h))  # (B, H·W, C)
         for block in self.transformer_blocks:
-            h = block(h, context, mask)
+            h = block(h, conditions)
         h = _to_map(self.proj_out(h), x) if self.linear else self.proj_out(_to_map(h, x))
         return x + h
-
-
-class TimestepEmbedding(nn.Module):
-    """The two-layer network on top of the sinusoidal embedding."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(in_channels, out_channels)
-        self.linear_2 = nn.Linear(out_channels, out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class AttentionPooling(nn.Module):
-    """A sequence as one vector: attention from its mean (with a learned offset) to itself, (B, L, C) → (B, C)."""
-
-    def __init__(self, channels: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(1, channels) / channels**0.5)
-        self.k_proj = nn.Linear(channels, channels)
-        self.q_proj = nn.Linear(channels, channels)
-        self.v_proj = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean(dim=1, keepdim=True) + self.positional_embedding  # (B, 1, C)
-        x = torch.cat([mean, x], dim=1)  # (B, 1 + L, C)
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for t in (self.q_proj(mean), self.k_proj(x), self.v_proj(x))
-        )
-        return ops.attention(q, k, v).transpose(1, 2).flatten(1)
-
-
-class TextTimeEmbedding(nn.Module):
-    """The whole context as one vector to add to the time embedding, (B, L, C) → (B, out_channels)."""
-
-    def __init__(self, channels: int, out_channels: int, heads: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
-        self.pool = AttentionPooling(channels, heads)
-        self.proj = nn.Linear(channels, out_channels)
-        self.norm2 = nn.LayerNorm(out_channels)
-
-    def forward(self, context: Tensor) -> Tensor:
-        return self.norm2(self.proj(self.pool(self.norm1(context))))
-
-
-def sinusoidal_embedding(t: Tensor, channels: int, max_period: float = 10000.0) -> Tensor:
-    """cos and sin of t at `channels`/2 frequencies, (B,) → (B, channels) float32 (arXiv:2006.11239, cosines first)."""
-    half = channels // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t.float()[:, None] * frequencies
-    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, channels % 2))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
 from ldm_fast.conditioning import (
+    BertTextEncoder,
     ClassEmbedder,
     ClassEmbedderConfig,
     SpatialRescaler,
@@ -42,6 +43,7 @@ PARTS: dict[str, dict[str, tuple[Callable[..., nn.Module], type]]] = {
     "unet": {"UNet": (UNet, UNetConfig)},
     "first_stage": {"AutoencoderKL": (AutoencoderKL, AutoencoderConfig), "VQModel": (VQModel, VQConfig)},
     "cond_stage": {
+        "BertTextEncoder": (BertTextEncoder, TextEncoderConfig),
         "TextEncoder": (TextEncoder, TextEncoderConfig),
         "TransformerEmbedder": (TransformerEmbedder, TransformerConfig),
         "ClassEmbedder": (ClassEmbedder, ClassEmbedderConfig),

@@ -2,80 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm_fast.layers import (
-    Downsample,
-    GroupNorm,
-    ResBlock,
-    SelfAttention2d,
-    SpatialTransformer,
-    TextTimeEmbedding,
-    TimestepEmbedding,
-    Upsample,
-    sinusoidal_embedding,
-)
-
-DOWN_BLOCK_TYPES = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D")
-MID_BLOCK_TYPES = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """Shape of a UNet; field names are those of diffusers. The defaults are Stable Diffusion 1.x.
-
-    A level of `down_block_types` has no attention ("DownBlock2D"), self attention ("AttnDownBlock2D") or a spatial
-    transformer with cross attention ("CrossAttnDownBlock2D"); the up path mirrors it. `num_attention_heads` holds for all
-    levels or is given level by level.
-    """
-
-    sample_size: int = 64
-    in_channels: int = 4
-    out_channels: int = 4
-    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
-    mid_block_type: str = "UNetMidBlock2DCrossAttn"
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    cross_attention_dim: int | None = 768
-    transformer_layers_per_block: int = 1
-    num_attention_heads: int | tuple[int, ...] = 8
-    use_linear_projection: bool = False
-    resnet_time_scale_shift: str = "default"
-    resample_type: str = "conv"
-    num_class_embeds: int | None = None
-    addition_embed_type: str | None = None  # "text": the context, pooled, joins the time embedding
-    addition_embed_type_num_heads: int = 64
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        levels = len(self.block_out_channels)
-        if len(self.down_block_types) != levels:
-            raise ValueError(f"UNetConfig: down_block_types needs {levels} entries, got {self.down_block_types}")
-        for name, value, allowed in (
-            *(("down_block_types", t, DOWN_BLOCK_TYPES) for t in self.down_block_types),
-            ("mid_block_type", self.mid_block_type, MID_BLOCK_TYPES),
-            ("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift")),
-            ("addition_embed_type", self.addition_embed_type, (None, "text")),
-            ("resample_type", self.resample_type, ("conv", "resnet")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"UNetConfig: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-        for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
-                raise ValueError(f"UNetConfig: norm_num_groups {self.norm_num_groups} must divide {channels} channels")
-
-    def heads(self, level: int) -> tuple[int, int]:
-        """(number of heads, width of one head) at a level."""
-        channels, given = self.block_out_channels[level], self.num_attention_heads
-        heads = given if isinstance(given, int) else given[level]
-        if channels % heads:
-            raise ValueError(f"UNetConfig: {channels} channels do not divide into {heads} heads")
-        return heads, channels // heads
+from ldm_fast.attention_layers import Attention, ImagePrompts
+from ldm_fast.embeddings import TextTimeEmbedding, TimestepEmbedding, Timesteps
+from ldm_fast.layers import Conditions, GroupNorm, ResBlock, SelfAttention2d, SpatialTransformer
+from ldm_fast.pretrained import Pretrained
+from ldm_fast.reuse import Remembering, TimeTable
+from ldm_fast.unet_blocks import Block, DownBlock, MidBlock, UpBlock
+from ldm_fast.unet_config import UNetConfig
 
 
 @dataclass
@@ -83,9 +23,10 @@ class UNetOutput:
     sample: Tensor  # (B, out_channels, H, W)
 
 
-class UNet(nn.Module):
+class UNet(Pretrained, Remembering):
     """UNet(config)(sample, timestep, encoder_hidden_states) → prediction in the parameterisation it was trained in.
 
+    Takes what diffusers' UNet2DConditionModel takes, ControlNet's and T2I-Adapter's residuals and IP-Adapters included.
     Shapes in the comments are for the first-level size H × W; sizes that are not multiples of 2^levels work, since
     upsampling goes to the size of the skip connection.
     """
@@ -93,18 +34,19 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
+        self.uses_context = config.uses_context
+        self.context_channels = config.encoder_hid_dim or config.cross_attention_dim
         channels = config.block_out_channels
         time_channels = 4 * channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], time_channels)
-        if config.num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(config.num_class_embeds, time_channels)
-        else:
-            self.class_embedding = None
-        self.add_embedding = None
-        if config.addition_embed_type == "text":
-            heads = config.addition_embed_type_num_heads
-            self.add_embedding = TextTimeEmbedding(config.cross_attention_dim, time_channels, heads)
+        self.time_proj = Timesteps(channels[0])
+        self.time_embedding = TimestepEmbedding(channels[0], time_channels, config.time_cond_proj_dim)
+        self.class_embedding = _class_embedding(config, time_channels)
+        self.add_embedding = _add_embedding(config, time_channels)
+        self.add_time_proj = Timesteps(config.addition_time_embed_dim) if config.addition_time_embed_dim else None
+        self.encoder_hid_proj = None  # a projection of the context, or of IP-Adapters' images where they are loaded
+        if config.encoder_hid_dim_type == "text_proj":
+            self.encoder_hid_proj = nn.Linear(config.encoder_hid_dim, config.cross_attention_dim)
 
         levels = range(len(channels))
         self.down_blocks = nn.ModuleList(DownBlock(config, level, time_channels) for level in levels)
@@ -112,6 +54,223 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList(UpBlock(config, level, time_channels) for level in reversed(levels))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self._times = TimeTable()
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor | tuple[Tensor, Sequence[Tensor]] | None = None,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNetOutput | tuple[Tensor]:
+        """One evaluation of the network. Names, order and meaning of the arguments are those of diffusers.
+
+        Args:
+            sample: z_t, (B, in_channels, H, W).
+            timestep: int, float, 0-d or (B,) tensor.
+            encoder_hidden_states: context τ_θ(y), (B, L, cross_attention_dim); needed by cross attention. With
+                IP-Adapters also (context, [projected images (B, images, tokens, cross_attention_dim) for each]).
+            class_labels: (B,) int64, for a UNet with class embeddings (conditioning key "adm"); (B,) or (B, width)
+                numbers where class_embed_type is "timestep" or "projection".
+            timestep_cond: (B, time_cond_proj_dim), added to the timestep's embedding.
+            attention_mask: (B, keys) of self attention, 1 = attend, 0 = do not.
+            cross_attention_kwargs: "ip_adapter_masks", for each IP-Adapter (1, images, height, width).
+            added_cond_kwargs: "text_embeds" (B, width) and "time_ids" (B, numbers) where addition_embed_type is
+                "text_time"; "image_embeds" for IP-Adapters.
+            down_block_additional_residuals, mid_block_additional_residual: a ControlNet's, for every skip connection
+                and for the middle.
+            down_intrablock_additional_residuals: a T2I-Adapter's, for each level and perhaps for the middle.
+            encoder_attention_mask: (B, L), True or 1 = attend, False or 0 = do not.
+            return_dict: `UNetOutput` if True, else a tuple with the sample.
+
+        Raises:
+            ValueError: an input is missing, has the wrong shape, or is not for this UNet.
+        """
+        context, images = _split_context(encoder_hidden_states)
+        added, extras = added_cond_kwargs or {}, list(down_intrablock_additional_residuals or ())
+        self._check(sample, timestep, context, class_labels, timestep_cond)
+        _check_residuals(down_block_additional_residuals, mid_block_additional_residual)
+        temb = self._embed_time(sample, timestep, timestep_cond)  # (B, 4 C)
+        temb = self._embed_conditions(temb, context, class_labels, added)
+        masks = _biases(attention_mask, encoder_attention_mask, sample, context)
+        conditions = self._conditions(context, images, masks, cross_attention_kwargs or {}, added)
+
+        h = self.conv_in(sample)  # (B, C, H, W)
+        skips = [h]
+        for block in self.down_blocks:
+            h, skips_of_block = block(h, temb, conditions, extras.pop(0) if extras else None)  # (B, C', H/2, W/2)
+            skips += skips_of_block
+        h = self.mid_block(h, temb, conditions)
+        h = _add_extras(h, extras)
+        if mid_block_additional_residual is not None:
+            h = h + mid_block_additional_residual
+            skips = _add_residuals(skips, down_block_additional_residuals)
+        for block in self.up_blocks:
+            h = block(h, skips, temb, conditions)  # (B, C', 2H, 2W)
+        h = self.conv_out(self.conv_norm_out(h, "silu"))  # (B, out, H, W)
+        return UNetOutput(h) if return_dict else (h,)
+
+    def _embed_time(self, sample: Tensor, timestep: Tensor | float | int, condition: Tensor | None) -> Tensor:
+        layers = (self.time_embedding.linear_1, self.time_embedding.linear_2)
+        known = self._times.look_up(timestep, layers, sample) if condition is None else None
+        if known is not None:
+            return known.expand(sample.shape[0], -1)
+        t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])  # (B,)
+        return self.time_embedding(self.time_proj(t).to(sample.dtype), condition)
+
+    def _embed_conditions(
+        self, temb: Tensor, context: Tensor | None, class_labels: Tensor | None, added: Mapping[str, Any]
+    ) -> Tensor:
+        if self.class_embedding is not None:
+            if self.config.class_embed_type == "timestep":
+                class_labels = self.time_proj(class_labels).to(temb.dtype)
+            temb = temb + self.class_embedding(class_labels)
+        if self.add_time_proj is not None:
+            numbers = self.add_time_proj(_given(added, "time_ids").flatten())  # (B · numbers, channels)
+            text = _given(added, "text_embeds")  # (B, width)
+            both = torch.cat([text, numbers.reshape(text.shape[0], -1)], dim=-1).to(temb.dtype)
+            needed = self.config.projection_class_embeddings_input_dim
+            if both.shape != (temb.shape[0], needed):
+                raise ValueError(
+                    f"UNet: text_embeds and time_ids must come to ({temb.shape[0]}, {needed}), got {tuple(both.shape)} "
+                    f"from {tuple(text.shape)} and {tuple(added['time_ids'].shape)}"
+                )
+            return temb + self.add_embedding(both)
+        return temb if self.add_embedding is None else temb + self.add_embedding(context)
+
+    def _conditions(
+        self,
+        context: Tensor | None,
+        images: Sequence[Tensor] | None,
+        masks: tuple[Tensor | None, Tensor | None],
+        attention_arguments: Mapping[str, Any],
+        added: Mapping[str, Any],
+    ) -> Conditions:
+        unknown = [name for name in attention_arguments if name != "ip_adapter_masks"]
+        if unknown:
+            raise ValueError(f"UNet: cross_attention_kwargs may hold ip_adapter_masks, got {', '.join(unknown)}")
+        kind, project_text = self.config.encoder_hid_dim_type, None
+        if kind == "text_proj":
+            project_text = self.encoder_hid_proj
+        elif kind == "ip_image_proj":
+            if self.encoder_hid_proj is None:
+                raise ValueError("UNet: encoder_hid_dim_type is 'ip_image_proj', but no IP-Adapter is loaded")
+            images = self.encoder_hid_proj(_given(added, "image_embeds"))
+            project_text = getattr(self, "text_encoder_hid_proj", None)  # where a loader puts what was here before
+        if project_text is not None:
+            given = context
+            context = self._memory.recall(given, (project_text,), lambda: project_text(given))
+        self_mask, context_mask = masks
+        area = attention_arguments.get("ip_adapter_masks")
+        if isinstance(area, Tensor):  # (adapters, 1, height, width)
+            area = list(area.unsqueeze(1))
+        prompts = None if images is None else ImagePrompts(images, area)
+        return Conditions(context, context_mask, self_mask, prompts)
+
+    def _check(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        context: Tensor | None,
+        class_labels: Tensor | None,
+        timestep_cond: Tensor | None,
+    ) -> None:
+        config = self.config
+        if sample.ndim != 4 or sample.shape[1] != config.in_channels:
+            raise ValueError(f"UNet: sample must be (B, {config.in_channels}, H, W), got {tuple(sample.shape)}")
+        batch, width = sample.shape[0], self.context_channels
+        if isinstance(timestep, Tensor) and tuple(timestep.shape) not in ((), (1,), (batch,)):
+            raise ValueError(f"UNet: timestep must be a number or ({batch},), got {tuple(timestep.shape)}")
+        if context is None:
+            if self.uses_context:
+                raise ValueError("UNet: encoder_hidden_states is missing; this UNet has cross attention")
+        elif width is None:
+            raise ValueError("UNet: encoder_hidden_states given, but this UNet has no cross attention")
+        elif context.ndim != 3 or context.shape[0] != batch or context.shape[2] != width:
+            raise ValueError(f"UNet: encoder_hidden_states must be ({batch}, L, {width}), got {tuple(context.shape)}")
+        if (class_labels is None) != (self.class_embedding is None):
+            needed = "needs" if class_labels is None else "does not take"
+            raise ValueError(f"UNet: this UNet {needed} class_labels (num_class_embeds is {config.num_class_embeds})")
+        labels = (batch, config.projection_class_embeddings_input_dim)
+        labels = labels if config.class_embed_type == "projection" else (batch,)
+        if class_labels is not None and tuple(class_labels.shape) != labels:
+            raise ValueError(f"UNet: class_labels must be {labels}, got {tuple(class_labels.shape)}")
+        needed = None if config.time_cond_proj_dim is None else (batch, config.time_cond_proj_dim)
+        if timestep_cond is not None and tuple(timestep_cond.shape) != needed:
+            raise ValueError(f"UNet: timestep_cond must be {needed}, got {tuple(timestep_cond.shape)}")
+
+    @torch.no_grad()
+    def precompute_time(self, timesteps: Tensor | Sequence[float]) -> None:
+        """Embeds a whole schedule (T,) at once; later calls find its timesteps by value, if numbers or on the CPU.
+
+        Forgotten when the weights change; calls with `timestep_cond` do not use it.
+        """
+        t = torch.as_tensor(timesteps, device=self.device).reshape(-1)
+        layers = (self.time_embedding.linear_1, self.time_embedding.linear_2)
+        self._times.fill(t, self.time_embedding(self.time_proj(t).to(self.dtype)), layers)
+
+    def join_projections(self) -> None:
+        """Lets q, k and v (k and v of a context) of every attention come from one product.
+
+        A new UNet does, and so does one that went to another device or dtype; needed after weights were exchanged for
+        other tensors (`load_state_dict(assign=True)`). Moves weights in memory, layer by layer; changes no value.
+        """
+        for layer in self._attention_layers().values():
+            layer.join()
+
+    def forget(self) -> None:
+        """Drops what was kept of earlier calls: keys and values of contexts, embeddings of timesteps.
+
+        Changed weights and contexts are noticed, but for writes through `.data`, of which PyTorch keeps no record.
+        """
+        super().forget()
+        self._times.forget()
+        for layer in self._attention_layers().values():
+            layer.forget()
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Training computes the inside of blocks twice instead of storing it; gradients are the same, bit for bit."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.gradient_checkpointing = enabled
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.enable_gradient_checkpointing(False)
+
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        """{"….attn1.processor": processor} of all attentions, in diffusers' order: way down, way up, middle."""
+        return {f"{name}.processor": layer.get_processor() for name, layer in self._attention_layers().items()}
+
+    def set_attn_processor(self, processor: Any | dict[str, Any]) -> None:
+        """One processor for all attentions, or one for each as in `attn_processors`; see `Attention.set_processor`."""
+        layers = self._attention_layers()
+        if not isinstance(processor, dict):
+            processor = {f"{name}.processor": processor for name in layers}
+        wanted = {f"{name}.processor" for name in layers}
+        if processor.keys() != wanted:
+            wrong = sorted(processor.keys() ^ wanted)
+            raise ValueError(f"set_attn_processor: needs one processor for each attention; missing or unknown: {wrong}")
+        for name, layer in layers.items():
+            layer.set_processor(processor[f"{name}.processor"])
+
+    def _attention_layers(self) -> dict[str, Attention]:
+        parts = {"down_blocks": self.down_blocks, "up_blocks": self.up_blocks, "mid_block": self.mid_block}
+        return {
+            f"{part}.{name}": layer
+            for part, blocks in parts.items()
+            for name, layer in blocks.named_modules()
+            if isinstance(layer, Attention)
+        }
 
     @torch.no_grad()
     def zero_residuals(self) -> None:
@@ -138,208 +297,72 @@ class UNet(nn.Module):
     def device(self) -> torch.device:
         return self.conv_in.weight.device
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float | int,
-        encoder_hidden_states: Tensor | None = None,
-        class_labels: Tensor | None = None,
-        *,
-        encoder_attention_mask: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> UNetOutput | tuple[Tensor]:
-        """One evaluation of the network.
 
-        Args:
-            sample: z_t, (B, in_channels, H, W).
-            timestep: int, float, 0-d or (B,) tensor.
-            encoder_hidden_states: context τ_θ(y), (B, L, cross_attention_dim); needed by cross attention.
-            class_labels: (B,) int64, for a UNet with class embeddings (conditioning key "adm").
-            encoder_attention_mask: (B, L), True = attend, or additive.
-            return_dict: `UNetOutput` if True, else a tuple with the sample.
-
-        Raises:
-            ValueError: an input is missing or has the wrong shape.
-        """
-        self._check(sample, timestep, encoder_hidden_states, encoder_attention_mask, class_labels)
-        temb = self._embed(sample, timestep, encoder_hidden_states, class_labels)  # (B, 4 C)
-        context, mask = encoder_hidden_states, encoder_attention_mask
-        mask = mask[:, None, None, :] if mask is not None else None  # (B, 1, 1, L)
-
-        h = self.conv_in(sample)  # (B, C, H, W)
-        skips = [h]
-        for block in self.down_blocks:
-            h, skips_of_block = block(h, temb, context, mask)  # (B, C', H/2, W/2)
-            skips += skips_of_block
-        h = self.mid_block(h, temb, context, mask)
-        for block in self.up_blocks:
-            h = block(h, skips, temb, context, mask)  # (B, C', 2H, 2W)
-        h = self.conv_out(self.conv_norm_out(h, "silu"))  # (B, out, H, W)
-        return UNetOutput(h) if return_dict else (h,)
-
-    def _embed(
-        self, sample: Tensor, timestep: Tensor | float | int, context: Tensor | None, class_labels: Tensor | None
-    ) -> Tensor:
-        t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])  # (B,)
-        temb = self.time_embedding(sinusoidal_embedding(t, self.config.block_out_channels[0]).to(sample.dtype))
-        if self.class_embedding is not None:
-            temb = temb + self.class_embedding(class_labels)
-        if self.add_embedding is not None:
-            temb = temb + self.add_embedding(context)
-        return temb
-
-    def _check(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float | int,
-        context: Tensor | None,
-        mask: Tensor | None,
-        class_labels: Tensor | None,
-    ) -> None:
-        config = self.config
-        if sample.ndim != 4 or sample.shape[1] != config.in_channels:
-            raise ValueError(f"UNet: sample must be (B, {config.in_channels}, H, W), got {tuple(sample.shape)}")
-        batch, width = sample.shape[0], config.cross_attention_dim
-        if isinstance(timestep, Tensor) and tuple(timestep.shape) not in ((), (1,), (batch,)):
-            raise ValueError(f"UNet: timestep must be a number or ({batch},), got {tuple(timestep.shape)}")
-        if context is None:
-            if self.uses_context:
-                raise ValueError("UNet: encoder_hidden_states is missing; this UNet has cross attention")
-        elif width is None:
-            raise ValueError("UNet: encoder_hidden_states given, but this UNet has no cross attention")
-        elif context.ndim != 3 or context.shape[0] != batch or context.shape[2] != width:
-            raise ValueError(f"UNet: encoder_hidden_states must be ({batch}, L, {width}), got {tuple(context.shape)}")
-        if mask is not None and (context is None or tuple(mask.shape) != tuple(context.shape[:2])):
-            needed = "None without encoder_hidden_states" if context is None else tuple(context.shape[:2])
-            raise ValueError(f"UNet: encoder_attention_mask must be {needed}, got {tuple(mask.shape)}")
-        if (class_labels is None) != (self.class_embedding is None):
-            needed = "needs" if class_labels is None else "does not take"
-            raise ValueError(f"UNet: this UNet {needed} class_labels (num_class_embeds is {config.num_class_embeds})")
-        if class_labels is not None and tuple(class_labels.shape) != (batch,):
-            raise ValueError(f"UNet: class_labels must be ({batch},), got {tuple(class_labels.shape)}")
-
-    @property
-    def uses_context(self) -> bool:
-        """Whether any block has cross attention."""
-        config = self.config
-        types = (*config.down_block_types, config.mid_block_type)
-        return config.cross_attention_dim is not None and any("CrossAttn" in t for t in types)
+def _class_embedding(config: UNetConfig, time_channels: int) -> nn.Module | None:
+    if config.class_embed_type == "timestep":
+        return TimestepEmbedding(config.block_out_channels[0], time_channels)
+    if config.class_embed_type == "projection":
+        return TimestepEmbedding(config.projection_class_embeddings_input_dim, time_channels)
+    return None if config.num_class_embeds is None else nn.Embedding(config.num_class_embeds, time_channels)
 
 
-def _res_block(
-    config: UNetConfig, inputs: int, outputs: int, time_channels: int, resample: str | None = None
-) -> ResBlock:
-    return ResBlock(
-        inputs,
-        outputs,
-        time_channels=time_channels,
-        groups=config.norm_num_groups,
-        eps=config.norm_eps,
-        scale_shift=config.resnet_time_scale_shift == "scale_shift",
-        resample=resample,
-        dropout=config.dropout,
+def _add_embedding(config: UNetConfig, time_channels: int) -> nn.Module | None:
+    if config.addition_embed_type == "text":
+        width = config.encoder_hid_dim or config.cross_attention_dim
+        return TextTimeEmbedding(width, time_channels, config.addition_embed_type_num_heads)
+    if config.addition_embed_type == "text_time":
+        return TimestepEmbedding(config.projection_class_embeddings_input_dim, time_channels)
+    return None
+
+
+def _split_context(context: Any) -> tuple[Tensor | None, Sequence[Tensor] | None]:
+    return context if isinstance(context, tuple) else (context, None)
+
+
+def _given(added: Mapping[str, Any], name: str) -> Any:
+    if added.get(name) is None:
+        raise ValueError(f"UNet: added_cond_kwargs needs {name!r} for this UNet, got {', '.join(added) or 'nothing'}")
+    return added[name]
+
+
+def _biases(
+    mask: Tensor | None, context_mask: Tensor | None, sample: Tensor, context: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Masks (B, keys), 1 = attend, as what is added to the scores, (B, 1, 1, keys): 0, and -10000 for a 0."""
+    batch, tokens = sample.shape[0], None if context is None else context.shape[1]
+    if mask is not None and (mask.ndim != 2 or mask.shape[0] != batch):
+        raise ValueError(f"UNet: attention_mask must be ({batch}, keys), got {tuple(mask.shape)}")
+    if context_mask is not None and tuple(context_mask.shape) != (batch, tokens):
+        needed = "None without encoder_hidden_states" if context is None else (batch, tokens)
+        raise ValueError(f"UNet: encoder_attention_mask must be {needed}, got {tuple(context_mask.shape)}")
+    mask, context_mask = (
+        None if m is None else ((1 - m.to(sample.dtype)) * -10000.0)[:, None, None, :] for m in (mask, context_mask)
     )
+    return mask, context_mask
 
 
-def _attention(config: UNetConfig, level: int, block_type: str) -> nn.Module:
-    channels = config.block_out_channels[level]
-    heads, head_dim = config.heads(level)
-    if "CrossAttn" not in block_type:
-        return SelfAttention2d(channels, heads=heads, head_dim=head_dim, groups=config.norm_num_groups)
-    return SpatialTransformer(
-        channels,
-        heads=heads,
-        head_dim=head_dim,
-        context_channels=config.cross_attention_dim,
-        depth=config.transformer_layers_per_block,
-        groups=config.norm_num_groups,
-        linear=config.use_linear_projection,
-    )
-
-
-def _attentions(config: UNetConfig, level: int, count: int) -> nn.ModuleList | None:
-    block_type = config.down_block_types[level]
-    if block_type == "DownBlock2D":
-        return None
-    return nn.ModuleList(_attention(config, level, block_type) for _ in range(count))
-
-
-class DownBlock(nn.Module):
-    """One level on the way down: residual blocks, attention after each, then a reduction by 2 (not at the last)."""
-
-    def __init__(self, config: UNetConfig, level: int, time_channels: int):
-        super().__init__()
-        channels = config.block_out_channels
-        inputs, outputs = channels[max(level - 1, 0)], channels[level]
-        self.resnets = nn.ModuleList(
-            _res_block(config, inputs if i == 0 else outputs, outputs, time_channels)
-            for i in range(config.layers_per_block)
-        )
-        self.attentions = _attentions(config, level, config.layers_per_block)
-        self.downsamplers = None
-        if level < len(channels) - 1:
-            resnet = config.resample_type == "resnet"
-            down = _res_block(config, outputs, outputs, time_channels, "down") if resnet else Downsample(outputs)
-            self.downsamplers = nn.ModuleList([down])
-
-    def forward(
-        self, h: Tensor, temb: Tensor, context: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        skips = []
-        for i, resnet in enumerate(self.resnets):
-            h = resnet(h, temb)
-            if self.attentions is not None:
-                h = self.attentions[i](h, context, mask)
-            skips.append(h)
-        if self.downsamplers is not None:
-            h = self.downsamplers[0](h, temb)
-            skips.append(h)
-        return h, skips
-
-
-class MidBlock(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
-
-    def __init__(self, config: UNetConfig, time_channels: int):
-        super().__init__()
-        channels = config.block_out_channels[-1]
-        level = len(config.block_out_channels) - 1
-        self.resnets = nn.ModuleList(_res_block(config, channels, channels, time_channels) for _ in range(2))
-        self.attentions = nn.ModuleList([_attention(config, level, config.mid_block_type)])
-
-    def forward(self, h: Tensor, temb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        h = self.resnets[0](h, temb)
-        h = self.attentions[0](h, context, mask)
-        return self.resnets[1](h, temb)
-
-
-class UpBlock(nn.Module):
-    """One level on the way up: residual blocks over h and a skip each, attention after each, then doubling."""
-
-    def __init__(self, config: UNetConfig, level: int, time_channels: int):
-        super().__init__()
-        channels = config.block_out_channels
-        below, outputs = channels[min(level + 1, len(channels) - 1)], channels[level]
-        count = config.layers_per_block + 1
-        skips = [*[outputs] * (count - 1), channels[max(level - 1, 0)]]
-        inputs = [below, *[outputs] * (count - 1)]
-        self.resnets = nn.ModuleList(
-            _res_block(config, i + s, outputs, time_channels) for i, s in zip(inputs, skips, strict=True)
-        )
-        self.attentions = _attentions(config, level, count)
-        self.upsamplers = None
-        if level > 0:
-            resnet = config.resample_type == "resnet"
-            up = _res_block(config, outputs, outputs, time_channels, "up") if resnet else Upsample(outputs)
-            self.upsamplers = nn.ModuleList([up])
-
-    def forward(
-        self, h: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            h = resnet(torch.cat([h, skips.pop()], dim=1), temb)
-            if self.attentions is not None:
-                h = self.attentions[i](h, context, mask)
-        if self.upsamplers is not None:
-            h = self.upsamplers[0](h, temb, size=tuple(skips[-1].shape[2:]))
+def _add_extras(h: Tensor, extras: Sequence[Tensor]) -> Tensor:
+    """What is left of a T2I-Adapter's residuals after the way down belongs to the middle."""
+    if not extras:
         return h
+    if len(extras) > 1 or extras[0].shape != h.shape:
+        shapes = ", ".join(str(tuple(extra.shape)) for extra in extras)
+        raise ValueError(
+            "UNet: down_intrablock_additional_residuals must be one for each level and perhaps one of "
+            f"{tuple(h.shape)} for the middle; left over: {shapes}"
+        )
+    return h + extras[0]
+
+
+def _check_residuals(down: Sequence[Tensor] | None, mid: Tensor | None) -> None:
+    if (down is None) != (mid is None):
+        raise ValueError(
+            "UNet: down_block_additional_residuals and mid_block_additional_residual go together (a ControlNet gives "
+            "both); a T2I-Adapter's residuals are down_intrablock_additional_residuals"
+        )
+
+
+def _add_residuals(skips: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
+    if len(skips) != len(residuals):
+        raise ValueError(f"UNet: down_block_additional_residuals must be {len(skips)} tensors, got {len(residuals)}")
+    return [skip + residual for skip, residual in zip(skips, residuals, strict=True)]

@@ -1,17 +1,20 @@
 """Checkpoint layouts: the parameter names of the original latent-diffusion code ("compvis") and ours, both ways.
 
-    config = unet_config_from_compvis(params)            # what the original's constructor was given
+    config = configs.unet_config_from_compvis(params)    # what the original's constructor was given
     ours = compvis_to_ours(state_dict, config)           # for UNet(config).load_state_dict
     theirs = ours_to_compvis(ours, config)               # the identity again
 
 A layout pairs modules, ours with theirs: a walk over the config says which block stands where, a table says what the
 parts of a block are called. Shapes come from our model, built on the meta device. What a rename cannot say is said by
 `Entry`: the original's attention over pixels keeps q, k and v in one convolution (interleaved head by head) or in three
-1x1 convolutions, where ours has three linear layers.
+1x1 convolutions, where ours has three linear layers. diffusers' names are ours, but for those that its attention had
+in its first versions (`current_names`).
 """
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
+from ldm_fast.clip_weights import CLIPShape, CLIPSkeleton, clip_names
 from ldm_fast.conditioning import (
     ClassEmbedder,
     ClassEmbedderConfig,
@@ -29,9 +33,10 @@ from ldm_fast.conditioning import (
     TransformerEmbedder,
 )
 from ldm_fast.layers import SelfAttention2d
+from ldm_fast.tensor_files import CheckpointError
 from ldm_fast.unet import UNet, UNetConfig
 
-Config = UNetConfig | AutoencoderConfig | TransformerConfig | ClassEmbedderConfig | SpatialRescalerConfig
+Config = UNetConfig | AutoencoderConfig | TransformerConfig | ClassEmbedderConfig | SpatialRescalerConfig | CLIPShape
 Names = Iterable[tuple[str, str]]  # (our module, their module)
 
 # What the parts of a block are called: our name, theirs.
@@ -88,7 +93,12 @@ def _unet_names(config: UNetConfig) -> Iterator[tuple[str, str]]:
     yield from {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
-        "class_embedding": "label_emb",
+        "time_embedding.cond_proj": "time_embed.cond_proj",
+        "class_embedding": "label_emb",  # one vector for each class, or, below, a network over a vector
+        "class_embedding.linear_1": "label_emb.0.0",
+        "class_embedding.linear_2": "label_emb.0.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "conv_in": "input_blocks.0.0",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
@@ -175,6 +185,7 @@ LAYOUTS: dict[type, tuple[Callable[[Any], nn.Module], Callable[[Any], Names]]] =
     TransformerConfig: (TransformerEmbedder, _transformer_names),
     ClassEmbedderConfig: (ClassEmbedder, _same_names("embedding")),
     SpatialRescalerConfig: (SpatialRescaler, _same_names("channel_mapper")),
+    CLIPShape: (CLIPSkeleton, clip_names),
 }
 
 
@@ -183,7 +194,7 @@ class Entry:
     """One tensor of the original layout and ours that hold the same numbers.
 
     `ours` has one name; or to_q, to_k and to_v, which theirs stacks head by head as (heads, 3, head width, …); or none,
-    where the original keeps a tensor that its outputs do not depend on.
+    where the original keeps a tensor that its outputs do not depend on. A matrix may be `transposed`.
     """
 
     theirs: str
@@ -191,12 +202,18 @@ class Entry:
     ours: tuple[str, ...]
     our_shape: tuple[int, ...]
     heads: int = 1
+    transposed: bool = False
 
 
-def layout(config: Config) -> list[Entry]:
+def layout(config: Config) -> tuple[Entry, ...]:
     """Every tensor of the model that `config` describes, in both layouts. Allocates no weights."""
     if type(config) not in LAYOUTS:
         raise TypeError(f"weights: no layout for {type(config).__name__}; known: {[c.__name__ for c in LAYOUTS]}")
+    return _layout(config)
+
+
+@functools.lru_cache(maxsize=32)
+def _layout(config: Config) -> tuple[Entry, ...]:
     build, names = LAYOUTS[type(config)]
     with torch.device("meta"):
         model = build(config)
@@ -214,18 +231,22 @@ def layout(config: Config) -> list[Entry]:
         attention_heads = next((n for name, n in heads.items() if ours[0].startswith(f"{name}.")), None)
         was_convolution = attention_heads is not None and len(shape) == 2
         their_shape = (len(ours) * shape[0], *shape[1:], *(pixels if was_convolution else ()))
-        entries.append(Entry(theirs, their_shape, tuple(ours), shape, attention_heads or 1))
-    return entries
+        transposed = isinstance(config, CLIPShape) and theirs == "model.text_projection"
+        their_shape = their_shape[::-1] if transposed else their_shape
+        entries.append(Entry(theirs, their_shape, tuple(ours), shape, attention_heads or 1, transposed))
+    return tuple(entries)
 
 
 def _rename(name: str, renames: Mapping[str, str]) -> str:
+    if name in renames:
+        return renames[name]
     module, rest = name, ""
     while "." in module:
         module, _, last = module.rpartition(".")
         rest = f".{last}{rest}"
         if module in renames:
             return renames[module] + rest
-    raise KeyError(f"weights: no rule for {name}")
+    raise ValueError(f"weights: the original's layout has no name for {name}")
 
 
 def _without_counterpart(config: Config) -> list[Entry]:
@@ -242,14 +263,16 @@ def compvis_to_ours(state_dict: Mapping[str, Tensor], config: Config) -> dict[st
     """The state dict of our model from one in the original layout (without the prefix it has in a checkpoint).
 
     Raises:
-        ValueError: names every key that is missing, unexpected or of the wrong shape.
+        CheckpointError (a ValueError): names every key that is missing, unexpected or of the wrong shape.
     """
     entries = layout(config)
-    _check(state_dict, {e.theirs: e.their_shape for e in entries}, config, "compvis")
+    check_names(state_dict, {e.theirs: e.their_shape for e in entries}, f"compvis state dict of this {_name(config)}")
     ours: dict[str, Tensor] = {}
     for entry in entries:
         tensor = state_dict[entry.theirs]
-        if len(entry.ours) == 1:
+        if entry.transposed:
+            ours[entry.ours[0]] = tensor.t()
+        elif len(entry.ours) == 1:
             ours[entry.ours[0]] = tensor.reshape(entry.our_shape)
         elif entry.ours:
             stacked = tensor.reshape(entry.heads, len(entry.ours), -1, *entry.our_shape[1:])
@@ -262,14 +285,17 @@ def ours_to_compvis(state_dict: Mapping[str, Tensor], config: Config) -> dict[st
     """The inverse of `compvis_to_ours`.
 
     Raises:
-        ValueError: names every key that is missing, unexpected or of the wrong shape.
+        CheckpointError (a ValueError): names every key that is missing, unexpected or of the wrong shape.
     """
     entries = layout(config)
-    _check(state_dict, {name: e.our_shape for e in entries for name in e.ours}, config, "ldm_fast")
+    ours = {name: e.our_shape for e in entries for name in e.ours}
+    check_names(state_dict, ours, f"ldm_fast state dict of this {_name(config)}")
     like = next(iter(state_dict.values()))
     theirs: dict[str, Tensor] = {}
     for entry in entries:
-        if entry.ours:
+        if entry.transposed:
+            theirs[entry.theirs] = state_dict[entry.ours[0]].t()
+        elif entry.ours:
             parts = [state_dict[n].reshape(entry.heads, -1, *entry.our_shape[1:]) for n in entry.ours]
             tensor = torch.stack(parts, 1) if len(parts) > 1 else parts[0]
             theirs[entry.theirs] = tensor.reshape(entry.their_shape)
@@ -278,7 +304,12 @@ def ours_to_compvis(state_dict: Mapping[str, Tensor], config: Config) -> dict[st
     return theirs
 
 
-def _check(state_dict: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], config: Config, name: str) -> None:
+def _name(config: Config) -> str:
+    return type(config).__name__
+
+
+def check_names(state_dict: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """CheckpointError that names every key of `state_dict` that is missing, unexpected or not of its shape."""
     missing = [key for key in shapes if key not in state_dict]
     unexpected = [key for key in state_dict if key not in shapes]
     wrong = [
@@ -287,137 +318,35 @@ def _check(state_dict: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
         if key in state_dict and tuple(state_dict[key].shape) != shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong}
-    lines = [f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in problems.items() if keys]
+    lines = [f"{len(keys)} {problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys]
     if lines:
-        raise ValueError(f"weights: not a {name} state dict of this {type(config).__name__}\n  " + "\n  ".join(lines))
+        raise CheckpointError(f"not a {what}\n  " + "\n  ".join(lines))
 
 
-def unet_config_from_compvis(params: Mapping[str, Any]) -> UNetConfig:
-    """Constructor parameters of the original's UNetModel -> ours. ValueError names a parameter we cannot honour."""
-    params = _Parameters("UNetModel", params)
-    params.ignore("use_checkpoint", "use_fp16", "legacy")  # the last changes nothing in any valid combination
-    params.insist(dims=2, conv_resample=True, use_new_attention_order=False, num_heads_upsample=-1, n_embed=None)
-    base, multipliers = params.take("model_channels"), tuple(params.take("channel_mult", (1, 2, 4, 8)))
-    attention = "CrossAttn" if params.take("use_spatial_transformer", False) else "Attn"
-    resolutions = set(params.take("attention_resolutions"))
-    head_channels, heads = params.take("num_head_channels", -1), params.take("num_heads", -1)
-    if head_channels == heads == -1:
-        raise ValueError("UNetModel: num_heads or num_head_channels is needed")
-    context_channels = params.take("context_dim", None)
-    if (context_channels is None) == (attention == "CrossAttn"):
-        raise ValueError("UNetModel: context_dim and use_spatial_transformer belong together")
-    config = UNetConfig(
-        sample_size=params.take("image_size"),
-        in_channels=params.take("in_channels"),
-        out_channels=params.take("out_channels"),
-        down_block_types=tuple(
-            f"{attention if 2**level in resolutions else ''}DownBlock2D" for level in range(len(multipliers))
-        ),
-        mid_block_type="UNetMidBlock2DCrossAttn" if attention == "CrossAttn" else "UNetMidBlock2D",
-        block_out_channels=tuple(base * m for m in multipliers),
-        layers_per_block=params.take("num_res_blocks"),
-        cross_attention_dim=context_channels,
-        transformer_layers_per_block=params.take("transformer_depth", 1),
-        num_attention_heads=heads if head_channels == -1 else tuple(base * m // head_channels for m in multipliers),
-        use_linear_projection=params.take("use_linear_in_transformer", False),
-        resnet_time_scale_shift="scale_shift" if params.take("use_scale_shift_norm", False) else "default",
-        resample_type="resnet" if params.take("resblock_updown", False) else "conv",
-        num_class_embeds=params.take("num_classes", None),
-        dropout=params.take("dropout", 0.0),
-    )
-    params.finish()
-    return config
+# Checkpoints
+
+UNET_PREFIX = "model.diffusion_model."  # of a UNet that is saved alone, too; a first stage then has none
+
+_FIRST_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_NAME = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 
 
-def autoencoder_config_from_compvis(params: Mapping[str, Any]) -> AutoencoderConfig | VQConfig:
-    """Constructor parameters of the original's AutoencoderKL, VQModel or VQModelInterface (the two with `n_embed`).
-
-    VQ configurations get `legacy=True`, the loss they were trained with. ValueError names what we cannot honour.
-    """
-    params = _Parameters("first stage", params)
-    inner = _Parameters("first stage: ddconfig", params.take("ddconfig"))
-    codes = params.take("n_embed", None)
-    params.ignore("lossconfig", "monitor", "image_key", "ckpt_path", "ignore_keys", "scheduler_config", "use_ema")
-    params.insist(remap=None, sane_index_shape=False)
-    inner.insist(double_z=codes is None, resamp_with_conv=True, use_linear_attn=False, tanh_out=False, dropout=0.0)
-    attention = inner.take("attn_type", "vanilla")
-    if attention not in ("vanilla", "none"):
-        raise ValueError(f"first stage: attn_type must be vanilla or none, got {attention!r}")
-    resolution, multipliers = inner.take("resolution"), tuple(inner.take("ch_mult", (1, 2, 4, 8)))
-    base, resolutions = inner.take("ch"), set(inner.take("attn_resolutions"))
-    levels = (level for level in range(len(multipliers)) if resolution // 2**level in resolutions)
-    fields = dict(
-        in_channels=inner.take("in_channels"),
-        out_channels=inner.take("out_ch"),
-        block_out_channels=tuple(base * m for m in multipliers),
-        layers_per_block=inner.take("num_res_blocks"),
-        latent_channels=params.take("embed_dim"),
-        z_channels=inner.take("z_channels"),
-        attention_levels=tuple(levels) if attention == "vanilla" else (),
-        mid_block_add_attention=attention == "vanilla",
-    )
-    params.finish()
-    inner.finish()
-    if codes is None:
-        return AutoencoderConfig(**fields)
-    return VQConfig(**fields, num_vq_embeddings=codes, legacy=True)
+def current_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of diffusers under today's names. The parts of attention over pixels were once called query, key,
+    value and proj_attn, and in many a published first stage they still are."""
+    renamed = {}
+    for name, tensor in state_dict.items():
+        if old := _OLD_NAME.fullmatch(name):
+            name = f"{old[1]}.{_FIRST_ATTENTION[old[2]]}.{old[3]}"
+            tensor = tensor.flatten(1) if tensor.ndim == 4 else tensor  # once a 1x1 convolution
+        renamed[name] = tensor
+    return renamed
 
 
-def encoder_config_from_compvis(
-    name: str, params: Mapping[str, Any]
-) -> TransformerConfig | ClassEmbedderConfig | SpatialRescalerConfig:
-    """Class name and constructor parameters of one of the original's conditioning encoders -> ours."""
-    params = _Parameters(name, params)
-    if name in ("BERTEmbedder", "TransformerEmbedder"):
-        params.ignore("use_tokenizer", "device")
-        params.insist(embedding_dropout=0.0)
-        vocabulary = params.take("vocab_size", 30522) if name == "BERTEmbedder" else params.take("vocab_size")
-        config = TransformerConfig(
-            vocab_size=vocabulary,
-            width=params.take("n_embed"),
-            depth=params.take("n_layer"),
-            max_length=params.take("max_seq_len", 77),
-        )
-    elif name == "ClassEmbedder":
-        params.ignore("key")
-        config = ClassEmbedderConfig(num_classes=params.take("n_classes", 1000), width=params.take("embed_dim"))
-    elif name == "SpatialRescaler":
-        params.insist(method="bilinear", bias=False)
-        config = SpatialRescalerConfig(
-            in_channels=params.take("in_channels", 3),
-            out_channels=params.take("out_channels"),
-            n_stages=params.take("n_stages", 1),
-            multiplier=params.take("multiplier", 0.5),
-        )
-    else:
-        known = "BERTEmbedder, TransformerEmbedder, ClassEmbedder, SpatialRescaler"
-        raise ValueError(f"weights: no encoder {name!r}; known: {known}")
-    params.finish()
-    return config
-
-
-class _Parameters(dict):
-    """Constructor parameters of which every one has to be taken: what is left at the end is an error."""
-
-    def __init__(self, owner: str, params: Mapping[str, Any]):
-        super().__init__(params)
-        self.owner = owner
-
-    def take(self, name: str, *default: Any) -> Any:
-        if name not in self and not default:
-            raise ValueError(f"{self.owner}: parameter {name} is missing")
-        return self.pop(name, *default)
-
-    def ignore(self, *names: str) -> None:
-        for name in names:
-            self.pop(name, None)
-
-    def insist(self, **values: Any) -> None:
-        for name, value in values.items():
-            got = self.pop(name, value)
-            if got != value:
-                raise ValueError(f"{self.owner}: {name} must be {value!r}, got {got!r}")
-
-    def finish(self) -> None:
-        if self:
-            raise ValueError(f"{self.owner}: not supported: {', '.join(f'{k}={v!r}' for k, v in self.items())}")
+def without_dots(names: Iterable[str]) -> dict[str, str]:
+    """What the original's moving average calls a parameter -> its name. ValueError where two become the same."""
+    names = list(names)
+    found = {name.replace(".", ""): name for name in names}
+    if len(found) < len(names):
+        raise ValueError("weights: two names differ only in their dots; their moving averages cannot be told apart")
+    return found

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 import ldm_fast
-from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian, VectorQuantizer, VQConfig, VQModel
+from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
+from ldm_fast.regularisation import DiagonalGaussian, VectorQuantizer
 
 SMALL = dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, latent_channels=3)
 MODELS = {
@@ -36,11 +37,10 @@ def images(batch: int = 2, size: tuple[int, int] = (8, 8), channels: int = 3) ->
 
 def reconstruct(model: AutoencoderKL | VQModel, x: Tensor) -> tuple[Tensor, Tensor]:
     """The reconstruction (of the mode) and the regulariser."""
+    out = model(x)
     if isinstance(model, VQModel):
-        reconstruction, quantized = model(x)
-        return reconstruction, quantized.loss
-    posterior = model.encode(x).latent_dist
-    return model.decode(posterior.mode()).sample, posterior.kl()
+        return out.sample, out.commit_loss
+    return out.sample, out.regulariser.kl()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -104,7 +104,7 @@ def test_every_downsampling_factor(kind, m):
     z = model.encode_latents(x)
     assert z.shape == (2, 2, 32 // 2**m, 48 // 2**m)
     assert model.decode(z).sample.shape == x.shape
-    assert model(x)[0].shape == x.shape
+    assert model(x).sample.shape == x.shape
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -152,6 +152,7 @@ def test_errors(name, call, message):
     [
         ({"block_out_channels": (30,)}, "norm_num_groups 32 must divide 30"),
         ({"attention_levels": (4,)}, "attention_levels has no level 4"),
+        ({"z_channels": 7, "use_quant_conv": False}, "z_channels 7 is not latent_channels .: use_quant_conv"),
     ],
 )
 def test_config_errors(fields, message):
@@ -170,6 +171,8 @@ def test_gaussian_agrees_with_torch_distributions():
     z = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.testing.assert_close(posterior.kl(), kl_divergence(normal, Normal(0.0, 1.0)).flatten(1).sum(1))
     torch.testing.assert_close(posterior.nll(z), -normal.log_prob(z).flatten(1).sum(1))
+    torch.testing.assert_close(posterior.std, normal.stddev)
+    torch.testing.assert_close(posterior.var, normal.variance)
     assert torch.equal(posterior.mode(), moments[:, :3])
 
 
@@ -194,9 +197,19 @@ def test_kl_model_samples_what_the_second_stage_learns():
     model, x = make("kl"), images()
     z = model.encode_latents(x, torch.Generator().manual_seed(3))
     torch.testing.assert_close(z, model.encode(x).latent_dist.sample(torch.Generator().manual_seed(3)))
-    reconstruction, posterior = model(x, torch.Generator().manual_seed(3))
-    torch.testing.assert_close(reconstruction, model.decode(z).sample)
-    assert not torch.allclose(z, posterior.mode())
+    out = model(x, sample_posterior=True, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(out.sample, model.decode(z).sample)
+    assert not torch.allclose(z, out.regulariser.mode())
+
+
+def test_every_sample_of_a_batch_can_have_its_own_generator():
+    posterior = make("kl").encode(images(3)).latent_dist
+    z = posterior.sample([torch.Generator().manual_seed(i) for i in range(3)])
+    for i in range(3):
+        alone = DiagonalGaussian(torch.cat([posterior.mean, posterior.logvar], 1)[i : i + 1])
+        assert torch.equal(z[i : i + 1], alone.sample(torch.Generator().manual_seed(i)))
+    with pytest.raises(ValueError, match="2 generators for a batch of 3"):
+        posterior.sample([torch.Generator()] * 2)
 
 
 # VQ-reg
@@ -204,8 +217,7 @@ def test_kl_model_samples_what_the_second_stage_learns():
 
 def quantizer(codes: list[list[float]], **fields) -> VectorQuantizer:
     codes = torch.tensor(codes)
-    config = VQConfig(num_vq_embeddings=codes.shape[0], latent_channels=codes.shape[1], **fields)
-    module = VectorQuantizer(config)
+    module = VectorQuantizer(*codes.shape, **fields)
     with torch.no_grad():
         module.embedding.weight.copy_(codes)
     return module
@@ -314,7 +326,7 @@ def test_vq_decode_quantizes_unless_told_not_to():
     model, x = make("vq"), images()
     latents = model.encode(x).latents
     assert torch.equal(model.encode_latents(x), latents)
-    reconstruction, quantized = model(x)
-    torch.testing.assert_close(model.decode(latents).sample, reconstruction)
-    torch.testing.assert_close(model.decode(quantized.z_q, force_not_quantize=True).sample, reconstruction)
-    assert not torch.allclose(model.decode(latents, force_not_quantize=True).sample, reconstruction)
+    out = model(x)
+    torch.testing.assert_close(model.decode(latents).sample, out.sample)
+    torch.testing.assert_close(model.decode(out.regulariser.z_q, force_not_quantize=True).sample, out.sample)
+    assert not torch.allclose(model.decode(latents, force_not_quantize=True).sample, out.sample)

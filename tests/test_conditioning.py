@@ -8,9 +8,6 @@ import torch
 
 from ldm_fast.conditioning import (
     CONDITIONING_KEYS,
-    PAD,
-    START,
-    UNKNOWN,
     ClassEmbedder,
     ClassEmbedderConfig,
     Condition,
@@ -19,10 +16,9 @@ from ldm_fast.conditioning import (
     TextEncoder,
     TransformerConfig,
     TransformerEmbedder,
-    WordTokenizer,
-    split_words,
     unet_arguments,
 )
+from ldm_fast.tokenizers import PAD, START, UNKNOWN, WordTokenizer, split_words
 
 CAPTIONS = ["red apple", "woman: medium-light skin tone", "piñata", "keycap 10", "man’s shoe"]
 

@@ -10,15 +10,15 @@ from torch import Tensor
 import ldm_fast
 from ldm_fast.autoencoder import AutoencoderKL, VQModel
 from ldm_fast.conditioning import ClassEmbedder, SpatialRescaler, TransformerEmbedder
-from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule, beta_schedule
-from ldm_fast.samplers import SAMPLERS, classifier_free_guidance, spaced_timesteps
-from ldm_fast.unet import UNet
-from ldm_fast.weights import (
+from ldm_fast.configs import (
     autoencoder_config_from_compvis,
-    compvis_to_ours,
     encoder_config_from_compvis,
     unet_config_from_compvis,
 )
+from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule, beta_schedule
+from ldm_fast.samplers import SAMPLERS, classifier_free_guidance, spaced_timesteps
+from ldm_fast.unet import UNet
+from ldm_fast.weights import compvis_to_ours
 
 TOLERANCE = 1e-5
 

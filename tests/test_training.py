@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,18 @@ def test_a_changed_recipe_is_named(whole):
     train(change(TINY, "second_stage", loop={"checkpoint_every": 5}), whole, progress=False)
 
 
+def test_a_finished_cosine_may_be_followed_by_another(tmp_path, whole):
+    """Trained on after its end, a run becomes the one whose recipe said so from the start."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    longer = change(TINY, "second_stage", loop={"steps": 18, "lr_restarts": (12,)})
+    train(longer, run_dir, progress=False)
+    train(longer, tmp_path / "at once", progress=False)
+    assert_same_run(run_dir, tmp_path / "at once")
+    with pytest.raises(CheckpointError, match=r"second_stage\.loop\.steps: 12 -> 18"):
+        train(change(TINY, "second_stage", loop={"steps": 18}), whole, progress=False)
+
+
 def test_another_first_stage_is_refused(tmp_path, whole):
     other = dataclasses.replace(TINY, seed=1)
     train(other, tmp_path, stage="first", progress=False)
@@ -309,6 +322,16 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
     assert learning_rate_factor(60, dataclasses.replace(loop, lr_schedule="constant")) == 1
 
 
+def test_learning_rate_restarts():
+    loop = LoopConfig(
+        steps=30, batch_size=1, learning_rate=1.0, warmup_steps=3, lr_schedule="cosine", lr_restarts=(10, 18)
+    )
+    for start, end in [(0, 10), (10, 18), (18, 30)]:
+        alone = dataclasses.replace(loop, steps=end - start, lr_restarts=())
+        for step in range(start, end):
+            assert learning_rate_factor(step, loop) == learning_rate_factor(step - start, alone)
+
+
 def test_ema_follows_the_formula():
     followed = nn.Linear(2, 1, bias=False)
     followed.weight.data.fill_(0.0)
@@ -385,10 +408,10 @@ def test_kl_loss_by_hand():
     stage.logvar["logvar"].data.fill_(0.5)
     images = stage.data.batch(torch.arange(4))
     loss, reconstruction, _ = stage._generator_loss(images, seeded(3), adversarial=False)
-    again, posterior = stage.model(images, seeded(3))
-    pixel = ((again - images).abs() / math.exp(0.5) + 0.5).sum() / 4
-    assert torch.equal(again, reconstruction)
-    assert float(loss.detach()) == pytest.approx(float((pixel + 0.25 * posterior.kl().mean()).detach()), rel=1e-5)
+    out = stage.model(images, sample_posterior=True, generator=seeded(3))
+    pixel = ((out.sample - images).abs() / math.exp(0.5) + 0.5).sum() / 4
+    assert torch.equal(out.sample, reconstruction)
+    assert float(loss.detach()) == pytest.approx(float((pixel + 0.25 * out.regulariser.kl().mean()).detach()), rel=1e-5)
     loss.backward()
     assert stage.logvar["logvar"].grad is not None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import golden
 import pytest
@@ -11,14 +12,24 @@ from torch import Tensor
 
 from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig
 from ldm_fast.conditioning import ClassEmbedderConfig, SpatialRescalerConfig, TransformerConfig, TransformerEmbedder
+from ldm_fast.configs import (
+    autoencoder_config_from_compvis,
+    config_from_diffusers,
+    config_to_diffusers,
+    encoder_config_from_compvis,
+    unet_config_from_compvis,
+)
+from ldm_fast.configs.diffusers import spelt_out
+from ldm_fast.published import SD1, SD2, UPSCALER, XL, XL_REFINER
+from ldm_fast.tensor_files import CheckpointError
 from ldm_fast.unet import UNet, UNetConfig
 from ldm_fast.weights import (
-    autoencoder_config_from_compvis,
+    check_names,
     compvis_to_ours,
-    encoder_config_from_compvis,
+    current_names,
     layout,
     ours_to_compvis,
-    unet_config_from_compvis,
+    without_dots,
 )
 
 SMALL_UNET = dict(
@@ -87,8 +98,15 @@ def test_zoo_manifest(name):
     else:
         config = encoder_config_from_compvis(part["class"], part["params"])
     theirs = {key: torch.empty(shape, device="meta") for key, shape in part["state_dict"].items()}
-    back = ours_to_compvis(compvis_to_ours(theirs, config), config)
+    ours = compvis_to_ours(theirs, config)
+    back = ours_to_compvis(ours, config)
     assert {key: list(t.shape) for key, t in back.items()} == part["state_dict"]
+    again = compvis_to_ours(back, config)
+    assert shapes(again) == shapes(ours) == {name: e.our_shape for e in layout(config) for name in e.ours}
+
+
+def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 CONFIGS = {
@@ -107,6 +125,47 @@ CONFIGS = {
         num_attention_heads=2,
         use_linear_projection=True,
         num_class_embeds=5,
+    ),
+    "unet-2": UNetConfig(
+        in_channels=9,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        cross_attention_dim=8,
+        num_attention_heads=(1, 2),
+        layers_per_block=1,
+        use_linear_projection=True,
+    ),
+    "unet-xl": UNetConfig(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        cross_attention_dim=8,
+        num_attention_heads=(1, 2, 2),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2, 3),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=56,
+    ),
+    "unet-upscaler": UNetConfig(
+        in_channels=7,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        cross_attention_dim=8,
+        num_attention_heads=2,
+        layers_per_block=1,
+        only_cross_attention=(True, True, False),
+        use_linear_projection=True,
+        num_class_embeds=10,
+    ),
+    "unet-guided-by-image": UNetConfig(
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        cross_attention_dim=8,
+        num_attention_heads=2,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=12,
+        time_cond_proj_dim=6,
     ),
     "unet-resnet-resampling": UNetConfig(
         block_out_channels=(32, 64, 64),
@@ -226,6 +285,168 @@ def test_converted_weights_load():
     config = unet_config_from_compvis(SMALL_UNET)
     unet = UNet(config)
     unet.load_state_dict(compvis_to_ours(ours_to_compvis(unet.state_dict(), config), config))
+
+
+XL_PARAMS = dict(
+    adm_in_channels=2816,
+    num_classes="sequential",
+    use_checkpoint=True,
+    in_channels=4,
+    out_channels=4,
+    model_channels=320,
+    attention_resolutions=[4, 2],
+    num_res_blocks=2,
+    channel_mult=[1, 2, 4],
+    num_head_channels=64,
+    use_spatial_transformer=True,
+    use_linear_in_transformer=True,
+    transformer_depth=[1, 2, 10],
+    context_dim=2048,
+    spatial_transformer_attn_type="softmax-xformers",
+    image_size=128,
+)
+SD_PARAMS = dict(
+    image_size=64,
+    in_channels=4,
+    out_channels=4,
+    model_channels=320,
+    attention_resolutions=[4, 2, 1],
+    num_res_blocks=2,
+    channel_mult=[1, 2, 4, 4],
+    use_spatial_transformer=True,
+    transformer_depth=1,
+    legacy=False,
+)
+UPSCALER_PARAMS = dict(
+    image_size=128,
+    in_channels=7,
+    out_channels=4,
+    num_classes=1000,
+    model_channels=256,
+    attention_resolutions=[2, 4, 8],
+    num_res_blocks=2,
+    channel_mult=[1, 2, 2, 4],
+    disable_self_attentions=[True, True, True, False],
+    disable_middle_self_attn=False,
+    num_heads=8,
+    use_spatial_transformer=True,
+    transformer_depth=1,
+    context_dim=1024,
+    use_linear_in_transformer=True,
+)
+REFINER = dict(
+    adm_in_channels=2560,
+    model_channels=384,
+    channel_mult=[1, 2, 4, 4],
+    transformer_depth=4,
+    context_dim=[1280, 1280, 1280, 1280],
+)
+STABLE_DIFFUSION = {
+    "1": ({**SD_PARAMS, "num_heads": 8, "context_dim": 768}, SD1),
+    "2": (
+        {
+            **SD_PARAMS,
+            "image_size": 96,
+            "num_head_channels": 64,
+            "context_dim": 1024,
+            "use_linear_in_transformer": True,
+        },
+        SD2,
+    ),
+    "xl": (XL_PARAMS, XL),
+    "xl-refiner": ({**XL_PARAMS, **REFINER}, XL_REFINER),
+    "upscaler": (UPSCALER_PARAMS, UPSCALER),
+}
+
+
+@pytest.mark.parametrize("name", STABLE_DIFFUSION)
+def test_stable_diffusion_parameters(name):
+    params, config = STABLE_DIFFUSION[name]
+    assert unet_config_from_compvis(params) == replace(config, upcast_attention=False)
+
+
+CONVERTED_BY_DIFFUSERS = ["unet", "unet-linear-classes", "unet-2", "unet-xl", "unet-upscaler", "kl", "kl-f1"]
+
+
+@pytest.mark.parametrize("name", CONVERTED_BY_DIFFUSERS)
+def test_diffusers_converts_to_the_same(name):
+    """diffusers' own conversion of single files, fed with ours: it reads the same tensors under our names."""
+    pytest.importorskip("diffusers")
+    from diffusers.loaders import single_file_utils
+
+    config = CONFIGS[name]
+    if isinstance(config, AutoencoderConfig):
+        config = replace(config, attention_levels=(), z_channels=None)  # neither is known to its converter
+        convert, prefix = single_file_utils.convert_ldm_vae_checkpoint, ""
+    else:
+        convert, prefix = single_file_utils.convert_ldm_unet_checkpoint, "model.diffusion_model."
+    ours = random_state_dict(config)
+    theirs = {prefix + key: tensor for key, tensor in ours_to_compvis(ours, config).items()}
+    converted = convert(dict(theirs), config=config_to_diffusers(config))
+    assert shapes(current_names(converted)) == shapes(ours)
+    assert all(torch.equal(current_names(converted)[key], ours[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith(("unet", "kl", "vq"))])
+def test_names_and_config_are_those_of_diffusers(name):
+    """diffusers' class with the configuration we write has exactly our parameters."""
+    diffusers = pytest.importorskip("diffusers")
+    written = config_to_diffusers(CONFIGS[name])
+    if name in (
+        "kl",
+        "unet-resnet-resampling",
+    ):  # z_channels next to latent_channels, resampling by res blocks: ours alone
+        assert written["_class_name"] == type(CONFIGS[name]).__name__
+        return
+    build = getattr(diffusers, written["_class_name"])
+    with torch.device("meta"):
+        theirs = build.from_config(written)
+    assert shapes(theirs.state_dict()) == {n: e.our_shape for e in layout(CONFIGS[name]) for n in e.ours}
+    again = config_from_diffusers({**theirs.config, "_class_name": written["_class_name"]})
+    assert spelt_out(again) == spelt_out(CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith(("unet", "kl", "vq"))])
+def test_config_round_trip(name):
+    written = json.loads(json.dumps(config_to_diffusers(CONFIGS[name])))
+    assert spelt_out(config_from_diffusers(written)) == spelt_out(CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name]["kind"] == "unet"])
+def test_zoo_configs_round_trip(name):
+    config = unet_config_from_compvis(ZOO[name]["params"])
+    assert spelt_out(config_from_diffusers(config_to_diffusers(config))) == spelt_out(config)
+
+
+def test_old_names_of_attention():
+    ours = random_state_dict(CONFIGS["kl"])
+    theirs = {}
+    for key, tensor in ours.items():
+        for new, was in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            key = key.replace(f".{new}.", f".{was}.")
+        theirs[key] = tensor[:, :, None, None] if "proj_attn.weight" in key else tensor
+    assert not theirs.keys() & {key for key in ours if ".to_" in key}
+    back = current_names(theirs)
+    assert back.keys() == ours.keys() and all(torch.equal(back[key], ours[key]) for key in ours)
+
+
+def test_names_without_dots():
+    names = [entry.theirs for entry in layout(SD1)]
+    assert without_dots(names)["input_blocks00weight"] == "input_blocks.0.0.weight"
+    assert len(without_dots(names)) == len(names) == 686
+    with pytest.raises(ValueError, match="differ only in their dots"):
+        without_dots(["a.bc", "ab.c"])
+
+
+def test_no_name_for_what_the_original_has_not():
+    config = replace(CONFIGS["unet"], addition_embed_type="text", addition_embed_type_num_heads=2)
+    with pytest.raises(ValueError, match="no name for add_embedding"):
+        layout(config)
+
+
+def test_checked_names_are_all_told():
+    with pytest.raises(CheckpointError, match=r"(?s)1 missing: b.*1 unexpected: c.*a is \(2,\) instead of \(1,\)"):
+        check_names({"a": torch.zeros(2), "c": torch.zeros(1)}, {"a": (1,), "b": (1,)}, "thing")
 
 
 def test_unet_parameters():

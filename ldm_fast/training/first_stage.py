@@ -123,13 +123,13 @@ class FirstStage:
         recipe = self.recipe
         with self._autocast():
             if self.quantizing:
-                reconstruction, regulariser = self.model(images)
+                out = self.model(images)
             elif recipe.vq is not None:
                 z = self._noisy(self.model.encode_latents(images), generator)
-                reconstruction, regulariser = self.model.decode(z, force_not_quantize=True).sample, None
+                out = self.model.decode(z, force_not_quantize=True)
             else:
-                reconstruction, regulariser = self.model(images, generator if self.device.type == "cpu" else None)
-        reconstruction = reconstruction.float()
+                out = self.model(images, sample_posterior=True, generator=generator)
+        reconstruction, regulariser = out.sample.float(), out.regulariser
         error = self._pixel_error(images, reconstruction)  # (B, 3, H, W)
         values = {"pixel": error.mean().detach()}
         if self.lpips is not None:

@@ -1,0 +1,223 @@
+"""Work that is not done twice: projections of one input in a single product, and results of what has not changed.
+
+The numbers are the same as without, but for the order of sums inside a larger matrix product. Everything here stands
+aside while gradients are recorded, under autocast, and where a graph is made of the call (compiled, traced, captured).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer is F.linear with its weights: no adapter around it, no hook, not quantized."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and "forward" not in layer.__dict__  # replaced there by programs that keep weights elsewhere
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
+
+
+def _stands_alone(x: Tensor) -> bool:
+    """Whether nothing but this call's result matters: no gradient, no graph that would hold on to what it used."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled(x.device.type)
+    )
+
+
+# ---- one product -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def join(layers: Sequence[nn.Module]) -> None:
+    """Moves the weights (and biases) of linear layers one behind the other in memory, for `linears`.
+
+    The parameters stay the objects they are, with the values they have. Layers that are not plain stay where they are.
+    """
+    if not all(is_plain(layer) for layer in layers):
+        return
+    for parameters in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
+        first = parameters[0]
+        if any(p is None or p.is_meta or (p.device, p.dtype) != (first.device, first.dtype) for p in parameters):
+            continue
+        if _one_behind_the_other(parameters) is None:
+            parts = torch.cat(parameters).split([len(p) for p in parameters])
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter.data = part
+
+
+def linears(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """[layer(x) for layer in layers]; for plain layers that were joined, in one product without a copy."""
+    if _stands_alone(x) and all(is_plain(layer) for layer in layers):
+        weight = _one_behind_the_other([layer.weight for layer in layers])
+        bias = _one_behind_the_other([layer.bias for layer in layers])
+        if weight is not None and (bias is not None or all(layer.bias is None for layer in layers)):
+            return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+    return [layer(x) for layer in layers]
+
+
+def _one_behind_the_other(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """The tensors stacked along their first dimension, as a view; None if they do not lie like that in memory."""
+    if any(tensor is None for tensor in tensors):
+        return None
+    first = tensors[0]
+    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    for tensor in tensors:
+        if not tensor.is_contiguous() or tensor.data_ptr() != end or tensor.dtype != first.dtype:
+            return None
+        if tensor.untyped_storage().data_ptr() != storage:
+            return None
+        end += tensor.nbytes
+    return first.as_strided((sum(len(t) for t in tensors), *first.shape[1:]), first.stride())
+
+
+# ---- results remembered ----------------------------------------------------------------------------------------------
+
+
+class _Seen(NamedTuple):
+    """A tensor as it was: the object, where its values lie, and how often they have been written."""
+
+    tensor: weakref.ref
+    address: int
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Seen:
+        return cls(weakref.ref(tensor), tensor.data_ptr(), tensor._version)
+
+    def is_still(self, tensor: Tensor) -> bool:
+        return self.tensor() is tensor and (self.address, self.version) == (tensor.data_ptr(), tensor._version)
+
+
+class _Entry(NamedTuple):
+    seen: tuple[_Seen, ...]  # the source, then the weights
+    value: Any
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        return len(self.seen) == len(tensors) and all(s.is_still(t) for s, t in zip(self.seen, tensors, strict=True))
+
+
+class Memory:
+    """Results of linear layers, kept for the last few sources and given again while source and weights are unchanged.
+
+    Unchanged means the same tensor objects, at the same place in memory, not written to since: in-place operations,
+    optimisers, `load_state_dict`, other dtypes and devices are all noticed. Writing through `.data` leaves no trace in
+    PyTorch; whoever does that between two calls with one and the same source calls `forget`. Sources are held weakly.
+    """
+
+    SIZE = 2  # a prompt and its negative, where they are not evaluated as one batch
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+
+    def recall(self, source: Tensor, layers: Sequence[nn.Module], compute: Callable[[], Any]) -> Any:
+        """compute(), or what it returned for this very source and these weights before."""
+        if torch.compiler.is_compiling():
+            return compute()
+        if not all(is_plain(layer) for layer in layers):
+            self.forget()
+            return compute()
+        tensors = [source, *_weights(layers)]
+        if not _can_be_kept(source, tensors):
+            self.forget()
+            return compute()
+        for entry in self._entries:
+            if entry.fits(tensors):
+                return entry.value
+        value = compute()
+        alive = [entry for entry in self._entries if entry.seen[0].tensor() is not None]
+        self._entries = [*alive, _Entry(tuple(map(_Seen.of, tensors)), value)][-self.SIZE :]
+        return value
+
+    def forget(self) -> None:
+        """Drops all results."""
+        self._entries = []
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        return Memory, ()  # copied and pickled without what it holds
+
+
+def _can_be_kept(source: Tensor, tensors: Sequence[Tensor]) -> bool:
+    captured = source.is_cuda and torch.cuda.is_current_stream_capturing()  # a CUDA graph would replay old results
+    own_values = type(source) is Tensor or type(source) is nn.Parameter
+    return own_values and not captured and _stands_alone(source) and not any(t.is_inference() for t in tensors)
+
+
+class Remembering(nn.Module):
+    """A module with a memory for what its layers computed.
+
+    It forgets when a layer is exchanged (an adapter around it may write to the weights without a trace), when it moves
+    to another device or dtype (other weights may come to lie at the old place), and at `train()` and `eval()`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory = Memory()
+
+    def forget(self) -> None:
+        """Drops what was kept of earlier calls."""
+        self._memory.forget()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Remembering:
+        self.forget()
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Remembering:
+        self.forget()
+        return super().train(mode)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self._memory.forget()
+
+
+class TimeTable:
+    """Embeddings of the timesteps of a whole schedule, computed at once and found again by the timestep's value."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def fill(self, timesteps: Tensor, rows: Tensor, layers: Sequence[nn.Module]) -> None:
+        """Keeps rows (T, C), the embeddings of timesteps (T,) by these layers, if they are plain."""
+        self.forget()
+        if all(is_plain(layer) for layer in layers) and not any(t.is_inference() for t in _weights(layers)):
+            self._index = {t: i for i, t in enumerate(timesteps.float().tolist())}
+            self._rows, self._seen = rows, tuple(_Seen.of(weight) for weight in _weights(layers))
+
+    def look_up(self, timesteps: Tensor | float, layers: Sequence[nn.Module], like: Tensor) -> Tensor | None:
+        """The rows (1 or B, C) for a number or a tensor on the CPU, of the dtype and device of `like`; None without."""
+        rows = self._rows
+        if torch.compiler.is_compiling() or rows is None:
+            return None
+        if not all(is_plain(layer) for layer in layers) or not _stands_alone(like):
+            self.forget()
+            return None
+        if isinstance(timesteps, Tensor) and timesteps.device.type != "cpu":
+            return None  # to look at its value is to wait for the device
+        index = [self._index.get(t) for t in torch.as_tensor(timesteps).float().reshape(-1).tolist()]
+        still = all(seen.is_still(weight) for seen, weight in zip(self._seen, _weights(layers), strict=True))
+        if None in index or not still or (rows.dtype, rows.device) != (like.dtype, like.device):
+            return None
+        return rows[index]
+
+    def forget(self) -> None:
+        """Drops all rows."""
+        self._index, self._rows, self._seen = {}, None, ()
+
+    def __reduce__(self) -> tuple[type[TimeTable], tuple[()]]:
+        return TimeTable, ()
+
+
+def _weights(layers: Sequence[nn.Module]) -> list[Tensor]:
+    return [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]

@@ -1,0 +1,419 @@
+"""Our models inside diffusers' pipelines: tiny random ones, each run as it is and accelerated; images are compared."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ldm_fast
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+STEPS, TOLERANCE = 10, 2 / 255
+
+
+# What diffusers and PEFT say about tiny pipelines is of no interest here.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    diffusers.utils.logging.set_verbosity_error()
+    torch.manual_seed(0)
+
+
+def tokenizer():
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
+    return transformers.CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=16)
+
+
+TEXT = {
+    "vocab_size": 54,
+    "hidden_size": 32,
+    "intermediate_size": 37,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "projection_dim": 32,
+}
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+XL = {
+    "attention_head_dim": (2, 4),
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "cross_attention_dim": 64,
+    "projection_class_embeddings_input_dim": 6 * 8 + 32,
+}
+
+
+def text_encoder(with_projection=False):
+    config = transformers.CLIPTextConfig(**TEXT)
+    return (transformers.CLIPTextModelWithProjection if with_projection else transformers.CLIPTextModel)(config).eval()
+
+
+def unet(**change):
+    return diffusers.UNet2DConditionModel(**{**UNET, **change}).eval()
+
+
+def vae(**change):
+    config = {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "sample_size": 16,
+    }
+    return diffusers.AutoencoderKL(**{**config, **change}).eval()
+
+
+def vqvae():
+    return diffusers.VQModel(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        num_vq_embeddings=64,
+        norm_num_groups=8,
+    ).eval()
+
+
+def scheduler():
+    return diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def picture(size=32, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def mask(size=32):
+    values = np.zeros((size, size), np.uint8)
+    values[8:20, 4:24] = 255
+    return Image.fromarray(values)
+
+
+def stable_diffusion(cls, **parts):
+    parts = {"unet": unet(), "vae": vae(), "text_encoder": text_encoder(), "tokenizer": tokenizer(), **parts}
+    return cls(
+        scheduler=scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts
+    )
+
+
+def text_to_image():
+    return stable_diffusion(diffusers.StableDiffusionPipeline), {"prompt": ["a cat", "dogs"], "height": 24, "width": 16}
+
+
+def image_to_image():
+    pipe = stable_diffusion(diffusers.StableDiffusionImg2ImgPipeline)
+    return pipe, {"prompt": "a cat", "image": picture(16), "strength": 0.7}
+
+
+def inpainting_nine_channels():
+    pipe = stable_diffusion(diffusers.StableDiffusionInpaintPipeline, unet=unet(in_channels=9))
+    return pipe, {"prompt": "a cat", "image": picture(16), "mask_image": mask(16), "height": 16, "width": 16}
+
+
+def inpainting_four_channels():
+    pipe = stable_diffusion(diffusers.StableDiffusionInpaintPipeline)
+    return pipe, {"prompt": "a cat", "image": picture(16), "mask_image": mask(16), "height": 16, "width": 16}
+
+
+def upscaling():
+    pipe = diffusers.StableDiffusionUpscalePipeline(
+        unet=unet(in_channels=7, num_class_embeds=1000, only_cross_attention=(True, False)),
+        vae=vae(),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(),
+        low_res_scheduler=diffusers.DDPMScheduler(),
+        scheduler=diffusers.DDIMScheduler(prediction_type="v_prediction"),
+        safety_checker=None,
+        max_noise_level=350,
+    )
+    return pipe, {"prompt": "a cat", "image": picture(8), "noise_level": 20}
+
+
+def xl_base():
+    pipe = diffusers.StableDiffusionXLPipeline(
+        unet=unet(**XL),
+        vae=vae(force_upcast=False),
+        text_encoder=text_encoder(),
+        text_encoder_2=text_encoder(with_projection=True),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        scheduler=diffusers.EulerDiscreteScheduler(),
+        add_watermarker=False,
+    )
+    return pipe, {"prompt": "a cat", "height": 16, "width": 16}
+
+
+def xl_refiner():
+    refiner = {**XL, "cross_attention_dim": 32, "projection_class_embeddings_input_dim": 5 * 8 + 32}
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(
+        unet=unet(**refiner),
+        vae=vae(force_upcast=False),
+        text_encoder=None,
+        text_encoder_2=text_encoder(with_projection=True),
+        tokenizer=None,
+        tokenizer_2=tokenizer(),
+        scheduler=diffusers.EulerDiscreteScheduler(),
+        requires_aesthetics_score=True,
+        add_watermarker=False,
+    )
+    return pipe, {"prompt": "a cat", "image": picture(16), "strength": 0.9}
+
+
+def control_net():
+    network = unet()
+    control = diffusers.ControlNetModel.from_unet(network, conditioning_embedding_out_channels=(8, 16)).eval()
+    for p in control.parameters():
+        if not p.any():  # the zero convolutions would hide a residual that is not added
+            torch.nn.init.normal_(p, std=0.05)
+    pipe = stable_diffusion(diffusers.StableDiffusionControlNetPipeline, unet=network, controlnet=control)
+    return pipe, {"prompt": "a cat", "image": picture(16), "height": 16, "width": 16}
+
+
+def latent_consistency():
+    pipe = stable_diffusion(diffusers.LatentConsistencyModelPipeline, unet=unet(time_cond_proj_dim=32))
+    pipe.scheduler = diffusers.LCMScheduler()
+    return pipe, {"prompt": "a cat", "height": 16, "width": 16}
+
+
+UNET2D = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 8,
+}
+
+
+def unconditional():
+    network = diffusers.UNet2DModel(in_channels=3, out_channels=3, attention_head_dim=16, **UNET2D).eval()
+    return diffusers.LDMPipeline(vqvae=vqvae(), unet=network, scheduler=scheduler()), {}
+
+
+def super_resolution():
+    network = diffusers.UNet2DModel(in_channels=6, out_channels=3, attention_head_dim=32, **UNET2D).eval()
+    pipe = diffusers.LDMSuperResolutionPipeline(vqvae=vqvae(), unet=network, scheduler=scheduler())
+    return pipe, {"image": torch.rand(2, 3, 10, 12) * 2 - 1}
+
+
+PIPELINES = {
+    f.__name__: f
+    for f in (
+        text_to_image,
+        image_to_image,
+        inpainting_nine_channels,
+        inpainting_four_channels,
+        upscaling,
+        xl_base,
+        xl_refiner,
+        control_net,
+        latent_consistency,
+        unconditional,
+        super_resolution,
+    )
+}
+
+
+def run(pipe, arguments):
+    """Images (B, H, W, 3) in [0, 1], the same noise every time."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(7)
+    return pipe(**arguments, num_inference_steps=STEPS, generator=generator, output_type="np").images
+
+
+def difference(a, b):
+    assert a.shape == b.shape
+    return float(np.abs(np.asarray(a, np.float64) - b).max())
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_same_images(name):
+    pipe, arguments = PIPELINES[name]()
+    before = run(pipe, arguments)
+    assert ldm_fast.accelerate(pipe) is pipe
+    assert isinstance(pipe.unet, ldm_fast.UNet)
+    first_stage = pipe.vqvae if hasattr(pipe, "vqvae") else pipe.vae
+    assert isinstance(first_stage, ldm_fast.VQModel | ldm_fast.AutoencoderKL)
+    after = run(pipe, arguments)
+    assert float(np.std(before)) > 0.01  # not a blank picture
+    assert difference(before, after) <= TOLERANCE
+
+
+def test_one_component_at_a_time():
+    pipe, arguments = text_to_image()
+    before = run(pipe, arguments)
+    pipe.unet = ldm_fast.UNet.from_diffusers(pipe.unet)
+    assert difference(before, run(pipe, arguments)) <= TOLERANCE
+    pipe.vae = ldm_fast.AutoencoderKL.from_diffusers(pipe.vae)
+    assert difference(before, run(pipe, arguments)) <= TOLERANCE
+
+
+def test_weights_are_shared_not_copied():
+    pipe, _ = text_to_image()
+    weight = pipe.unet.mid_block.attentions[0].proj_in.weight
+    ldm_fast.accelerate(pipe)
+    assert pipe.unet.mid_block.attentions[0].proj_in.weight.data_ptr() == weight.data_ptr()
+
+
+def test_accelerate_twice_changes_nothing():
+    pipe, _ = text_to_image()
+    ours = ldm_fast.accelerate(pipe).unet
+    assert ldm_fast.accelerate(pipe).unet is ours
+
+
+def test_saved_pipelines_open_again_as_diffusers_own(tmp_path):
+    pipe, arguments = text_to_image()
+    before = run(pipe, arguments)
+    ldm_fast.accelerate(pipe).save_pretrained(tmp_path)
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert type(again.unet) is diffusers.UNet2DConditionModel and type(again.vae) is diffusers.AutoencoderKL
+    assert difference(before, run(again, arguments)) <= 1e-6
+
+
+def test_what_we_cannot_run_is_named():
+    pipe, _ = text_to_image()
+    pipe.unet = unet(act_fn="gelu")
+    with pytest.raises(ValueError, match=r"unet.*act_fn"):
+        ldm_fast.accelerate(pipe)
+    with pytest.raises(TypeError, match="accelerate"):
+        ldm_fast.accelerate("stable diffusion")
+
+
+# LoRA: files are made by PEFT on diffusers' own UNet
+
+
+@pytest.fixture(scope="module")
+def lora_file(tmp_path_factory):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    network = unet()
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+    network.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False))
+    folder = tmp_path_factory.mktemp("lora")
+    layers = diffusers.utils.convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(network))
+    layers = {name: 3 * tensor for name, tensor in layers.items()}  # strong enough to see
+    diffusers.StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+    return folder
+
+
+def test_lora(lora_file):
+    """Load, scale, switch off, fuse, unfuse, unload: at every stage the images of diffusers' own UNet."""
+    theirs, arguments = text_to_image()
+    ours = ldm_fast.accelerate(diffusers.StableDiffusionPipeline(**copy.deepcopy(theirs.components), **NO_CHECKER))
+    plain = run(theirs, arguments)
+    stages = [
+        ("load", lambda p: p.load_lora_weights(lora_file, adapter_name="style")),
+        ("scale", lambda p: p.set_adapters(["style"], adapter_weights=[0.5])),
+        ("off", lambda p: p.disable_lora()),
+        ("on", lambda p: p.enable_lora()),
+        ("fuse", lambda p: p.fuse_lora(lora_scale=0.7)),
+        ("unfuse", lambda p: p.unfuse_lora()),
+        ("unload", lambda p: p.unload_lora_weights()),
+    ]
+    seen = {}
+    for name, change in stages:
+        change(theirs)
+        change(ours)
+        seen[name] = run(theirs, arguments)
+        assert difference(seen[name], run(ours, arguments)) <= TOLERANCE, name
+    assert difference(plain, seen["load"]) > 4 * TOLERANCE  # the LoRA can be seen
+    assert difference(seen["load"], seen["scale"]) > TOLERANCE
+    assert difference(plain, seen["off"]) == 0
+    assert difference(plain, seen["unload"]) < 1e-5  # fused and unfused: rounded twice
+
+
+def test_lora_scale_of_a_call(lora_file):
+    theirs, arguments = text_to_image()
+    ours = ldm_fast.accelerate(diffusers.StableDiffusionPipeline(**copy.deepcopy(theirs.components), **NO_CHECKER))
+    arguments["cross_attention_kwargs"] = {"scale": 0.3}
+    for pipe in (theirs, ours):
+        pipe.load_lora_weights(lora_file)
+    assert difference(run(theirs, arguments), run(ours, arguments)) <= TOLERANCE
+
+
+NO_CHECKER = {"requires_safety_checker": False}
+
+
+# IP-Adapter: a file made of random numbers
+
+
+def ip_adapter(network):
+    """Weights as a published IP-Adapter file holds them, for `network`."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+
+    projection = {
+        "proj.weight": random(4 * 32, 32),
+        "proj.bias": random(4 * 32),
+        "norm.weight": torch.ones(32),
+        "norm.bias": torch.zeros(32),
+    }
+    layers, number = {}, 1
+    for name, module in network.named_modules():
+        if name.endswith("attn2"):
+            for part in ("to_k", "to_v"):
+                layers[f"{number}.{part}_ip.weight"] = 2 * random(*getattr(module, part).weight.shape)
+            number += 2
+    return {"image_proj": projection, "ip_adapter": layers}
+
+
+def test_ip_adapter():
+    encoder = transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=37,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=8,
+            projection_dim=32,
+        )
+    ).eval()
+    processor = transformers.CLIPImageProcessor(size=32, crop_size=32)
+    theirs, arguments = text_to_image()
+    theirs.register_modules(image_encoder=encoder, feature_extractor=processor)
+    ours = ldm_fast.accelerate(diffusers.StableDiffusionPipeline(**copy.deepcopy(theirs.components), **NO_CHECKER))
+    plain = run(theirs, arguments)
+    weights = ip_adapter(theirs.unet)
+    shown = {**arguments, "ip_adapter_image": picture(32, seed=5)}
+    for pipe in (theirs, ours):
+        pipe.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
+    for scale in (1.0, 0.4):
+        for pipe in (theirs, ours):
+            pipe.set_ip_adapter_scale(scale)
+        seen = run(theirs, shown)
+        assert difference(seen, run(ours, shown)) <= TOLERANCE
+        assert difference(seen, plain) > TOLERANCE
+    for pipe in (theirs, ours):
+        pipe.unload_ip_adapter()
+    assert difference(plain, run(ours, arguments)) <= TOLERANCE

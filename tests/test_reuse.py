@@ -1,0 +1,501 @@
+"""Work that is not done twice: the same numbers, less work, and nothing stale."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from eager_torch import relative_error
+from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
+
+from ldm_fast import attention_layers, reuse
+from ldm_fast.attention_layers import Attention
+from ldm_fast.unet import UNet, UNetConfig
+
+CONFIG = UNetConfig(
+    block_out_channels=(16, 32),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    layers_per_block=1,
+    cross_attention_dim=24,
+    num_attention_heads=2,
+    norm_num_groups=8,
+)
+CROSS_ATTENTIONS = 4  # one on the way down, one in the middle, two on the way up
+TOLERANCE = 1e-6
+
+
+@pytest.fixture
+def unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet(CONFIG).eval()
+
+
+@pytest.fixture
+def context() -> Tensor:
+    return torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def projected(monkeypatch) -> list[Tensor]:
+    """What keys and values were computed of, in this test so far."""
+    sources = []
+
+    def linears(x, layers):
+        sources.append(x)
+        return reuse.linears(x, layers)
+
+    monkeypatch.setattr(attention_layers, "linears", linears)
+    return sources
+
+
+def sample(seed: int = 2, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def run(unet: UNet, context: Tensor, timestep: int = 7) -> Tensor:
+    return unet(sample(), timestep, context).sample
+
+
+def fresh(unet: UNet, context: Tensor) -> Tensor:
+    """The output of a UNet that has seen nothing before, with these weights and a context of these values."""
+    other = copy.deepcopy(unet)
+    other.forget()
+    return run(other, context.clone())
+
+
+def separated(unet: UNet) -> UNet:
+    """A copy whose weights lie apart: every projection is a product of its own."""
+    other = copy.deepcopy(unet)
+    for parameter in other.parameters():
+        parameter.data = parameter.data.clone()
+    return other
+
+
+# ---- keys and values of a context ------------------------------------------------------------------------------------
+
+
+def contexts_projected(projected: list[Tensor], context: Tensor) -> int:
+    return sum(x is context for x in projected)
+
+
+def test_context_is_projected_once_per_prompt(unet, context, projected):
+    outputs = [run(unet, context, timestep) for timestep in (900, 500, 100)]
+    assert contexts_projected(projected, context) == CROSS_ATTENTIONS
+    for timestep, output in zip((900, 500, 100), outputs, strict=True):
+        unet.forget()
+        assert torch.equal(run(unet, context, timestep), output)  # bit for bit
+    assert contexts_projected(projected, context) == 4 * CROSS_ATTENTIONS
+
+
+def test_two_contexts_in_turn_are_both_remembered(unet, context, projected):
+    negative = context.flip(1)
+    for _ in range(3):
+        assert not torch.equal(run(unet, context), run(unet, negative))
+    assert contexts_projected(projected, context) == contexts_projected(projected, negative) == CROSS_ATTENTIONS
+
+
+def test_memory_is_bounded(unet, context):
+    many = [context + i for i in range(5)]
+    for one in many:
+        run(unet, one)
+    assert all(len(layer._memory._entries) <= 2 for layer in unet.modules() if isinstance(layer, Attention))
+
+
+def cross(unet: UNet) -> Attention:
+    return unet.mid_block.attentions[0].transformer_blocks[0].attn2
+
+
+@torch.no_grad()
+def write_context(unet: UNet, context: Tensor) -> None:
+    context.mul_(2)
+
+
+@torch.no_grad()
+def write_view_of_context(unet: UNet, context: Tensor) -> None:
+    context[1, 2:].add_(1)
+
+
+@torch.no_grad()
+def write_weight(unet: UNet, context: Tensor) -> None:
+    cross(unet).to_k.weight.add_(1)
+
+
+def optimise(unet: UNet, context: Tensor) -> None:
+    optimiser = torch.optim.AdamW([cross(unet).to_v.weight], lr=1.0)
+    cross(unet).to_v.weight.grad = torch.ones_like(cross(unet).to_v.weight)
+    optimiser.step()
+
+
+def load_other_weights(unet: UNet, context: Tensor) -> None:
+    torch.manual_seed(9)
+    unet.load_state_dict(UNet(CONFIG).state_dict())
+
+
+def assign_other_weights(unet: UNet, context: Tensor) -> None:
+    torch.manual_seed(9)
+    unet.load_state_dict(UNet(CONFIG).state_dict(), assign=True)
+
+
+def exchange_parameter(unet: UNet, context: Tensor) -> None:
+    cross(unet).to_v.weight = nn.Parameter(torch.ones_like(cross(unet).to_v.weight))
+
+
+def exchange_data(unet: UNet, context: Tensor) -> None:
+    cross(unet).to_v.weight.data = torch.ones_like(cross(unet).to_v.weight)
+
+
+def exchange_layer(unet: UNet, context: Tensor) -> None:
+    cross(unet).to_v = nn.Linear(24, 32, bias=False)
+
+
+def wrap_layer(unet: UNet, context: Tensor) -> None:
+    cross(unet).to_v = nn.Sequential(cross(unet).to_v, nn.Tanh())
+
+
+def hook_layer(unet: UNet, context: Tensor) -> None:
+    cross(unet).to_v.register_forward_hook(lambda module, inputs, output: 3 * output)
+
+
+def replace_forward(unet: UNet, context: Tensor) -> None:
+    layer = cross(unet).to_v
+    layer.forward = lambda x: nn.functional.linear(x, 2 * layer.weight)
+
+
+def prune(unet: UNet, context: Tensor) -> None:
+    l1_unstructured(cross(unet).to_k, "weight", 0.9)
+
+
+def through_half_precision(unet: UNet, context: Tensor) -> None:
+    unet.half().float()  # rounded, and perhaps where they were before
+
+
+CHANGES = (
+    write_context,
+    write_view_of_context,
+    write_weight,
+    optimise,
+    load_other_weights,
+    assign_other_weights,
+    exchange_parameter,
+    exchange_data,
+    exchange_layer,
+    wrap_layer,
+    hook_layer,
+    replace_forward,
+    prune,
+    through_half_precision,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_is_noticed(unet, context, change: Callable[[UNet, Tensor], None]):
+    before = run(unet, context)
+    change(unet, context)
+    after = run(unet, context)
+    assert not torch.equal(after, before)
+    assert relative_error(after, fresh(unet, context)) <= TOLERANCE
+    assert torch.equal(run(unet, context), after)
+
+
+def test_lora_loaded_scaled_fused_and_unloaded(unet, context):
+    """Fusing writes through `.data`, without a trace in the weight; that its layer was wrapped is trace enough."""
+    peft = pytest.importorskip("peft")
+    before = run(unet, context)
+    targets = ["to_q", "to_k", "to_v"]
+    lora = peft.LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
+    peft.inject_adapter_in_model(lora, unet, "one")
+    wrapped = [(p, m) for p in unet.modules() for m in vars(p)["_modules"].values() if hasattr(m, "lora_A")]
+    assert len(wrapped) == 6 * CROSS_ATTENTIONS
+    seen = [before, run(unet, context)]
+    for _, layer in wrapped:
+        layer.set_scale("one", 0.5)
+    seen.append(run(unet, context))
+    for i, one in enumerate(seen):
+        assert all(relative_error(one, other) > 1e-4 for other in seen[:i])
+
+    unloaded = copy.deepcopy(unet)  # unloaded, nothing fused
+    unload(unloaded)
+    assert relative_error(run(unloaded, context), before) <= TOLERANCE
+    assert relative_error(fuse_without_a_call(unet, context, before), seen[2]) <= 1e-5
+
+
+def unload(unet: UNet) -> None:
+    for module in list(unet.modules()):
+        for name, layer in list(module.named_children()):
+            if hasattr(layer, "lora_A"):
+                setattr(module, name, layer.get_base_layer())
+    del unet.peft_config
+
+
+def fuse_without_a_call(unet: UNet, context: Tensor, before: Tensor) -> Tensor:
+    """Keys and values remembered from before the adapter; it is loaded, fused and unloaded with no call between."""
+    import peft
+
+    adapters = {name: p for name, p in unet.state_dict().items() if "lora_" in name}
+    scale = next(m for m in unet.modules() if hasattr(m, "lora_A")).scaling["one"]
+    unload(unet)
+    assert relative_error(run(unet, context), before) <= TOLERANCE  # remembered now
+    lora = peft.LoraConfig(r=2, lora_alpha=2 * scale, target_modules=["to_q", "to_k", "to_v"])
+    peft.inject_adapter_in_model(lora, unet, "one")
+    unet.load_state_dict(adapters, strict=False)
+    for layer in [m for m in unet.modules() if hasattr(m, "lora_A")]:
+        layer.merge()
+    unload(unet)
+    return run(unet, context)
+
+
+def test_projected_context_is_remembered_with_its_keys_and_values(context, projected):
+    torch.manual_seed(0)
+    wide = dataclasses.replace(CONFIG, encoder_hid_dim=24, encoder_hid_dim_type="text_proj")
+    unet = UNet(wide).eval()
+    outputs = [run(unet, context) for _ in range(3)]
+    assert sum(x.shape == context.shape for x in projected) == CROSS_ATTENTIONS
+    with torch.no_grad():
+        unet.encoder_hid_proj.bias.add_(1)
+    outputs.append(run(unet, context))
+    unet.encoder_hid_proj = nn.Linear(24, 24)
+    outputs.append(run(unet, context))
+    assert torch.equal(outputs[0], outputs[2])
+    assert relative_error(outputs[3], outputs[0]) > 1e-4 and relative_error(outputs[4], outputs[3]) > 1e-4
+    assert relative_error(outputs[4], fresh(unet, context)) <= TOLERANCE
+
+
+def test_writing_through_data_needs_forget(unet, context):
+    """The one change that PyTorch keeps no record of; a training step, train() or eval() between will do, too."""
+    for tell in (unet.forget, unet.eval, lambda: unet(sample(), 7, context)):
+        run(unet, context)
+        cross(unet).to_v.weight.data.mul_(1.5)
+        tell()
+        assert relative_error(run(unet, context), fresh(unet, context)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode], ids=["gradients", "inference tensors"])
+def test_not_remembered_where_it_could_not_be_checked(unet, context, projected, mode):
+    with mode():
+        source = context.clone()
+        for _ in range(2):
+            unet(sample(), 7, source)
+    assert contexts_projected(projected, source) == 2 * CROSS_ATTENTIONS
+
+
+def test_gradients_of_the_context_after_sampling(unet, context):
+    run(unet, context)
+    context.requires_grad_()
+    unet(sample(), 7, context).sample.sum().backward()
+    assert context.grad.any() and cross(unet).to_k.weight.grad.any()
+
+
+def test_autocast_keeps_to_itself(unet, context):
+    wanted = run(unet, context)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = run(unet, context)
+    assert relative_error(low, wanted) > 1e-4
+    assert torch.equal(run(unet, context), wanted)
+
+
+def test_context_is_not_kept_alive(unet):
+    run(unet, torch.randn(2, 5, 24))
+    (entry,) = cross(unet)._memory._entries
+    assert entry.seen[0].tensor() is None
+
+
+def test_copies_and_pickles_start_empty(unet, context):
+    run(unet, context)
+    file = io.BytesIO()
+    torch.save(unet, file)
+    file.seek(0)
+    for other in (copy.deepcopy(unet), torch.load(file, weights_only=False)):
+        assert cross(other)._memory._entries == []
+        assert relative_error(run(other, context), run(unet, context)) <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing warns of each value that it takes for a constant
+def test_traced_graph_does_not_hold_a_context(unet, context):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, x, context):
+            return self.unet(x, 7, context, return_dict=False)[0]
+
+    run(unet, context)
+    with torch.no_grad():
+        traced = torch.jit.trace(Plain(), (sample(), context), check_trace=False)
+        other = context.flip(0)
+        assert relative_error(traced(sample(), other), fresh(unet, other)) <= 1e-5
+
+
+# ---- one product -----------------------------------------------------------------------------------------------------
+
+
+def joined_products(unet: UNet, context: Tensor, monkeypatch) -> int:
+    """How many products with a weight of several projections one call makes."""
+    made = []
+    linear = nn.functional.linear
+    monkeypatch.setattr(reuse, "F", SimpleNamespace(linear=lambda *given: made.append(given) or linear(*given)))
+    unet.forget()
+    run(unet, context)
+    monkeypatch.undo()
+    return len(made)
+
+
+def test_joined_projections_are_one_product(unet, context, monkeypatch):
+    every = 2 * CROSS_ATTENTIONS  # as many self attentions
+    assert joined_products(unet, context, monkeypatch) == every
+    apart = separated(unet)
+    assert joined_products(apart, context, monkeypatch) == 0
+    assert relative_error(run(unet, context), run(apart, context)) <= TOLERANCE
+    parameters = dict(apart.named_parameters())
+    apart.join_projections()
+    assert joined_products(apart, context, monkeypatch) == every
+    for name, parameter in apart.named_parameters():
+        assert parameters[name] is parameter and torch.equal(parameter, unet.get_parameter(name))
+
+
+def test_joined_through_dtypes_and_other_weights(unet, context, monkeypatch):
+    load_other_weights(unet, context)
+    assert joined_products(unet.half().float(), context, monkeypatch) == 2 * CROSS_ATTENTIONS
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@torch.no_grad()
+def test_linears(bias):
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, width, bias=bias) for width in (5, 3, 1)]
+    x = torch.randn(2, 7, 6)
+    wanted = [layer(x) for layer in layers]
+    reuse.join(layers)
+    got = reuse.linears(x, layers)
+    assert [t.shape for t in got] == [t.shape for t in wanted]
+    assert all(relative_error(g, w) <= TOLERANCE for g, w in zip(got, wanted, strict=True))
+    assert got[0].untyped_storage().data_ptr() == got[2].untyped_storage().data_ptr()  # one product indeed
+    layers[1].weight.zero_()  # still the layer's own
+    assert torch.equal(reuse.linears(x, layers)[1], (layers[1].bias if bias else torch.zeros(1)).expand(2, 7, 3))
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_wrapped_or_hooked_projection_is_called(which):
+    layers = [nn.Linear(6, 4) for _ in range(3)]
+    reuse.join(layers)
+    called = []
+    layers[which].register_forward_hook(lambda *_: called.append(which))
+    with torch.no_grad():
+        reuse.linears(torch.ones(1, 6), layers)
+    assert called == [which]
+
+
+def test_gradients_reach_every_projection():
+    layers = [nn.Linear(6, 4) for _ in range(3)]
+    reuse.join(layers)
+    sum(t.sum() for t in reuse.linears(torch.ones(1, 6), layers)).backward()
+    assert all(layer.weight.grad.all() and layer.bias.grad.all() for layer in layers)
+
+
+def test_layers_that_cannot_be_joined_stay_where_they_are():
+    for layers in (
+        [nn.Linear(6, 4), nn.Linear(6, 4).double()],
+        [nn.Linear(6, 4), nn.Sequential(nn.Linear(6, 4))],
+        [nn.Linear(6, 4, device="meta"), nn.Linear(6, 4, device="meta")],
+        [nn.Linear(6, 4), nn.Linear(6, 4, bias=False)],
+    ):
+        before = [p.data_ptr() for layer in layers[1:] for p in layer.parameters() if p.ndim == 1 or p.is_meta]
+        reuse.join(layers)
+        assert [p.data_ptr() for layer in layers[1:] for p in layer.parameters() if p.ndim == 1 or p.is_meta] == before
+    with torch.no_grad():
+        half_joined = reuse.linears(torch.ones(1, 6), layers)
+        assert torch.equal(half_joined[0], layers[0](torch.ones(1, 6)))
+
+
+def test_joined_weights_are_stored_as_any_others(unet, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_file(unet.state_dict(), tmp_path / "unet.safetensors")
+    torch.save(unet.state_dict(), tmp_path / "unet.pt")
+    for stored in (load_file(tmp_path / "unet.safetensors"), torch.load(tmp_path / "unet.pt", weights_only=True)):
+        assert all(torch.equal(stored[name], tensor) for name, tensor in unet.state_dict().items())
+    size = sum(t.nbytes for t in unet.state_dict().values())
+    assert size <= (tmp_path / "unet.safetensors").stat().st_size < size * 1.1 + 30_000
+
+
+# ---- time embeddings of a schedule -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def embedded(unet) -> list[int]:
+    """How many timesteps each call of the time embedding was given (without a hook, which would be noticed)."""
+    counts: list[int] = []
+
+    class Counting(type(unet.time_proj)):
+        def forward(self, t):
+            counts.append(len(t))
+            return super().forward(t)
+
+    unet.time_proj.__class__ = Counting
+    return counts
+
+
+SCHEDULE = [900, 500.5, 100]
+
+
+def test_a_schedule_is_embedded_at_once(unet, context, embedded):
+    wanted = [run(unet, context, t) for t in SCHEDULE]
+    embedded.clear()
+    unet.precompute_time(SCHEDULE)
+    assert embedded == [3]
+    both = torch.tensor([500.5, 100.0])
+    for t, output in zip(SCHEDULE, wanted, strict=True):
+        for form in (t, torch.tensor(t), torch.tensor([t]), torch.tensor([t, t])):
+            assert relative_error(run(unet, context, form), output) <= TOLERANCE
+    assert relative_error(run(unet, context, both)[1:], wanted[2][1:]) <= TOLERANCE
+    assert embedded == [3]
+    other = run(unet, context, 7)
+    assert embedded == [3, 2]  # a timestep of another schedule is embedded as ever
+    assert relative_error(other, wanted[0]) > 1e-3
+
+
+@torch.no_grad()
+def change_time_weight(unet):
+    unet.time_embedding.linear_1.weight.mul_(2)
+
+
+def change_time_layer(unet):
+    unet.time_embedding.linear_2.register_forward_hook(lambda m, i, o: 2 * o)
+
+
+@pytest.mark.parametrize("change", [change_time_weight, change_time_layer], ids=lambda change: change.__name__)
+def test_a_change_of_the_time_embedding_is_noticed(unet, context, change):
+    unet.precompute_time(SCHEDULE)
+    before = run(unet, context, 900)
+    change(unet)
+    after = run(unet, context, 900)
+    assert relative_error(after, before) > 1e-4
+    unet.forget()
+    assert relative_error(run(unet, context, 900), after) <= TOLERANCE
+
+
+@pytest.mark.parametrize("tell", ["forget", "eval", "float"])
+def test_schedule_is_forgotten(unet, context, embedded, tell):
+    unet.precompute_time(SCHEDULE)
+    getattr(unet, tell)()
+    embedded.clear()
+    run(unet, context, 900)
+    assert embedded == [2]
+
+
+def test_precomputed_times_are_not_used_with_gradients_or_in_another_dtype(unet, context, embedded):
+    unet.precompute_time(SCHEDULE)
+    unet(sample(), 900, context).sample.sum().backward()
+    assert unet.time_embedding.linear_1.weight.grad.any()
+    unet.precompute_time(SCHEDULE)
+    embedded.clear()
+    with torch.no_grad():
+        unet.double()(sample().double(), 900, context.double())
+    assert embedded == [2]
