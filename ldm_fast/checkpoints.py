@@ -21,10 +21,11 @@ from ldm_fast import model_file
 from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQModel
 from ldm_fast.configs.diffusers import READERS, config_from_diffusers, schedule_from_diffusers
 from ldm_fast.diffusion import NoiseSchedule
+from ldm_fast.files import CheckpointError
 from ldm_fast.pipeline import LatentDiffusion
 from ldm_fast.pretrained import read_folder
 from ldm_fast.state_dicts import PARTS, Found, Part, conditioning_key, identify
-from ldm_fast.tensor_files import CheckpointError, read_json, read_tensors
+from ldm_fast.tensor_files import read_json, read_tensors
 from ldm_fast.unet import UNet, UNetConfig
 from ldm_fast.weights import LAYOUTS, Config, current_names
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """`path` holds either all of `content` or what it held before, also after a crash. Raises OSError with the path.
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read, or is not what it should be; the message names it and says why."""
 
-    The content goes to PATH.tmp in the same folder, is flushed to the disk, and takes the name by a rename.
-    """
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to, PATH.tmp. At the end it is flushed to the disk and takes the name `path` by a rename; after
+    an error it is gone, and `path` is as it was. Raises OSError with the path."""
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield unfinished
+        with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
         if path.exists():
             shutil.copymode(path, unfinished)
@@ -28,6 +32,12 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             raise type(error)(error.errno, f"cannot write: {error.strerror}", str(path)) from error
         raise
     _sync_folder(path.parent)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """`path` holds either all of `content` or what it held before, also after a crash. Raises OSError with the path."""
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -56,7 +56,7 @@ class Pretrained(nn.Module):
             FileNotFoundError: there is no such folder.
             CheckpointError (a ValueError): config or weights are missing, damaged or do not fit; every key is named.
         """
-        from ldm_fast.tensor_files import CheckpointError
+        from ldm_fast.files import CheckpointError
         from ldm_fast.weights import compvis_to_ours, current_names
 
         folder = Path(path) if subfolder is None else Path(path) / subfolder
@@ -195,7 +195,8 @@ def _insist_on_class(cls: type[nn.Module], config: Config) -> None:
 
 def read_folder(folder: Path, variant: str | None) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
     """(config.json, whose names the weights have, weights without prefix) of a model's folder."""
-    from ldm_fast.tensor_files import CheckpointError, read_json, read_shards, read_tensors
+    from ldm_fast.files import CheckpointError
+    from ldm_fast.tensor_files import read_json, read_shards, read_tensors
     from ldm_fast.weights import UNET_PREFIX
 
     if not folder.is_dir():
@@ -245,7 +246,7 @@ def assemble(
 
 def one_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, origin: str) -> dict[str, Tensor]:
     """The tensors in `dtype`; where none is given in their own, if that is one. CheckpointError otherwise."""
-    from ldm_fast.tensor_files import CheckpointError
+    from ldm_fast.files import CheckpointError
 
     found: dict[torch.dtype, list[str]] = {}
     for name, tensor in tensors.items():

@@ -13,7 +13,7 @@ from typing import Any
 from ldm_fast.autoencoder import AutoencoderConfig, VQConfig
 from ldm_fast.clip_weights import CLIPShape, clip_shape
 from ldm_fast.conditioning import ClassEmbedderConfig, SpatialRescalerConfig, TransformerConfig
-from ldm_fast.tensor_files import CheckpointError
+from ldm_fast.files import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
 

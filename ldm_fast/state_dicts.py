@@ -19,8 +19,8 @@ from ldm_fast import published, recognise
 from ldm_fast.autoencoder import AutoencoderConfig, VQConfig
 from ldm_fast.clip_weights import CLIPShape, CLIPSkeleton, as_transformers
 from ldm_fast.diffusion import DiffusionConfig, beta_schedule
+from ldm_fast.files import CheckpointError
 from ldm_fast.pretrained import assemble
-from ldm_fast.tensor_files import CheckpointError
 from ldm_fast.unet import UNetConfig
 from ldm_fast.weights import (
     LAYOUTS,

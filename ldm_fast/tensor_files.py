@@ -8,12 +8,9 @@ replaced by one that takes any argument and does nothing, so that neither their 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pickle
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_fast.files import reason
+from ldm_fast.files import CheckpointError, reason, replacing
 
 HARMLESS_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "argparse")
 HARMLESS = (
@@ -39,10 +36,6 @@ OTHER_FILES = {
     b"version https://git-lfs": "it is a pointer of Git LFS, not the file itself (git lfs pull)",
     b"<": "it is a web page",
 }
-
-
-class CheckpointError(ValueError):
-    """A file or folder is not the checkpoint it should be; the message names it and says what is wrong."""
 
 
 @dataclass
@@ -199,23 +192,8 @@ def read_shards(index: Path) -> TensorFile:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a .safetensors file, whole or not at all."""
+    """Writes a .safetensors file, whole or not at all. Raises OSError with the path."""
     from safetensors.torch import save_file
 
-    with _replacing(path) as unfinished:
+    with replacing(path) as unfinished:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there in the end takes the place of `path` by a rename, or vanishes on an error."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    try:
-        yield unfinished
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

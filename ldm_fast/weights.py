@@ -32,8 +32,8 @@ from ldm_fast.conditioning import (
     TransformerConfig,
     TransformerEmbedder,
 )
+from ldm_fast.files import CheckpointError
 from ldm_fast.layers import SelfAttention2d
-from ldm_fast.tensor_files import CheckpointError
 from ldm_fast.unet import UNet, UNetConfig
 
 Config = UNetConfig | AutoencoderConfig | TransformerConfig | ClassEmbedderConfig | SpatialRescalerConfig | CLIPShape

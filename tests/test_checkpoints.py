@@ -30,10 +30,11 @@ from ldm_fast.configs import (
 )
 from ldm_fast.configs.diffusers import spelt_out
 from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule, beta_schedule
+from ldm_fast.files import CheckpointError
 from ldm_fast.pipeline import LatentDiffusion
 from ldm_fast.published import PUBLISHED, SD1, SD2, UPSCALER, XL, XL_REFINER
 from ldm_fast.state_dicts import identify
-from ldm_fast.tensor_files import CheckpointError, read_tensors
+from ldm_fast.tensor_files import read_tensors
 from ldm_fast.unet import UNet, UNetConfig
 from ldm_fast.weights import layout
 

@@ -20,8 +20,8 @@ from ldm_fast.configs import (
     unet_config_from_compvis,
 )
 from ldm_fast.configs.diffusers import spelt_out
+from ldm_fast.files import CheckpointError
 from ldm_fast.published import SD1, SD2, UPSCALER, XL, XL_REFINER
-from ldm_fast.tensor_files import CheckpointError
 from ldm_fast.unet import UNet, UNetConfig
 from ldm_fast.weights import (
     check_names,

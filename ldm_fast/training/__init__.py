@@ -6,7 +6,7 @@ second_stage.py, and the loop that both share, with its checkpoints, in loop.py 
 
 from __future__ import annotations
 
-from ldm_fast.training.checkpoint import CheckpointError
+from ldm_fast.files import CheckpointError
 from ldm_fast.training.data import DataConfig, DataError, ImageSet, load_data
 from ldm_fast.training.loop import TrainingError, TrainingStopped
 from ldm_fast.training.recipe import Recipe, RecipeError, load_recipe, parse_recipe, shipped_recipes

@@ -17,14 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_fast.files import reason, write_atomically
+from ldm_fast.files import CheckpointError, reason, write_atomically
 
 KEEP = 2
 _NAME = re.compile(r"step_(\d{8})\.safetensors")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message names the file and the reason."""
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:

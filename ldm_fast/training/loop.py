@@ -23,9 +23,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ldm_fast.files import reason, write_atomically
+from ldm_fast.files import CheckpointError, reason, write_atomically
 from ldm_fast.images import write_png
-from ldm_fast.training.checkpoint import CheckpointError, newest_checkpoint, save_checkpoint
+from ldm_fast.training.checkpoint import newest_checkpoint, save_checkpoint
 from ldm_fast.training.recipe import Fingerprint, LoopConfig
 
 

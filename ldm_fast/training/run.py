@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm_fast.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.files import CheckpointError
 from ldm_fast.pipeline import LatentDiffusion
-from ldm_fast.training.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint
+from ldm_fast.training.checkpoint import list_checkpoints, newest_checkpoint
 from ldm_fast.training.data import load_data
 from ldm_fast.training.first_stage import FirstStage
 from ldm_fast.training.loop import run_stage
