@@ -229,6 +229,12 @@ class Condition:
     def __getitem__(self, rows: slice) -> Condition:
         return Condition(**{name: t[rows] for name, t in self.tensors().items()})
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Condition:
+        """On a device, floating point tensors in a dtype."""
+        return Condition(
+            **{name: t.to(device, dtype if t.is_floating_point() else None) for name, t in self.tensors().items()}
+        )
+
     def cat(self, other: Condition) -> Condition:
         """Both batches, one after the other. ValueError when they do not hold the same kinds of tensor."""
         mine, theirs = self.tensors(), other.tensors()

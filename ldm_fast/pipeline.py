@@ -221,14 +221,15 @@ class LatentDiffusion(nn.Module):
         start = _Start.prepare(self, count, size, init, strength, mask)
         timesteps = spaced_timesteps(self.schedule.num_train_timesteps, settings.steps, settings.spacing)
         timesteps = timesteps[len(timesteps) - max(1, round(start.strength * len(timesteps))) :]
+        self.unet.precompute_time(timesteps)
         images = []
         for first in range(0, count, batch_size):
             rows = slice(first, min(first + batch_size, count))
             generators = [torch.Generator().manual_seed(seed + i) for i in range(rows.start, rows.stop)]
             denoise = classifier_free_guidance(
                 self._denoise,
-                condition[rows],
-                None if uncondition is None else uncondition[rows],
+                condition[rows].to(self.unet.device, self.unet.dtype),
+                None if uncondition is None else uncondition[rows].to(self.unet.device, self.unet.dtype),
                 settings.guidance,
             )
 
@@ -256,10 +257,8 @@ class LatentDiffusion(nn.Module):
     def _denoise(self, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
         unet = self.unet
         arguments = unet_arguments(self.conditioning_key, z, condition)
-        arguments = {
-            name: a.to(unet.device, unet.dtype if a.is_floating_point() else None) for name, a in arguments.items()
-        }
-        return unet(timestep=t.to(unet.device), **arguments).sample.to(z.dtype)
+        arguments["sample"] = arguments["sample"].to(unet.device, unet.dtype)
+        return unet(timestep=t, **arguments).sample.to(z.dtype)
 
     def _sample(self, denoise, start: _Start, timesteps, settings: Defaults, generators, report) -> Tensor:
         """One batch: noise, or the noised start, down to z_0."""

@@ -124,7 +124,8 @@ def _noise_levels(schedule: NoiseSchedule, timesteps: Sequence[int], alpha_end: 
 
 
 def _batch(z: Tensor, t: int) -> Tensor:
-    return torch.full((len(z),), int(t), dtype=torch.int64, device=z.device)
+    """On the CPU: whoever wants to know the timestep's value need not wait for z's device."""
+    return torch.full((len(z),), int(t), dtype=torch.int64)
 
 
 def _finish(on_step: OnStep | None, step: Step) -> Tensor:

@@ -15,6 +15,7 @@ from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQM
 from ldm_fast.conditioning import ClassEmbedder, ClassEmbedderConfig, Condition, TextEncoder, WordTokenizer
 from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule
 from ldm_fast.pipeline import Defaults, LatentDiffusion
+from ldm_fast.reuse import Memory
 from ldm_fast.samplers import SAMPLERS
 from ldm_fast.training.data import ImageSet
 from ldm_fast.unet import UNet, UNetConfig
@@ -484,3 +485,19 @@ def test_evaluate_finds_the_true_images(model, monkeypatch):
     assert metrics["seen_top1"] == metrics["held_out_top1"] == 1
     monkeypatch.setattr(model, "generate", drawing(1))
     assert evaluation.evaluate(model, data, seen=4)["seen_top1"] == 0
+
+
+def test_what_does_not_change_between_steps_is_computed_once(monkeypatch):
+    """The context's keys and values once per attention layer and prompt, the time embedding once per schedule."""
+    model, computed, embedded = text_model(), [], []
+    recall = Memory.recall
+
+    def counting(memory, source, layers, compute):
+        return recall(memory, source, layers, lambda: computed.append(layers) or compute())
+
+    monkeypatch.setattr(Memory, "recall", counting)
+    model.unet.time_embedding.register_forward_hook(lambda module, inputs, output: embedded.append(len(output)))
+    model.generate(["red apple", "green tree"], steps=5, guidance=2.0)
+    cross = [name for name, module in model.unet.named_modules() if name.endswith("attn2")]
+    assert len(cross) == len(computed) > 0
+    assert embedded == [5]
