@@ -22,7 +22,7 @@ from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQModel
 from ldm_fast.configs.diffusers import READERS, config_from_diffusers, schedule_from_diffusers
 from ldm_fast.diffusion import NoiseSchedule
 from ldm_fast.files import CheckpointError
-from ldm_fast.pipeline import LatentDiffusion
+from ldm_fast.pipeline import Defaults, LatentDiffusion
 from ldm_fast.pretrained import read_folder
 from ldm_fast.state_dicts import PARTS, Found, Part, conditioning_key, identify
 from ldm_fast.tensor_files import read_json, read_tensors
@@ -49,18 +49,70 @@ class Checkpoint:
         """All of it as one model. `cond_stage` takes the place of the checkpoint's, which, where it is a text encoder,
         is the network alone: CLIPTextEncoder(checkpoint.cond_stage, tokenizer), say.
 
-        ValueError where the checkpoint lacks a part.
+        ValueError where the checkpoint lacks a part, and for Stable Diffusion XL, whose UNets want the pooled text and
+        the sizes of images at every step: diffusers' pipeline runs them, with `accelerate`.
         """
         parts = {"unet": self.unet, "first_stage": self.first_stage, "schedule": self.schedule}
         missing = [name for name, part in parts.items() if part is None]
         if missing:
             raise ValueError(f"{self.found.path} is no whole model: there is no {', '.join(missing)}")
+        if self.unet.config.addition_embed_type == "text_time":
+            raise ValueError(
+                f"{self.found.path} is a Stable Diffusion XL; run it in diffusers' pipeline, with ldm_fast.accelerate"
+            )
+        cond_stage = self.cond_stage if cond_stage is None else cond_stage
+        if type(cond_stage).__module__.startswith("transformers"):
+            raise ValueError(
+                f"{self.found.path} holds a text encoder without its tokenizer; give cond_stage, "
+                "CLIPTextEncoder(checkpoint.cond_stage, tokenizer)"
+            )
         return LatentDiffusion(
             **parts,
-            cond_stage=self.cond_stage if cond_stage is None else cond_stage,
+            cond_stage=cond_stage,
             scaling_factor=self.scaling_factor,
             conditioning_key=self.conditioning_key,
+            defaults=_defaults(cond_stage),
         )
+
+
+def _defaults(cond_stage: nn.Module | None) -> Defaults:
+    """The settings that the published models were shown with."""
+    if hasattr(cond_stage, "tokenizer"):
+        return Defaults(steps=50, guidance=7.5, spacing="leading")
+    has_null = getattr(getattr(cond_stage, "config", None), "null_class", None) is not None
+    return Defaults(steps=50, guidance=3.0 if has_null else 1.0, spacing="leading")
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether a path is a folder, a pickle or a whole .safetensors that is not a model file of ours."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if path.is_dir():
+        return True
+    try:
+        with open(path, "rb") as file:
+            if file.read(4).startswith((b"PK\x03\x04", b"\x80")):
+                return True
+        with safe_open(path, framework="pt") as file:
+            return "ldm_fast" not in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def load_pipeline(path: str | Path, config: Config | Mapping[str, Any] | None = None) -> LatentDiffusion:
+    """The whole model in a folder as diffusers writes it, with its text encoder, or in a checkpoint of the original
+    code whose condition needs no tokenizer; float32.
+
+    Arguments and errors as for `load` and `Checkpoint.pipeline`; FileNotFoundError where a folder lacks an encoder.
+    """
+    from ldm_fast.clip import load_text_encoder
+
+    checkpoint = load(path, config=config, torch_dtype=torch.float32)
+    missing = checkpoint.cond_stage is None and checkpoint.conditioning_key == "crossattn"
+    model = checkpoint.pipeline(load_text_encoder(path) if missing and Path(path).is_dir() else None)
+    model.origin = f"{Path(path).name} ({checkpoint.found.model})"
+    return model.eval()
 
 
 def load(

@@ -81,10 +81,16 @@ class LatentDiffusion(nn.Module):
         return height * self.downsampling_factor, width * self.downsampling_factor
 
     @classmethod
-    def load(cls, path: str | Path | None = None) -> LatentDiffusion:
-        """The model stored at `path`, or the shipped one; float32 on the CPU. See `model_file.load`."""
-        from ldm_fast import model_file
+    def load(cls, path: str | Path | None = None, config: Any = None) -> LatentDiffusion:
+        """The model stored at `path`, or the shipped one; float32 on the CPU. See `model_file.load`.
 
+        A folder as diffusers writes it or a checkpoint of the original code is loaded too, where it is a whole model
+        that `generate` can run; `config` is what it does not say of itself. See `checkpoints.load_pipeline`.
+        """
+        from ldm_fast import checkpoints, model_file
+
+        if path is not None and checkpoints.is_foreign(path):
+            return checkpoints.load_pipeline(path, config)
         return model_file.load(path)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -207,6 +207,8 @@ def test_whole_checkpoint(kind, whole, tmp_path):
         assert {"global_step", "optimizer_states"} <= ignored
     assert "ignored, the training loss: first_stage_model.loss" in str(loaded.found)
     assert not loaded.unet.training and loaded.pipeline().scaling_factor == 0.5
+    images = LatentDiffusion.load(path, config={"unet": UNET}).generate([1, 4], steps=2)
+    assert images.shape == (2, 16, 16, 3)
 
     raw = checkpoints.load(path, config={"unet": UNET}, ema=False, parts=["unet"])
     assert same(raw.unet, ours) and raw.first_stage is None

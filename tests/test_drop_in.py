@@ -298,6 +298,27 @@ def test_saved_pipelines_open_again_as_diffusers_own(tmp_path):
     assert difference(before, run(again, arguments)) <= 1e-6
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_our_pipeline_makes_the_images_of_theirs(tmp_path, prediction):
+    """A folder of Stable Diffusion, opened without diffusers' pipeline: the same noise, the same images."""
+    pipe, arguments = text_to_image()
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(5 + i) for i in range(2)]
+    theirs = pipe(**arguments, num_inference_steps=STEPS, generator=generators, output_type="np").images
+    pipe.save_pretrained(tmp_path)
+    model = ldm_fast.LatentDiffusion.load(tmp_path)
+    ours = model.generate(arguments["prompt"], steps=STEPS, seed=5, size=(arguments["height"], arguments["width"]))
+    assert difference(ours.numpy() / 255, theirs) <= TOLERANCE
+    assert "StableDiffusionPipeline" in model.origin
+
+
+def test_xl_is_left_to_diffusers_pipeline(tmp_path):
+    xl_base()[0].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Stable Diffusion XL; run it in diffusers' pipeline"):
+        ldm_fast.LatentDiffusion.load(tmp_path)
+
+
 def test_what_we_cannot_run_is_named():
     pipe, _ = text_to_image()
     pipe.unet = unet(act_fn="gelu")

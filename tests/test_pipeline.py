@@ -355,10 +355,10 @@ DAMAGE = {
     "one byte short": (lambda content: content[:-1], "not a whole safetensors file"),
     "in the header": (lambda content: content[:100], "not a whole safetensors file"),
     "text": (lambda content: b"hello world, this is no model\n" * 9, "not a whole safetensors file"),
-    "pickle": (lambda content: b"\x80\x04\x95" + bytes(64), "not a whole safetensors file"),
+    "pickle": (lambda content: b"\x80\x04\x95" + bytes(64), "not what its name says but a pickle"),
     "one bit": (flipped, "changed or damaged"),
     "description": (with_other_description, "changed or damaged"),
-    "foreign": (without_description, "not a model of ldm_fast"),
+    "foreign": (without_description, "names of no model known here"),
 }
 
 
