@@ -77,6 +77,8 @@ def _pipeline_classes() -> dict[str, type[nn.Module]]:
     ):
         """`ldm_fast.UNet` in the place of diffusers' UNet2DConditionModel."""
 
+        _repeated_blocks = ["TransformerBlock"]  # what `compile_repeated_blocks` compiles
+
         def forward(self, *args: Any, cross_attention_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
             """As `UNet.forward`; `cross_attention_kwargs["scale"]` is the weight of all LoRA layers in this call."""
             rest = dict(cross_attention_kwargs or {})

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_fast import ops
+from ldm_fast.reuse import Remembering, TimeTable
+from ldm_fast.unet_config import UNetConfig
 
 
 def sinusoidal_embedding(t: Tensor, channels: int, max_period: float = 10000.0) -> Tensor:
@@ -30,10 +32,11 @@ class Timesteps(nn.Module):
         return sinusoidal_embedding(t, self.channels)
 
 
-class TimestepEmbedding(nn.Module):
+class TimestepEmbedding(Remembering):
     """A two-layer network on top of a sinusoidal embedding, or of any other vector, (B, in) → (B, out).
 
     `condition_channels`: width of a condition that is projected and added first (arXiv:2310.04378, the guidance scale).
+    The embeddings of a whole schedule may be computed at once, to be looked up later.
     """
 
     def __init__(self, in_channels: int, out_channels: int, condition_channels: int | None = None):
@@ -41,11 +44,21 @@ class TimestepEmbedding(nn.Module):
         self.linear_1 = nn.Linear(in_channels, out_channels)
         self.cond_proj = None if condition_channels is None else nn.Linear(condition_channels, in_channels, bias=False)
         self.linear_2 = nn.Linear(out_channels, out_channels)
+        self._memory = TimeTable()
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         if condition is not None:
             x = x + self.cond_proj(condition)
         return self.linear_2(F.silu(self.linear_1(x)))
+
+    @torch.no_grad()
+    def remember(self, t: Tensor, x: Tensor) -> None:
+        """Keeps the embeddings of timesteps t (T,), whose vectors are x (T, in), until weights or layers change."""
+        self._memory.fill(t, (self.linear_1, self.linear_2), lambda: self(x))
+
+    def look_up(self, t: Tensor | float, like: Tensor) -> Tensor | None:
+        """The embeddings (1 or B, out) of timesteps that are remembered; None if they are not, or are on a GPU."""
+        return self._memory.look_up(t, (self.linear_1, self.linear_2), like)
 
 
 class AttentionPooling(nn.Module):
@@ -81,3 +94,37 @@ class TextTimeEmbedding(nn.Module):
 
     def forward(self, context: Tensor) -> Tensor:
         return self.norm2(self.proj(self.pool(self.norm1(context))))
+
+
+def class_embedding(config: UNetConfig, time_channels: int) -> nn.Module | None:
+    """What embeds class labels, None if the model takes none."""
+    kind, width = config.class_embed_type, config.projection_class_embeddings_input_dim
+    if kind == "timestep":
+        return TimestepEmbedding(config.block_out_channels[0], time_channels)
+    if kind == "projection":
+        return TimestepEmbedding(width, time_channels)
+    if kind == "simple_projection":
+        return nn.Linear(width, time_channels)
+    if kind == "identity":
+        return nn.Identity()
+    return None if config.num_class_embeds is None else nn.Embedding(config.num_class_embeds, time_channels)
+
+
+def class_label_shape(config: UNetConfig, batch: int) -> tuple[int, ...]:
+    """Of the labels that `class_embedding` takes: a number for each image, or a vector."""
+    widths = {
+        "projection": config.projection_class_embeddings_input_dim,
+        "simple_projection": config.projection_class_embeddings_input_dim,
+        "identity": 4 * config.block_out_channels[0],
+    }
+    return (batch, widths[config.class_embed_type]) if config.class_embed_type in widths else (batch,)
+
+
+def add_embedding(config: UNetConfig, time_channels: int) -> nn.Module | None:
+    """What embeds the pooled text, None if the model takes none."""
+    if config.addition_embed_type == "text":
+        width = config.encoder_hid_dim or config.cross_attention_dim
+        return TextTimeEmbedding(width, time_channels, config.addition_embed_type_num_heads)
+    if config.addition_embed_type == "text_time":
+        return TimestepEmbedding(config.projection_class_embeddings_input_dim, time_channels)
+    return None

@@ -116,6 +116,15 @@ class Conditions(NamedTuple):
     mask: Tensor | None = None  # (B, 1, 1, keys), added to the scores of self attention
     images: ImagePrompts | None = None
 
+    def mask_over(self, keys: int) -> Tensor | None:
+        """The mask of self attention over this many keys; ValueError if it is over others."""
+        if self.mask is not None and self.mask.shape[-1] != keys:
+            raise ValueError(
+                f"UNet: attention_mask must be (B, {keys}) for this size, got (B, {self.mask.shape[-1]}); a UNet with "
+                "self attention at several resolutions takes none"
+            )
+        return self.mask
+
 
 class SelfAttention2d(Attention):
     """Attention over the pixels of a map, with its own norm and residual (LDM's AttentionBlock and AttnBlock)."""
@@ -126,11 +135,13 @@ class SelfAttention2d(Attention):
 
     def forward(self, x: Tensor, conditions: Conditions | None = None) -> Tensor:
         tokens = _to_tokens(self.group_norm(x))  # (B, H·W, C)
-        return x + _to_map(super().forward(tokens), x)
+        mask = None if conditions is None else conditions.mask_over(tokens.shape[1])
+        return x + _to_map(super().forward(tokens, mask=mask), x)
 
 
 def _to_tokens(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+    """(B, C, H, W) → (B, H·W, C), in this order in memory, too: every norm and product of a view would copy it."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
 def _to_map(tokens: Tensor, like: Tensor) -> Tensor:
@@ -188,14 +199,8 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         context = conditions.context
         own = context if self.only_cross_attention else None
-        if conditions.mask is not None:
-            keys = (x if own is None else own).shape[1]
-            if conditions.mask.shape[-1] != keys:
-                raise ValueError(
-                    f"UNet: attention_mask must be (B, {keys}) for this size, got (B, {conditions.mask.shape[-1]}); a "
-                    "UNet with self attention at several resolutions takes none"
-                )
-        x = x + self.attn1(self.norm1(x), own, conditions.mask)
+        mask = conditions.mask_over((x if own is None else own).shape[1])
+        x = x + self.attn1(self.norm1(x), own, mask)
         x = x + self.attn2(self.norm2(x), context, conditions.context_mask, conditions.images)
         return x + self.ff(self.norm3(x))
 

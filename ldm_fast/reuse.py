@@ -35,7 +35,7 @@ def _stands_alone(x: Tensor) -> bool:
     )
 
 
-# ---- one product -----------------------------------------------------------------------------------------------------
+# ---- one product ----
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def _one_behind_the_other(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return first.as_strided((sum(len(t) for t in tensors), *first.shape[1:]), first.stride())
 
 
-# ---- results remembered ----------------------------------------------------------------------------------------------
+# ---- results remembered ----
 
 
 class _Seen(NamedTuple):
@@ -92,27 +92,33 @@ class _Seen(NamedTuple):
     version: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Seen:
-        return cls(weakref.ref(tensor), tensor.data_ptr(), tensor._version)
+    def of(cls, tensor: Tensor, when_gone: Callable[[weakref.ref], None] | None = None) -> _Seen:
+        return cls(weakref.ref(tensor, when_gone), tensor.data_ptr(), tensor._version)
 
     def is_still(self, tensor: Tensor) -> bool:
         return self.tensor() is tensor and (self.address, self.version) == (tensor.data_ptr(), tensor._version)
 
 
-class _Entry(NamedTuple):
-    seen: tuple[_Seen, ...]  # the source, then the weights
-    value: Any
+def _unchanged(seen: Sequence[_Seen], tensors: Sequence[Tensor]) -> bool:
+    return len(seen) == len(tensors) and all(s.is_still(t) for s, t in zip(seen, tensors, strict=True))
 
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        return len(self.seen) == len(tensors) and all(s.is_still(t) for s, t in zip(self.seen, tensors, strict=True))
+
+class _Entry(NamedTuple):
+    source: _Seen
+    weights: tuple[_Seen, ...]
+    stream: Any  # of the GPU: on another one the value might not be there yet
+    value: Any
 
 
 class Memory:
     """Results of linear layers, kept for the last few sources and given again while source and weights are unchanged.
 
     Unchanged means the same tensor objects, at the same place in memory, not written to since: in-place operations,
-    optimisers, `load_state_dict`, other dtypes and devices are all noticed. Writing through `.data` leaves no trace in
-    PyTorch; whoever does that between two calls with one and the same source calls `forget`. Sources are held weakly.
+    optimizers, `load_state_dict`, other dtypes and devices are all noticed, and nothing is kept of weights that have a
+    gradient. Writing through `.data` or a NumPy view leaves no trace in PyTorch, nor do its fused optimizers; whoever
+    does that between two calls with one and the same source calls `forget`. A result lives no longer than its source.
+
+    Threads may share a memory: entries never change, and lists of them are only exchanged as a whole.
     """
 
     SIZE = 2  # a prompt and its negative, where they are not evaluated as one batch
@@ -124,33 +130,54 @@ class Memory:
         """compute(), or what it returned for this very source and these weights before."""
         if torch.compiler.is_compiling():
             return compute()
-        if not all(is_plain(layer) for layer in layers):
+        if not all(is_plain(layer) for layer in layers) or not _can_be_kept(source, _weights(layers)):
             self.forget()
             return compute()
-        tensors = [source, *_weights(layers)]
-        if not _can_be_kept(source, tensors):
-            self.forget()
-            return compute()
+        weights, stream = _weights(layers), _stream(source)
         for entry in self._entries:
-            if entry.fits(tensors):
+            if entry.source.is_still(source) and _unchanged(entry.weights, weights) and entry.stream == stream:
                 return entry.value
+        # Looked at before: what another thread writes while the value is computed counts as a change.
+        seen = _Seen.of(source, _forgetting(self)), tuple(map(_Seen.of, weights)), stream
         value = compute()
-        alive = [entry for entry in self._entries if entry.seen[0].tensor() is not None]
-        self._entries = [*alive, _Entry(tuple(map(_Seen.of, tensors)), value)][-self.SIZE :]
+        others = [entry for entry in self._entries if entry.source.tensor() is not source]
+        self._entries = [*others, _Entry(*seen, value)][-self.SIZE :]
         return value
 
-    def forget(self) -> None:
-        """Drops all results."""
-        self._entries = []
+    def forget(self, gone: weakref.ref | None = None) -> None:
+        """Drops all results, or those of a source that is gone."""
+        self._entries = [entry for entry in self._entries if gone is not None and entry.source.tensor is not gone]
 
     def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
         return Memory, ()  # copied and pickled without what it holds
 
 
-def _can_be_kept(source: Tensor, tensors: Sequence[Tensor]) -> bool:
+def _forgetting(memory: Memory) -> Callable[[weakref.ref], None]:
+    """`memory.forget` without holding on to the memory, which would keep both alive in a circle."""
+    forget = weakref.WeakMethod(memory.forget)
+
+    def call(gone: weakref.ref) -> None:
+        if (method := forget()) is not None:
+            method(gone)
+
+    return call
+
+
+def _stream(source: Tensor) -> Any:
+    return torch.cuda.current_stream(source.device) if source.is_cuda else None
+
+
+def _can_be_kept(source: Tensor, weights: Sequence[Tensor]) -> bool:
     captured = source.is_cuda and torch.cuda.is_current_stream_capturing()  # a CUDA graph would replay old results
-    own_values = type(source) is Tensor or type(source) is nn.Parameter
-    return own_values and not captured and _stands_alone(source) and not any(t.is_inference() for t in tensors)
+    plain = type(source) is Tensor or type(source) is nn.Parameter
+    own_values = plain and not torch._C._functorch.is_functorch_wrapped_tensor(source)  # as inside torch.vmap
+    return (
+        own_values
+        and not captured
+        and _stands_alone(source)
+        and not any(t.is_inference() for t in (source, *weights))  # these do not count their changes
+        and all(w.grad is None for w in weights)  # in training: a fused optimizer would write to them unnoticed
+    )
 
 
 class Remembering(nn.Module):
@@ -162,7 +189,7 @@ class Remembering(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._memory = Memory()
+        self._memory: Memory | TimeTable = Memory()
 
     def forget(self) -> None:
         """Drops what was kept of earlier calls."""
@@ -182,38 +209,45 @@ class Remembering(nn.Module):
             self._memory.forget()
 
 
+class _Table(NamedTuple):
+    index: dict[float, int]
+    rows: Tensor
+    weights: tuple[_Seen, ...]
+
+
 class TimeTable:
     """Embeddings of the timesteps of a whole schedule, computed at once and found again by the timestep's value."""
 
     def __init__(self) -> None:
-        self.forget()
+        self._table: _Table | None = None
 
-    def fill(self, timesteps: Tensor, rows: Tensor, layers: Sequence[nn.Module]) -> None:
-        """Keeps rows (T, C), the embeddings of timesteps (T,) by these layers, if they are plain."""
+    def fill(self, timesteps: Tensor, layers: Sequence[nn.Module], compute: Callable[[], Tensor]) -> None:
+        """Keeps the rows (T, C) that compute() returns, the embeddings of timesteps (T,) by these layers, if plain."""
         self.forget()
         if all(is_plain(layer) for layer in layers) and not any(t.is_inference() for t in _weights(layers)):
-            self._index = {t: i for i, t in enumerate(timesteps.float().tolist())}
-            self._rows, self._seen = rows, tuple(_Seen.of(weight) for weight in _weights(layers))
+            index = {t: i for i, t in enumerate(timesteps.float().tolist())}
+            weights = tuple(map(_Seen.of, _weights(layers)))
+            self._table = _Table(index, compute(), weights)
 
     def look_up(self, timesteps: Tensor | float, layers: Sequence[nn.Module], like: Tensor) -> Tensor | None:
         """The rows (1 or B, C) for a number or a tensor on the CPU, of the dtype and device of `like`; None without."""
-        rows = self._rows
-        if torch.compiler.is_compiling() or rows is None:
+        table = self._table
+        if torch.compiler.is_compiling() or table is None:
             return None
         if not all(is_plain(layer) for layer in layers) or not _stands_alone(like):
             self.forget()
             return None
         if isinstance(timesteps, Tensor) and timesteps.device.type != "cpu":
             return None  # to look at its value is to wait for the device
-        index = [self._index.get(t) for t in torch.as_tensor(timesteps).float().reshape(-1).tolist()]
-        still = all(seen.is_still(weight) for seen, weight in zip(self._seen, _weights(layers), strict=True))
-        if None in index or not still or (rows.dtype, rows.device) != (like.dtype, like.device):
+        index = [table.index.get(t) for t in torch.as_tensor(timesteps).float().reshape(-1).tolist()]
+        if None in index or not _unchanged(table.weights, _weights(layers)):
             return None
-        return rows[index]
+        rows = table.rows
+        return rows[index] if (rows.dtype, rows.device) == (like.dtype, like.device) else None
 
     def forget(self) -> None:
         """Drops all rows."""
-        self._index, self._rows, self._seen = {}, None, ()
+        self._table = None
 
     def __reduce__(self) -> tuple[type[TimeTable], tuple[()]]:
         return TimeTable, ()

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ldm_fast.attention_layers import Attention, ImagePrompts
-from ldm_fast.embeddings import TextTimeEmbedding, TimestepEmbedding, Timesteps
+from ldm_fast.attention_layers import Attention, AttnProcessor, ImagePrompts
+from ldm_fast.embeddings import TimestepEmbedding, Timesteps, add_embedding, class_embedding, class_label_shape
 from ldm_fast.layers import Conditions, GroupNorm, ResBlock, SelfAttention2d, SpatialTransformer
 from ldm_fast.pretrained import Pretrained
-from ldm_fast.reuse import Remembering, TimeTable
+from ldm_fast.reuse import Remembering
 from ldm_fast.unet_blocks import Block, DownBlock, MidBlock, UpBlock
 from ldm_fast.unet_config import UNetConfig
 
 
-@dataclass
-class UNetOutput:
+class UNetOutput(NamedTuple):
+    """What a UNet returns: `output.sample`, or `output[0]`."""
+
     sample: Tensor  # (B, out_channels, H, W)
 
 
@@ -41,9 +41,10 @@ class UNet(Pretrained, Remembering):
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_proj = Timesteps(channels[0])
         self.time_embedding = TimestepEmbedding(channels[0], time_channels, config.time_cond_proj_dim)
-        self.class_embedding = _class_embedding(config, time_channels)
-        self.add_embedding = _add_embedding(config, time_channels)
-        self.add_time_proj = Timesteps(config.addition_time_embed_dim) if config.addition_time_embed_dim else None
+        self.class_embedding = class_embedding(config, time_channels)
+        self.add_embedding = add_embedding(config, time_channels)
+        takes_numbers = config.addition_embed_type == "text_time"
+        self.add_time_proj = Timesteps(config.addition_time_embed_dim) if takes_numbers else None
         self.encoder_hid_proj = None  # a projection of the context, or of IP-Adapters' images where they are loaded
         if config.encoder_hid_dim_type == "text_proj":
             self.encoder_hid_proj = nn.Linear(config.encoder_hid_dim, config.cross_attention_dim)
@@ -54,7 +55,6 @@ class UNet(Pretrained, Remembering):
         self.up_blocks = nn.ModuleList(UpBlock(config, level, time_channels) for level in reversed(levels))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
-        self._times = TimeTable()
 
     def forward(
         self,
@@ -79,8 +79,8 @@ class UNet(Pretrained, Remembering):
             timestep: int, float, 0-d or (B,) tensor.
             encoder_hidden_states: context τ_θ(y), (B, L, cross_attention_dim); needed by cross attention. With
                 IP-Adapters also (context, [projected images (B, images, tokens, cross_attention_dim) for each]).
-            class_labels: (B,) int64, for a UNet with class embeddings (conditioning key "adm"); (B,) or (B, width)
-                numbers where class_embed_type is "timestep" or "projection".
+            class_labels: (B,) int64, for a UNet with class embeddings (conditioning key "adm"); numbers where
+                class_embed_type is given, (B,) for "timestep", (B, width) for the others.
             timestep_cond: (B, time_cond_proj_dim), added to the timestep's embedding.
             attention_mask: (B, keys) of self attention, 1 = attend, 0 = do not.
             cross_attention_kwargs: "ip_adapter_masks", for each IP-Adapter (1, images, height, width).
@@ -120,8 +120,7 @@ class UNet(Pretrained, Remembering):
         return UNetOutput(h) if return_dict else (h,)
 
     def _embed_time(self, sample: Tensor, timestep: Tensor | float | int, condition: Tensor | None) -> Tensor:
-        layers = (self.time_embedding.linear_1, self.time_embedding.linear_2)
-        known = self._times.look_up(timestep, layers, sample) if condition is None else None
+        known = self.time_embedding.look_up(timestep, sample) if condition is None else None
         if known is not None:
             return known.expand(sample.shape[0], -1)
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])  # (B,)
@@ -133,7 +132,7 @@ class UNet(Pretrained, Remembering):
         if self.class_embedding is not None:
             if self.config.class_embed_type == "timestep":
                 class_labels = self.time_proj(class_labels).to(temb.dtype)
-            temb = temb + self.class_embedding(class_labels)
+            temb = temb + self.class_embedding(class_labels).to(temb.dtype)
         if self.add_time_proj is not None:
             numbers = self.add_time_proj(_given(added, "time_ids").flatten())  # (B · numbers, channels)
             text = _given(added, "text_embeds")  # (B, width)
@@ -199,24 +198,22 @@ class UNet(Pretrained, Remembering):
             raise ValueError(f"UNet: encoder_hidden_states must be ({batch}, L, {width}), got {tuple(context.shape)}")
         if (class_labels is None) != (self.class_embedding is None):
             needed = "needs" if class_labels is None else "does not take"
-            raise ValueError(f"UNet: this UNet {needed} class_labels (num_class_embeds is {config.num_class_embeds})")
-        labels = (batch, config.projection_class_embeddings_input_dim)
-        labels = labels if config.class_embed_type == "projection" else (batch,)
+            kind = f"class_embed_type is {config.class_embed_type}, num_class_embeds is {config.num_class_embeds}"
+            raise ValueError(f"UNet: this UNet {needed} class_labels ({kind})")
+        labels = class_label_shape(config, batch)
         if class_labels is not None and tuple(class_labels.shape) != labels:
             raise ValueError(f"UNet: class_labels must be {labels}, got {tuple(class_labels.shape)}")
         needed = None if config.time_cond_proj_dim is None else (batch, config.time_cond_proj_dim)
         if timestep_cond is not None and tuple(timestep_cond.shape) != needed:
             raise ValueError(f"UNet: timestep_cond must be {needed}, got {tuple(timestep_cond.shape)}")
 
-    @torch.no_grad()
     def precompute_time(self, timesteps: Tensor | Sequence[float]) -> None:
         """Embeds a whole schedule (T,) at once; later calls find its timesteps by value, if numbers or on the CPU.
 
         Forgotten when the weights change; calls with `timestep_cond` do not use it.
         """
         t = torch.as_tensor(timesteps, device=self.device).reshape(-1)
-        layers = (self.time_embedding.linear_1, self.time_embedding.linear_2)
-        self._times.fill(t, self.time_embedding(self.time_proj(t).to(self.dtype)), layers)
+        self.time_embedding.remember(t, self.time_proj(t).to(self.dtype))
 
     def join_projections(self) -> None:
         """Lets q, k and v (k and v of a context) of every attention come from one product.
@@ -230,12 +227,12 @@ class UNet(Pretrained, Remembering):
     def forget(self) -> None:
         """Drops what was kept of earlier calls: keys and values of contexts, embeddings of timesteps.
 
-        Changed weights and contexts are noticed, but for writes through `.data`, of which PyTorch keeps no record.
+        Changed weights and contexts are noticed, but for writes of which PyTorch keeps no record (`reuse.Memory`).
         """
         super().forget()
-        self._times.forget()
-        for layer in self._attention_layers().values():
-            layer.forget()
+        for module in self.modules():
+            if module is not self and isinstance(module, Remembering):
+                module.forget()
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Training computes the inside of blocks twice instead of storing it; gradients are the same, bit for bit."""
@@ -262,6 +259,10 @@ class UNet(Pretrained, Remembering):
             raise ValueError(f"set_attn_processor: needs one processor for each attention; missing or unknown: {wrong}")
         for name, layer in layers.items():
             layer.set_processor(processor[f"{name}.processor"])
+
+    def set_default_attn_processor(self) -> None:
+        """Attention without IP-Adapters again."""
+        self.set_attn_processor(AttnProcessor())
 
     def _attention_layers(self) -> dict[str, Attention]:
         parts = {"down_blocks": self.down_blocks, "up_blocks": self.up_blocks, "mid_block": self.mid_block}
@@ -296,23 +297,6 @@ class UNet(Pretrained, Remembering):
     @property
     def device(self) -> torch.device:
         return self.conv_in.weight.device
-
-
-def _class_embedding(config: UNetConfig, time_channels: int) -> nn.Module | None:
-    if config.class_embed_type == "timestep":
-        return TimestepEmbedding(config.block_out_channels[0], time_channels)
-    if config.class_embed_type == "projection":
-        return TimestepEmbedding(config.projection_class_embeddings_input_dim, time_channels)
-    return None if config.num_class_embeds is None else nn.Embedding(config.num_class_embeds, time_channels)
-
-
-def _add_embedding(config: UNetConfig, time_channels: int) -> nn.Module | None:
-    if config.addition_embed_type == "text":
-        width = config.encoder_hid_dim or config.cross_attention_dim
-        return TextTimeEmbedding(width, time_channels, config.addition_embed_type_num_heads)
-    if config.addition_embed_type == "text_time":
-        return TimestepEmbedding(config.projection_class_embeddings_input_dim, time_channels)
-    return None
 
 
 def _split_context(context: Any) -> tuple[Tensor | None, Sequence[Tensor] | None]:

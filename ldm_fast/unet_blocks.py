@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ def _res_block(
     )
 
 
-def _attention(config: UNetConfig, level: int, block_type: str, only_cross_attention: bool = False) -> nn.Module:
+def _attention(
+    config: UNetConfig, level: int, block_type: str, depth: int = 1, only_cross_attention: bool = False
+) -> nn.Module:
     channels = config.block_out_channels[level]
     heads, head_dim = config.heads(level)
     if "CrossAttn" not in block_type:
@@ -38,32 +41,33 @@ def _attention(config: UNetConfig, level: int, block_type: str, only_cross_atten
         heads=heads,
         head_dim=head_dim,
         context_channels=config.cross_attention_dim,
-        depth=config.at_level("transformer_layers_per_block", level),
+        depth=depth,
         groups=config.norm_num_groups,
         linear=config.use_linear_projection,
         only_cross_attention=only_cross_attention,
     )
 
 
-def _attentions(config: UNetConfig, level: int, count: int) -> nn.ModuleList | None:
-    block_type = config.down_block_types[level]
-    if block_type == "DownBlock2D":
-        return None
-    only_cross = config.at_level("only_cross_attention", level)
-    return nn.ModuleList(_attention(config, level, block_type, only_cross) for _ in range(count))
-
-
 class Block(nn.Module):
-    """Residual blocks and attention; with `gradient_checkpointing` their inside is computed twice instead of stored."""
+    """Residual blocks and attention; with `gradient_checkpointing` their inside is computed twice instead of stored.
+
+    A block without attention has no attribute `attentions`: programs made for diffusers' blocks go by `hasattr`.
+    """
 
     resnets: nn.ModuleList
-    attentions: nn.ModuleList | None
+    has_cross_attention = False
     gradient_checkpointing = False
+
+    def _add_attentions(self, config: UNetConfig, level: int, depths: Sequence[int]) -> None:
+        block_type, only_cross = config.down_block_types[level], config.at_level("only_cross_attention", level)
+        self.has_cross_attention = "CrossAttn" in block_type
+        if block_type != "DownBlock2D":
+            self.attentions = nn.ModuleList(_attention(config, level, block_type, n, only_cross) for n in depths)
 
     def _pair(self, i: int, h: Tensor, temb: Tensor, conditions: Conditions) -> Tensor:
         """The i-th residual block and the attention after it, where there is one."""
         h = self._run(self.resnets[i], h, temb)
-        return h if self.attentions is None else self._run(self.attentions[i], h, conditions)
+        return self._run(self.attentions[i], h, conditions) if hasattr(self, "attentions") else h
 
     def _run(self, module: nn.Module, *inputs: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -78,12 +82,11 @@ class DownBlock(Block):
         super().__init__()
         channels = config.block_out_channels
         inputs, outputs = channels[max(level - 1, 0)], channels[level]
-        self.adds_before_reduction = "CrossAttn" in config.down_block_types[level]
         self.resnets = nn.ModuleList(
             _res_block(config, inputs if i == 0 else outputs, outputs, time_channels)
             for i in range(config.layers_per_block)
         )
-        self.attentions = _attentions(config, level, config.layers_per_block)
+        self._add_attentions(config, level, config.depths_down(level))
         self.downsamplers = None
         if level < len(channels) - 1:
             resnet = config.resample_type == "resnet"
@@ -98,12 +101,12 @@ class DownBlock(Block):
         for i in range(len(self.resnets)):
             h = self._pair(i, h, temb, conditions)
             skips.append(h)
-        if extra is not None and self.adds_before_reduction:
+        if extra is not None and self.has_cross_attention:
             skips[-1] = h = h + extra
         if self.downsamplers is not None:
             h = self.downsamplers[0](h, temb)
             skips.append(h)
-        if extra is not None and not self.adds_before_reduction:
+        if extra is not None and not self.has_cross_attention:
             skips[-1] = h = h + extra
         return h, skips
 
@@ -116,7 +119,8 @@ class MidBlock(Block):
         channels = config.block_out_channels[-1]
         level = len(config.block_out_channels) - 1
         self.resnets = nn.ModuleList(_res_block(config, channels, channels, time_channels) for _ in range(2))
-        self.attentions = nn.ModuleList([_attention(config, level, config.mid_block_type)])
+        self.attentions = nn.ModuleList([_attention(config, level, config.mid_block_type, config.depth_of_middle)])
+        self.has_cross_attention = "CrossAttn" in config.mid_block_type
 
     def forward(self, h: Tensor, temb: Tensor, conditions: Conditions) -> Tensor:
         h = self._pair(0, h, temb, conditions)
@@ -136,7 +140,7 @@ class UpBlock(Block):
         self.resnets = nn.ModuleList(
             _res_block(config, i + s, outputs, time_channels) for i, s in zip(inputs, skips, strict=True)
         )
-        self.attentions = _attentions(config, level, count)
+        self._add_attentions(config, level, config.depths_up(level))
         self.upsamplers = None
         if level > 0:
             resnet = config.resample_type == "resnet"

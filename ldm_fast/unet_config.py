@@ -11,10 +11,24 @@ CHOICES = {
     "mid_block_type": MID_BLOCK_TYPES,
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "resample_type": ("conv", "resnet"),
-    "class_embed_type": (None, "timestep", "projection"),
+    "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
     "addition_embed_type": (None, "text", "text_time"),
     "encoder_hid_dim_type": (None, "text_proj", "ip_image_proj"),
 }
+NEEDS = (  # a field with this value needs that other field
+    ("addition_embed_type", "text_time", "addition_time_embed_dim"),
+    ("addition_embed_type", "text_time", "projection_class_embeddings_input_dim"),
+    ("addition_embed_type", "text", "cross_attention_dim"),
+    ("class_embed_type", "projection", "projection_class_embeddings_input_dim"),
+    ("class_embed_type", "simple_projection", "projection_class_embeddings_input_dim"),
+    ("encoder_hid_dim_type", "text_proj", "encoder_hid_dim"),
+)
+BY_LEVEL = (
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+    "num_attention_heads",
+    "only_cross_attention",
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +37,9 @@ class UNetConfig:
 
     A level of `down_block_types` has no attention ("DownBlock2D"), self attention ("AttnDownBlock2D") or a spatial
     transformer with cross attention ("CrossAttnDownBlock2D"); the up path mirrors it. `num_attention_heads`,
-    `transformer_layers_per_block` and `only_cross_attention` hold for all levels or are given level by level.
+    `transformer_layers_per_block` and `only_cross_attention` hold for all levels or are given level by level. Where the
+    up path has transformers of other depths, `reverse_transformer_layers_per_block` gives them, lowest resolution
+    first; then the depths of a level may also be one for each of its transformers.
     """
 
     sample_size: int = 64
@@ -34,7 +50,8 @@ class UNetConfig:
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     cross_attention_dim: int | None = 768
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
     num_attention_heads: int | tuple[int, ...] = 8
     only_cross_attention: bool | tuple[bool, ...] = False  # both attentions of a transformer block look at the context
     use_linear_projection: bool = False
@@ -55,32 +72,48 @@ class UNetConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        self._check_levels()
+        self._check_choices()
+        self._check_depths()
+
+    def _check_levels(self) -> None:
         levels = len(self.block_out_channels)
         if len(self.down_block_types) != levels:
             raise ValueError(f"UNetConfig: down_block_types needs {levels} entries, got {self.down_block_types}")
-        for name in ("transformer_layers_per_block", "num_attention_heads", "only_cross_attention"):
+        for name in BY_LEVEL:
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
                 raise ValueError(f"UNetConfig: {name} needs one value or {levels}, got {value}")
-        chosen = [(name, getattr(self, name), allowed) for name, allowed in CHOICES.items()]
-        for name, value, allowed in (
-            *(("down_block_types", t, DOWN_BLOCK_TYPES) for t in self.down_block_types),
-            *chosen,
-        ):
-            if value not in allowed:
-                raise ValueError(f"UNetConfig: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        for name in ("layers_per_block", "norm_num_groups"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"UNetConfig: {name} must be a positive number, got {value!r}")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"UNetConfig: norm_num_groups {self.norm_num_groups} must divide {channels} channels")
-        for name, value, needed in (
-            ("addition_embed_type", "text_time", "addition_time_embed_dim"),
-            ("addition_embed_type", "text_time", "projection_class_embeddings_input_dim"),
-            ("addition_embed_type", "text", "cross_attention_dim"),
-            ("class_embed_type", "projection", "projection_class_embeddings_input_dim"),
-            ("encoder_hid_dim_type", "text_proj", "encoder_hid_dim"),
-        ):
+
+    def _check_choices(self) -> None:
+        chosen = [(name, getattr(self, name), allowed) for name, allowed in CHOICES.items()]
+        kinds = [("down_block_types", kind, DOWN_BLOCK_TYPES) for kind in self.down_block_types]
+        for name, value, allowed in (*kinds, *chosen):
+            if value not in allowed:
+                raise ValueError(f"UNetConfig: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        for name, value, needed in NEEDS:
             if getattr(self, name) == value and getattr(self, needed) is None:
                 raise ValueError(f"UNetConfig: {name} {value!r} needs {needed}")
+        if self.encoder_hid_dim is not None and self.encoder_hid_dim_type is None:
+            raise ValueError(f"UNetConfig: encoder_hid_dim {self.encoder_hid_dim} needs encoder_hid_dim_type")
+
+    def _check_depths(self) -> None:
+        down, up = self.transformer_layers_per_block, self.reverse_transformer_layers_per_block
+        if isinstance(down, tuple) and any(isinstance(depth, tuple) for depth in down) and up is None:
+            raise ValueError(
+                "UNetConfig: transformer_layers_per_block with a depth for each transformer needs "
+                f"reverse_transformer_layers_per_block for the way up, got {down}"
+            )
+        for level in range(len(self.block_out_channels)):
+            self.depths_down(level)
+            self.depths_up(level)
 
     @property
     def up_block_types(self) -> tuple[str, ...]:
@@ -98,9 +131,35 @@ class UNetConfig:
         value = getattr(self, name)
         return value[level] if isinstance(value, tuple) else value
 
+    def depths_down(self, level: int) -> tuple[int, ...]:
+        """Transformer blocks after each residual block of a level on the way down."""
+        depths = self.at_level("transformer_layers_per_block", level)
+        return _one_for_each("transformer_layers_per_block", depths, self.layers_per_block)
+
+    def depths_up(self, level: int) -> tuple[int, ...]:
+        """Transformer blocks after each residual block of a level on the way up."""
+        name, depths = "transformer_layers_per_block", self.at_level("transformer_layers_per_block", level)
+        if self.reverse_transformer_layers_per_block is not None:
+            name = "reverse_transformer_layers_per_block"
+            depths = self.reverse_transformer_layers_per_block[-1 - level]
+        return _one_for_each(name, depths, self.layers_per_block + 1)
+
+    @property
+    def depth_of_middle(self) -> int:
+        """Transformer blocks in the middle: those of the first transformer of the last level."""
+        return self.depths_down(len(self.block_out_channels) - 1)[0]
+
     def heads(self, level: int) -> tuple[int, int]:
         """(number of heads, width of one head) at a level."""
         channels, heads = self.block_out_channels[level], self.at_level("num_attention_heads", level)
-        if channels % heads:
+        if not isinstance(heads, int) or heads < 1 or channels % heads:
             raise ValueError(f"UNetConfig: {channels} channels do not divide into {heads} heads")
         return heads, channels // heads
+
+
+def _one_for_each(name: str, depths: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+    if isinstance(depths, int):
+        return (depths,) * count
+    if len(depths) != count:
+        raise ValueError(f"UNetConfig: {name} needs one depth for a level or {count}, got {depths}")
+    return depths

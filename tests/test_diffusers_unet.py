@@ -10,6 +10,7 @@ import torch
 from eager_torch import assert_same_gradients, gradients, relative_error
 from torch import Tensor, nn
 
+from ldm_fast.layers import Conditions
 from ldm_fast.unet import UNet, UNetConfig
 
 diffusers = pytest.importorskip("diffusers")
@@ -62,10 +63,21 @@ CONDITIONAL = {
     ),
     "lcm": dict(BASE, time_cond_proj_dim=12),
     "unclip": dict(BASE, class_embed_type="projection", projection_class_embeddings_input_dim=14),
+    "simple projection": dict(BASE, class_embed_type="simple_projection", projection_class_embeddings_input_dim=14),
     "class timestep": dict(BASE, class_embed_type="timestep"),
+    "class identity": dict(BASE, class_embed_type="identity"),
+    "xl inpainting": dict(XL, in_channels=9),
+    "uneven depths": dict(
+        BASE,
+        layers_per_block=2,
+        down_block_types=(CROSS, CROSS),
+        transformer_layers_per_block=((1, 2), (2, 0)),
+        reverse_transformer_layers_per_block=((1, 0, 2), (2, 1, 1)),
+    ),
     "pooled text": dict(BASE, addition_embed_type="text", addition_embed_type_num_heads=4),
     "text projection": dict(XL, encoder_hid_dim=20, encoder_hid_dim_type="text_proj"),
     "scale-shift": dict(BASE, resnet_time_scale_shift="scale_shift", norm_eps=1e-6),
+    "fields that say nothing": dict(BASE, addition_time_embed_dim=8, projection_class_embeddings_input_dim=14),
     "one size": dict(BASE, block_out_channels=(16,), down_block_types=(CROSS,)),
 }
 UNCONDITIONAL = {
@@ -98,6 +110,16 @@ UNCONDITIONAL = {
         downsample_type="resnet",
         upsample_type="resnet",
     ),
+    "timestep-conditional": dict(
+        block_out_channels=(16, 32),
+        down_block_types=(SELF, SELF),
+        layers_per_block=1,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        attn_norm_num_groups=8,  # for the middle, which has no norm with scale_shift if not told so
+        resnet_time_scale_shift="scale_shift",
+        class_embed_type="timestep",
+    ),
 }
 CASES = {**CONDITIONAL, **UNCONDITIONAL}
 
@@ -108,7 +130,8 @@ def our_config(name: str) -> UNetConfig:
     if name in CONDITIONAL:
         return UNetConfig(**values, num_attention_heads=heads)  # the number of heads, in spite of diffusers' name
     resample = values.pop("downsample_type", "conv")
-    values.pop("upsample_type", None)
+    for same in ("upsample_type", "attn_norm_num_groups"):
+        values.pop(same, None)
     values = {"in_channels": 3, "out_channels": 3, **values}
     return UNetConfig(
         **values,
@@ -148,8 +171,8 @@ def inputs(name: str, size: tuple[int, int] = (8, 8), batch: int = 2) -> dict:
         given["class_labels"] = torch.tensor([3, 5])[:batch]
     elif config.class_embed_type == "timestep":
         given["class_labels"] = torch.tensor([20, 350])[:batch]
-    elif config.class_embed_type == "projection":
-        given["class_labels"] = normal(batch, config.projection_class_embeddings_input_dim)
+    elif config.class_embed_type is not None:
+        given["class_labels"] = normal(batch, config.projection_class_embeddings_input_dim or 4 * 16)
     if config.time_cond_proj_dim is not None:
         given["timestep_cond"] = normal(batch, config.time_cond_proj_dim)
     if config.addition_embed_type == "text_time":
@@ -196,7 +219,7 @@ def test_same_output_at_sizes_that_do_not_divide(name, size):
     assert_same(theirs, ours, inputs(name, size))
 
 
-@pytest.mark.parametrize("name", ["sd1", "xl", "upscaler", "lcm", "pooled text", "unconditional", "class-conditional"])
+@pytest.mark.parametrize("name", CASES)
 def test_same_gradients(name):
     theirs, ours = pair(name)
     found = []
@@ -232,6 +255,35 @@ def test_positional_arguments_and_return_dict():
         got = ours(*arguments, mask, False)
     assert type(got) is tuple and len(got) == 1
     assert relative_error(got[0], wanted[0]) <= TOLERANCE
+    assert torch.equal(ours(*arguments, mask)[0], got[0])  # as well as .sample
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_have_the_attributes_of_theirs(name):
+    """Loaders and scales by block go by them."""
+    theirs, ours = pair(name)
+    blocks = [(theirs.mid_block, ours.mid_block)]
+    for part in ("down_blocks", "up_blocks"):
+        blocks += zip(getattr(theirs, part), getattr(ours, part), strict=True)
+    for their_block, our_block in blocks:
+        for attribute in ("resnets", "attentions"):
+            lengths = [len(getattr(block, attribute, ())) for block in (their_block, our_block)]
+            assert lengths[0] == lengths[1]
+            assert hasattr(their_block, attribute) == hasattr(our_block, attribute)
+        crosses = [getattr(block, "has_cross_attention", False) for block in (their_block, our_block)]
+        assert crosses[0] == crosses[1]
+        for attribute in ("downsamplers", "upsamplers"):
+            there = [getattr(block, attribute, None) is not None for block in (their_block, our_block)]
+            assert there[0] == there[1]
+
+
+def test_scales_by_block():
+    """What `set_ip_adapter_scale` and `set_adapters` make of scales for parts of the network."""
+    from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
+
+    theirs, ours = pair("upscaler")
+    scales = [{"down": {"block_1": [0.5]}, "mid": 2.0, "up": 0.25}]
+    assert _maybe_expand_lora_scales(ours, scales) == _maybe_expand_lora_scales(theirs, scales)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
@@ -264,6 +316,55 @@ def test_attention_mask_over_pixels():
         ours(**{**given, "attention_mask": mask[:, 1:]})
     with pytest.raises(ValueError, match=r"attention_mask must be \(2, keys\), got \(2, 1, 64\)"):
         ours(**{**given, "attention_mask": mask[:, None]})
+
+
+def test_attention_mask_over_pixels_without_transformers():
+    """Not silently left out where diffusers' model does not take one: as if the masked pixels were not there."""
+    _, ours = pair("class-conditional")
+    attention = ours.down_blocks[0].attentions[0]
+    h = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(2))
+    bias = torch.zeros(2, 1, 1, 16)
+    bias[..., 8:] = -10000
+    normed = attention.group_norm(h).flatten(2).transpose(1, 2)
+    with torch.no_grad():
+        q, k, v = (
+            layer(t).unflatten(-1, (2, 8)).transpose(1, 2)
+            for layer, t in (
+                (attention.to_q, normed),
+                (attention.to_k, normed[:, :8]),
+                (attention.to_v, normed[:, :8]),
+            )
+        )
+        out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        wanted = h + attention.to_out[0](out).transpose(1, 2).unflatten(2, (4, 4))
+        got = attention(h, Conditions(mask=bias))
+    assert relative_error(got, wanted) <= TOLERANCE
+    with pytest.raises(ValueError, match=r"attention_mask must be \(B, 16\) for this size, got \(B, 15\)"):
+        attention(h, Conditions(mask=bias[..., 1:]))
+
+
+def addresses(model: nn.Module) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+@pytest.mark.parametrize("name", ["sd1", "unconditional"])
+def test_weights_stay_shared_with_the_module_they_are_from(name):
+    """Through everything that moves nothing, and training: one set of weights in memory, one set of values."""
+    theirs, _ = pair(name)
+    ours = UNet.from_diffusers(theirs)
+    given = inputs(name)
+    assert_same(theirs, ours, given)
+    ours.to("cpu").float().requires_grad_(True).train().eval()
+    assert addresses(ours) == addresses(theirs)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=1e-3)
+    ours(**given).sample.square().mean().backward()
+    with torch.no_grad():
+        before = ours(**given).sample
+    optimizer.step()
+    assert addresses(ours) == addresses(theirs)
+    with torch.no_grad():
+        assert relative_error(ours(**given).sample, before) > 1e-4
+    assert_same(theirs, ours, given)
 
 
 def residuals(ours: UNet, given: dict) -> tuple[list[Tensor], Tensor]:
@@ -404,10 +505,9 @@ def test_ip_adapter_unloaded(with_images):
     theirs, ours, given = with_images([0.7])
     for model in (theirs, ours):
         model.encoder_hid_proj = None
+        model.set_default_attn_processor()
     theirs.config.encoder_hid_dim_type = None
     ours.config = dataclasses.replace(ours.config, encoder_hid_dim_type=None)
-    theirs.set_default_attn_processor()
-    ours.set_attn_processor(theirs.attn_processors)
     assert not any("processor" in key for key in ours.state_dict())
     assert_same(theirs, ours, inputs("sd1"))
     with pytest.raises(ValueError, match="no IP-Adapter is loaded"):
@@ -469,17 +569,16 @@ def test_lora():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["xl", "unconditional"])
+@pytest.mark.parametrize("name", ["sd1", "sd2", "xl", "class identity", "unconditional"])
 def test_half_precision(name, dtype):
     """Rounding errors against float64 on the same weights at most twice those of diffusers."""
     theirs, ours = pair(name)
     given = inputs(name)
-    low = {
-        key: value.to(dtype) if key in ("sample", "encoder_hidden_states") else value for key, value in given.items()
-    }
+    images = ("sample", "encoder_hidden_states")
+    low = {key: value.to(dtype) if key in images else value for key, value in given.items()}
     if "added_cond_kwargs" in low:
         low["added_cond_kwargs"] = {key: value.to(dtype) for key, value in given["added_cond_kwargs"].items()}
-    exact = {key: value.double() if key in ("sample", "encoder_hidden_states") else value for key, value in low.items()}
+    exact = {key: value.double() if key in images else value for key, value in low.items()}
     with torch.no_grad():
         wanted, got = theirs.to(dtype)(**low).sample, ours.to(dtype)(**low).sample
         truth = theirs.double()(**exact).sample
@@ -553,6 +652,8 @@ def test_compile_fullgraph_with_every_condition(with_images):
         ("lcm", {"timestep_cond": torch.zeros(2, 11)}, r"timestep_cond must be \(2, 12\), got \(2, 11\)"),
         ("sd1", {"timestep_cond": torch.zeros(2, 11)}, r"timestep_cond must be None, got \(2, 11\)"),
         ("unclip", {"class_labels": torch.zeros(2)}, r"class_labels must be \(2, 14\), got \(2,\)"),
+        ("simple projection", {"class_labels": torch.zeros(2)}, r"class_labels must be \(2, 14\), got \(2,\)"),
+        ("class identity", {"class_labels": torch.zeros(2, 32)}, r"class_labels must be \(2, 64\), got \(2, 32\)"),
         ("text projection", {"encoder_hidden_states": torch.zeros(2, 5, 24)}, r"must be \(2, L, 20\)"),
     ],
 )

@@ -283,6 +283,13 @@ def test_weights_are_shared_not_copied():
     assert pipe.unet.mid_block.attentions[0].proj_in.weight.data_ptr() == weight.data_ptr()
 
 
+def test_compiling_the_repeated_blocks():
+    pipe, arguments = text_to_image()
+    before = run(ldm_fast.accelerate(pipe), arguments)
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    assert difference(before, run(pipe, arguments)) <= TOLERANCE
+
+
 def test_accelerate_twice_changes_nothing():
     pipe, _ = text_to_image()
     ours = ldm_fast.accelerate(pipe).unet

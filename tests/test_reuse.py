@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import io
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -78,7 +81,7 @@ def separated(unet: UNet) -> UNet:
     return other
 
 
-# ---- keys and values of a context ------------------------------------------------------------------------------------
+# ---- keys and values of a context ----
 
 
 def contexts_projected(projected: list[Tensor], context: Tensor) -> int:
@@ -133,6 +136,20 @@ def optimise(unet: UNet, context: Tensor) -> None:
     optimiser.step()
 
 
+def optimise_fused(unet: UNet, context: Tensor) -> None:
+    """Not counted as a write, in PyTorch 2.13 at least; the gradient gives it away."""
+    weight = cross(unet).to_v.weight
+    optimiser = torch.optim.AdamW([weight], lr=1.0, fused=True)
+    weight.grad = torch.ones_like(weight)
+    optimiser.step()
+
+
+@torch.inference_mode()
+def write_in_inference_mode(unet: UNet, context: Tensor) -> None:
+    context.mul_(2)
+    cross(unet).to_k.weight.add_(1)
+
+
 def load_other_weights(unet: UNet, context: Tensor) -> None:
     torch.manual_seed(9)
     unet.load_state_dict(UNet(CONFIG).state_dict())
@@ -181,6 +198,8 @@ CHANGES = (
     write_view_of_context,
     write_weight,
     optimise,
+    optimise_fused,
+    write_in_inference_mode,
     load_other_weights,
     assign_other_weights,
     exchange_parameter,
@@ -285,6 +304,13 @@ def test_not_remembered_where_it_could_not_be_checked(unet, context, projected, 
     assert contexts_projected(projected, source) == 2 * CROSS_ATTENTIONS
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_inside_vmap(unet, context):
+    with torch.no_grad():
+        got = torch.vmap(lambda x, c: unet(x[None], 7, c[None]).sample[0])(sample(), context)
+    assert relative_error(got, run(unet, context)) <= TOLERANCE
+
+
 def test_gradients_of_the_context_after_sampling(unet, context):
     run(unet, context)
     context.requires_grad_()
@@ -300,10 +326,64 @@ def test_autocast_keeps_to_itself(unet, context):
     assert torch.equal(run(unet, context), wanted)
 
 
-def test_context_is_not_kept_alive(unet):
-    run(unet, torch.randn(2, 5, 24))
+def test_results_live_no_longer_than_their_context(unet, context):
+    other = context.flip(1)
+    run(unet, context)
+    run(unet, other)
+    values = [weakref.ref(entry.value[0]) for entry in cross(unet)._memory._entries]
+    del other
+    assert [value() is None for value in values] == [False, True]
+    assert len(cross(unet)._memory._entries) == 1
+
+
+def test_results_of_what_was_overwritten_are_dropped(unet, context):
+    for _ in range(3):
+        run(unet, context)
+        context.add_(1)
+    assert len(cross(unet)._memory._entries) == 1
+
+
+def test_memory_dies_with_its_model(unet, context):
+    """At once, not when the garbage collector comes along: it may be that of a GPU."""
+    run(unet, context)
     (entry,) = cross(unet)._memory._entries
-    assert entry.seen[0].tensor() is None
+    gone = weakref.ref(cross(unet)._memory), weakref.ref(entry.value[0])
+    attention = cross(unet)
+    attention.forget()  # the entry held here
+    del entry
+    assert gone[1]() is None
+    run(unet, context)
+    gone = gone[0], weakref.ref(attention._memory._entries[0].value[0])
+    gc.disable()
+    try:
+        attention._memory = reuse.Memory()
+        assert [ref() is None for ref in gone] == [True, True]
+    finally:
+        gc.enable()
+
+
+def test_a_write_during_the_computation_counts_as_a_change(unet, context):
+    """As another thread's would."""
+    layers = (cross(unet).to_k, cross(unet).to_v)
+    memory = reuse.Memory()
+
+    def compute():
+        value = [layer(context) for layer in layers]
+        context.add_(1)
+        return value
+
+    with torch.no_grad():
+        old = memory.recall(context, layers, compute)
+        new = memory.recall(context, layers, lambda: [layer(context) for layer in layers])
+    assert not torch.equal(new[0], old[0])
+
+
+def test_threads_share_a_model(unet):
+    contexts = [torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    wanted = [fresh(unet, context) for context in contexts]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda i: run(unet, contexts[i % 4]), range(16)))
+    assert all(torch.equal(output, wanted[i % 4]) for i, output in enumerate(got))
 
 
 def test_copies_and_pickles_start_empty(unet, context):
@@ -333,7 +413,7 @@ def test_traced_graph_does_not_hold_a_context(unet, context):
         assert relative_error(traced(sample(), other), fresh(unet, other)) <= 1e-5
 
 
-# ---- one product -----------------------------------------------------------------------------------------------------
+# ---- one product ----
 
 
 def joined_products(unet: UNet, context: Tensor, monkeypatch) -> int:
@@ -363,6 +443,32 @@ def test_joined_projections_are_one_product(unet, context, monkeypatch):
 def test_joined_through_dtypes_and_other_weights(unet, context, monkeypatch):
     load_other_weights(unet, context)
     assert joined_products(unet.half().float(), context, monkeypatch) == 2 * CROSS_ATTENTIONS
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_training_joined_weights(unet, context, fused):
+    """The optimizer's parameters stay the model's, and each is moved by its own gradient alone."""
+    apart, trained = separated(unet), []
+    for model in (unet, apart):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4, fused=fused)
+        for step in range(3):
+            model(sample(step), 7, context).sample.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.join_projections()
+        trained.append(run(model, context))
+    assert relative_error(*trained) <= 1e-5
+    assert relative_error(trained[0], fresh(unet, context)) <= TOLERANCE
+    for name, parameter in unet.named_parameters():
+        assert relative_error(parameter, apart.get_parameter(name)) <= 1e-4, name
+
+
+def test_built_in_inference_mode(unet, context):
+    with torch.inference_mode():
+        other = UNet(CONFIG).eval()
+        other.load_state_dict(unet.state_dict())
+        for _ in range(2):
+            assert relative_error(other(sample(), 7, context).sample, run(unet, context)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
@@ -425,7 +531,7 @@ def test_joined_weights_are_stored_as_any_others(unet, tmp_path):
     assert size <= (tmp_path / "unet.safetensors").stat().st_size < size * 1.1 + 30_000
 
 
-# ---- time embeddings of a schedule -----------------------------------------------------------------------------------
+# ---- time embeddings of a schedule ----
 
 
 @pytest.fixture
@@ -470,7 +576,22 @@ def change_time_layer(unet):
     unet.time_embedding.linear_2.register_forward_hook(lambda m, i, o: 2 * o)
 
 
-@pytest.mark.parametrize("change", [change_time_weight, change_time_layer], ids=lambda change: change.__name__)
+def change_time_weight_unseen(unet):
+    """As an adapter does that is loaded, fused and unloaded with no call between."""
+    layer = unet.time_embedding.linear_2
+    unet.time_embedding.linear_2 = nn.Sequential(layer)
+    layer.weight.data.mul_(2)
+    unet.time_embedding.linear_2 = layer
+
+
+def drop_time_bias(unet):
+    unet.time_embedding.linear_2.bias = None
+
+
+CHANGES_OF_TIME = (change_time_weight, change_time_layer, change_time_weight_unseen, drop_time_bias)
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_TIME, ids=lambda change: change.__name__)
 def test_a_change_of_the_time_embedding_is_noticed(unet, context, change):
     unet.precompute_time(SCHEDULE)
     before = run(unet, context, 900)

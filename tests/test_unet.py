@@ -213,6 +213,22 @@ def test_errors(name, change, message):
         ({"norm_num_groups": 5}, "norm_num_groups 5 must divide"),
         ({"resample_type": "bilinear"}, "resample_type must be one of"),
         ({"num_attention_heads": 3}, "do not divide into 3 heads"),
+        ({"num_attention_heads": 0}, "do not divide into 0 heads"),
+        ({"norm_num_groups": None}, "norm_num_groups must be a positive number, got None"),
+        ({"layers_per_block": (1, 2)}, r"layers_per_block must be a positive number, got \(1, 2\)"),
+        ({"class_embed_type": "simple_projection"}, "needs projection_class_embeddings_input_dim"),
+        ({"encoder_hid_dim": 20}, "encoder_hid_dim 20 needs encoder_hid_dim_type"),
+        ({"class_embed_type": "learned"}, "class_embed_type must be one of None, timestep, identity"),
+        ({"transformer_layers_per_block": (1, 2, 3)}, "transformer_layers_per_block needs one value or 2"),
+        ({"transformer_layers_per_block": ((1,), 1)}, "needs reverse_transformer_layers_per_block"),
+        (
+            {"transformer_layers_per_block": ((1, 2), 1), "reverse_transformer_layers_per_block": (1, 1)},
+            r"transformer_layers_per_block needs one depth for a level or 1, got \(1, 2\)",
+        ),
+        (
+            {"reverse_transformer_layers_per_block": ((1, 2, 3), 1)},
+            r"reverse_transformer_layers_per_block needs one depth for a level or 2, got \(1, 2, 3\)",
+        ),
     ],
 )
 def test_config_errors(change, message):

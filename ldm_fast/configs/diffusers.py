@@ -32,7 +32,6 @@ CONDITIONAL_UNET_FIXED = dict(
     attention_type="default",
     class_embeddings_concat=False,
     cross_attention_norm=None,
-    reverse_transformer_layers_per_block=None,
 )
 
 
@@ -146,7 +145,7 @@ def _unconditional_unet(params: Parameters) -> UNetConfig:
     )  # the middle's attention, if not told otherwise
     if norm_groups != groups and not (norm_groups is None and has_norm):
         raise ValueError(f"{params.owner}: attn_norm_num_groups must be norm_num_groups ({groups}), got {norm_groups}")
-    if resample == "resnet" and "DownBlock2D" in given["down_block_types"][:-1]:
+    if resample == "resnet" and "DownBlock2D" in given["down_block_types"]:
         raise ValueError(
             f"{params.owner}: downsample_type 'resnet' needs AttnDownBlock2D at every level, "
             f"got {given['down_block_types']}"
