@@ -1,25 +1,31 @@
 """nearest_codebook against the ways of finding the nearest code that one can install.
 
-    python benchmarks/nearest_codebook.py [--shape k16384-d4] [--compile]
+    python benchmarks/nearest_codebook.py [--shape k16384-d4] [--threads 2] [--compile]
 
 Peers: the formula of taming-transformers (the whole N×K matrix of distances), torch.cdist, FAISS (IndexFlatL2, which is
 exact, built beforehand) and scikit-learn (pairwise_distances_argmin). Ours must not give one index that float32
 rounding cannot explain, as judged in float64; of a peer up to 1 % may be such. The error in the table is their share.
+
+Two more rows are ours: the op with counts and sums (nearest_codebook_stats), verified by counting again, and, on the
+CPU, plain brute force, which shows how near its loop is to the fused multiply-adds the machine can do. That peak is
+measured in the same run; a matrix product stays below it.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from harness import OURS, Bench, Verdict, add_impl_option, implementation, parser, too_large
 from torch import Tensor
 
-from ldm_fast import ops
+from ldm_fast import cpu, ops
 from ldm_fast.testing import NearestCodebook, bytes_moved, flops, make_inputs, wrong_codes
 
-TINY = (NearestCodebook(65, 130, 4), NearestCodebook(65, 130, 40))
+TINY = (NearestCodebook(65, 130, 4), NearestCodebook(65, 130, 4, data="kmeans"), NearestCodebook(65, 130, 40))
+STATS, BRUTE_FORCE = f"{OURS} with stats", f"{OURS} brute force"
 ALLOWED_PEER = 0.01  # of the rows: |z|² + |e|² - 2 z·e cancels, and equal codes may be told apart wrongly
 Search = Callable[[Tensor, Tensor], Callable[[], Tensor]]
 
@@ -70,9 +76,34 @@ def installed(bench: Bench) -> dict[str, Search]:
     return found
 
 
-def row(bench: Bench, case: NearestCodebook, dtype: torch.dtype, libraries: dict[str, Search]) -> None:
+def verdict(
+    case: NearestCodebook, z: Tensor, codebook: Tensor, name: str, found: Tensor | tuple[Tensor, ...]
+) -> Verdict:
+    """How many indices are wrong; of the op with statistics also whether they are those of the indices."""
+    indices, *statistics = found if isinstance(found, tuple) else (found,)
+    if indices.shape != (case.N,) or not ((indices >= 0) & (indices < case.K)).all():
+        return Verdict(float("inf"), False, "not N indices of codes")
+    if statistics:
+        counts, sums = torch.bincount(indices, minlength=case.K), torch.zeros(case.K, case.d, dtype=torch.float64)
+        sums = sums.to(z.device).index_add_(0, indices, z.double())
+        if not torch.equal(statistics[0], counts) or (statistics[1] - sums).abs().max() > 1e-6 * sums.abs().max():
+            return Verdict(float("inf"), False, "the counts or sums are not those of the indices")
+    count = int(wrong_codes(z, codebook, indices.long()).sum())
+    allowed = 0 if name.startswith(OURS) else ALLOWED_PEER * case.N
+    return Verdict(count / case.N, count <= allowed, f"{count} of {case.N} indices are wrong")
+
+
+def row(
+    bench: Bench, case: NearestCodebook, dtype: torch.dtype, libraries: dict[str, Search], fma_rate: float | None
+) -> None:
     z, codebook = make_inputs("nearest_codebook", case, dtype, bench.device).values()
-    contenders = {OURS: lambda: ops.nearest_codebook(z, codebook, impl=bench.options.impl)}
+    contenders = {
+        OURS: lambda: ops.nearest_codebook(z, codebook, impl=bench.options.impl),
+        STATS: lambda: ops.nearest_codebook_stats(z, codebook, impl=bench.options.impl),
+    }
+    runs_by = implementation("nearest_codebook", bench.options.impl, z, codebook)
+    if runs_by == "cpu":
+        contenders[BRUTE_FORCE] = lambda: cpu.nearest_codebook(z[None], codebook, "brute force")[0]
     skipped = {}
     matrix = {"taming": taming, "torch.cdist": cdist}
     if bench.options.compile:
@@ -91,24 +122,33 @@ def row(bench: Bench, case: NearestCodebook, dtype: torch.dtype, libraries: dict
         else:
             skipped[name] = "takes float32 on the CPU"
 
-    def verify(name: str, indices: Tensor) -> Verdict:
-        if indices.shape != (case.N,) or not ((indices >= 0) & (indices < case.K)).all():
-            return Verdict(float("inf"), False, "not N indices of codes")
-        wrong = wrong_codes(z, codebook, indices.long())
-        allowed = 0 if name == OURS else ALLOWED_PEER * case.N
-        count = int(wrong.sum())
-        return Verdict(count / case.N, count <= allowed, f"{count} of {case.N} indices are wrong")
-
     bench.row(
         str(case),
         str(dtype).removeprefix("torch."),
         contenders,
-        verify,
-        implementation=implementation("nearest_codebook", bench.options.impl, z, codebook),
+        lambda name, found: verdict(case, z, codebook, name, found),
+        implementation=runs_by,
         flops=flops("nearest_codebook", case),
         moved=bytes_moved("nearest_codebook", case, dtype),
         skipped=skipped,
     )
+    add_ratios(bench.rows[-1], fma_rate)
+
+
+def add_ratios(row: dict[str, Any], fma_rate: float | None) -> None:
+    """What only this benchmark asks of a row: what the statistics cost, and how near brute force is to the peak."""
+    times = {name: figures["median_ms"] for name, figures in row["contenders"].items()}
+    if not times:
+        return
+    row["stats_ratio"] = times[STATS] / times[OURS]
+    line = f"  with stats: {row['stats_ratio']:.3f} x the plain op"
+    if fma_rate and BRUTE_FORCE in times:
+        fastest = row["flops"] / row["contenders"][BRUTE_FORCE]["min_ms"] * 1e3
+        row["fma_peak_gflops"] = fma_rate / 1e9
+        row["brute_force_share_of_fma_peak"] = row["contenders"][BRUTE_FORCE]["gflops"] * 1e9 / fma_rate
+        line += f"; brute force: {row['brute_force_share_of_fma_peak']:.0%} of the peak of fused multiply-adds"
+        line += f" (at its fastest {fastest / fma_rate:.0%})"
+    print(line)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,10 +156,13 @@ def main(arguments: list[str] | None = None) -> int:
     add_impl_option(p, "nearest_codebook")
     bench = Bench("nearest_codebook", p.parse_args(arguments))
     libraries = installed(bench)
+    fma_rate = cpu.fused_multiply_add_rate() if bench.device.type == "cpu" and cpu.unavailable() is None else None
+    if fma_rate:
+        print(f"fused multiply-adds measured now: {fma_rate / 1e9:.0f} GFLOP/s")
     for case in bench.cases("nearest_codebook", TINY):
         for dtype in bench.options.dtype:
             with torch.no_grad():
-                row(bench, case, getattr(torch, dtype), libraries)
+                row(bench, case, getattr(torch, dtype), libraries, fma_rate)
     return bench.finish()
 
 

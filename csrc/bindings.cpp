@@ -18,4 +18,5 @@ PYBIND11_MODULE(_native, m) {
     m.def("attention", &ldm::attention, Release());
     m.def("nearest_codebook", &ldm::nearest_codebook, Release());
     m.def("exp_array", &ldm::exp_array, Release());
+    m.def("fused_multiply_adds", &ldm::fused_multiply_adds, Release());
 }

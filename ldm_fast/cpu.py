@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -89,6 +90,18 @@ def build_info() -> dict[str, Any]:
     info["isa"] = native.isa() if native else None
     info["openmp"] = openmp or "none found in this process: the kernels run on one thread"
     return {**info, "threads": threads}
+
+
+def fused_multiply_add_rate() -> float:
+    """Float32 multiplications and additions a second that the kernels' instructions can reach here; for benchmarks."""
+    threads, rounds = torch.get_num_threads(), 1 << 17
+    result = torch.empty(threads)
+    best = float("inf")
+    for _ in range(99):  # half a millisecond each: some of them nothing interrupts
+        start = time.perf_counter()
+        count = _native().fused_multiply_adds(rounds, 0.5, result.data_ptr(), threads)
+        best = min(best, time.perf_counter() - start)
+    return 2 * count / best
 
 
 def unavailable() -> str | None:
@@ -244,22 +257,51 @@ def group_norm_silu_backward(
 
 # ---- nearest_codebook ----
 
+# How to search; every way finds the same indices. "auto" chooses by the sizes and by what the first rows show.
+SEARCHES = {"auto": 0, "brute force": 1, "pruned": 2, "bf16 candidates": 3}
+
 
 def nearest_codebook_unsupported(z: Tensor, codebook: Tensor) -> str | None:
     return _unsupported(z=z, codebook=codebook)
 
 
-def nearest_codebook(z: Tensor, codebook: Tensor) -> Tensor:
-    """See `reference.nearest_codebook`; distances in float32 with fused multiply-adds in index order."""
-    index = torch.empty(z.shape[0], dtype=torch.int64)
+def nearest_codebook(z: Tensor, codebook: Tensor, search: str = "auto") -> Tensor:
+    """See `ops.nearest_codebook`: z (B, S, d) → (B, S); distances in float32 with fused multiply-adds in index order.
+
+    `search` is for tests and benchmarks: one of SEARCHES. A way that cannot take these inputs leaves the rows to brute
+    force.
+    """
+    index = torch.empty(z.shape[:2], dtype=torch.int64)
+    _search_codebook(z, codebook, search, index, None, None)
+    return index
+
+
+def nearest_codebook_stats_unsupported(z: Tensor, codebook: Tensor) -> str | None:
+    return _unsupported(z=z, codebook=codebook)
+
+
+def nearest_codebook_stats(z: Tensor, codebook: Tensor, search: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.nearest_codebook_stats`; `search` as above."""
+    index = torch.empty(z.shape[:2], dtype=torch.int64)
+    counts = torch.empty(codebook.shape[0], dtype=torch.int64)
+    sums = torch.empty(codebook.shape, dtype=torch.float32)
+    _search_codebook(z, codebook, search, index, counts, sums)
+    return index, counts, sums
+
+
+def _search_codebook(
+    z: Tensor, codebook: Tensor, search: str, index: Tensor, counts: Tensor | None, sums: Tensor | None
+) -> None:
     _native().nearest_codebook(
         _DTYPES[z.dtype],
-        (z.shape[0], *codebook.shape),
+        SEARCHES[search],
+        (*z.shape[:2], *codebook.shape),
         z.data_ptr(),
         codebook.data_ptr(),
         z.stride(),
         codebook.stride(),
         index.data_ptr(),
+        _address(counts),
+        _address(sums),
         torch.get_num_threads(),
     )
-    return index

@@ -14,7 +14,8 @@ except ImportError as error:
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _OLDEST = (8, 0)  # compute capability the kernels are compiled for
-_CHUNK_DIM = 16  # up to this d the kernels need no workspace
+_MOST_CODES, _MOST_NUMBERS = 2**31 - 1, 2**31 - 33  # of a codebook, and in a vector
+_MOST_COUNTED = 2**32 - 1  # vectors of which nearest_codebook_stats can keep count
 
 
 def unavailable() -> str | None:
@@ -49,13 +50,13 @@ def _version(number: int) -> str:
 
 
 def nearest_codebook_unsupported(z: Tensor, codebook: Tensor) -> str | None:
-    """Why the kernels cannot take these inputs; None if they can."""
+    """Why the kernels cannot take these inputs, z (B, S, d) and codebook (K, d); None if they can."""
     if z.device.type != "cuda" or codebook.device != z.device:
         return f"it needs tensors on one CUDA device, got z on {z.device} and codebook on {codebook.device}"
     if z.dtype not in _DTYPES or codebook.dtype != z.dtype:
         return f"it needs float32, float16 or bfloat16 for both, got z {z.dtype} and codebook {codebook.dtype}"
-    if codebook.shape[0] >= 2**31 or codebook.shape[1] >= 2**31 - 17:
-        return f"it needs fewer than 2^31 codes of fewer than 2^31 - 17 numbers, got {tuple(codebook.shape)}"
+    if codebook.shape[0] > _MOST_CODES or codebook.shape[1] > _MOST_NUMBERS:
+        return f"it needs at most 2^31 - 1 codes of at most 2^31 - 33 numbers, got {tuple(codebook.shape)}"
     capability = torch.cuda.get_device_capability(z.device)
     if capability < _OLDEST:
         return f"it needs a GPU of compute capability 8.0 or newer, {z.device} has {capability[0]}.{capability[1]}"
@@ -65,26 +66,53 @@ def nearest_codebook_unsupported(z: Tensor, codebook: Tensor) -> str | None:
 def nearest_codebook(z: Tensor, codebook: Tensor) -> Tensor:
     """argmin over k of ½‖e_k‖² - ⟨z_n, e_k⟩ in float32, on the current stream of z's device.
 
-    z (N, d) and codebook (K, d), any strides → int64 (N,). Equal distances: the lowest index. A NaN distance never
+    z (B, S, d) and codebook (K, d), any strides → int64 (B, S). Equal distances: the lowest index. A NaN distance never
     wins; a row of nothing but NaN gives 0. Does not synchronise and can be captured in a CUDA graph.
     """
-    (n, d), k = z.shape, codebook.shape[0]
-    out = torch.empty(n, dtype=torch.int64, device=z.device)
-    half_norms = torch.empty(k, dtype=torch.float32, device=z.device) if d > _CHUNK_DIM else None
+    index = torch.empty(z.shape[:2], dtype=torch.int64, device=z.device)
+    _search_codebook(z, codebook, index, None, None)
+    return index
+
+
+def nearest_codebook_stats_unsupported(z: Tensor, codebook: Tensor) -> str | None:
+    """As `nearest_codebook_unsupported`."""
+    if z.shape[0] * z.shape[1] > _MOST_COUNTED:
+        return f"it needs at most 2^32 - 1 vectors, got {z.shape[0] * z.shape[1]}"
+    return nearest_codebook_unsupported(z, codebook)
+
+
+def nearest_codebook_stats(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`nearest_codebook`, how many vectors chose each code, int64 (K,), and their sums, float32 (K, d).
+
+    The sums are added up in float64, in an order that depends on the indices alone, and rounded once: the same bits on
+    every run. Does not synchronise and can be captured in a CUDA graph.
+    """
+    index = torch.empty(z.shape[:2], dtype=torch.int64, device=z.device)
+    counts = torch.empty(codebook.shape[0], dtype=torch.int64, device=z.device)
+    sums = torch.empty(codebook.shape, dtype=torch.float32, device=z.device)
+    _search_codebook(z, codebook, index, counts, sums)
+    return index, counts, sums
+
+
+def _search_codebook(z: Tensor, codebook: Tensor, index: Tensor, counts: Tensor | None, sums: Tensor | None) -> None:
+    device = z.device.index
+    size = _native_cuda.nearest_codebook_workspace(
+        n=index.numel(), k=codebook.shape[0], d=codebook.shape[1], stats=counts is not None, device=device
+    )
+    # Freed when this returns, and safe all the same: the allocator gives it to nobody but this stream.
+    workspace = torch.empty(size, dtype=torch.uint8, device=z.device)
     _native_cuda.nearest_codebook(
         z=z.data_ptr(),
-        z_row_stride=z.stride(0),
-        z_column_stride=z.stride(1),
+        z_shape=z.shape,
+        z_strides=z.stride(),
         codebook=codebook.data_ptr(),
-        codebook_row_stride=codebook.stride(0),
-        codebook_column_stride=codebook.stride(1),
-        out=out.data_ptr(),
-        half_norms=0 if half_norms is None else half_norms.data_ptr(),
-        n=n,
-        k=k,
-        d=d,
+        k=codebook.shape[0],
+        codebook_strides=codebook.stride(),
+        out=index.data_ptr(),
+        counts=0 if counts is None else counts.data_ptr(),
+        sums=0 if sums is None else sums.data_ptr(),
+        workspace=workspace.data_ptr(),
         dtype=_DTYPES[z.dtype],
-        device=z.device.index,
+        device=device,
         stream=torch.cuda.current_stream(z.device).cuda_stream,
     )
-    return out

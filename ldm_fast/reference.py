@@ -27,6 +27,10 @@ def nearest_codebook_unsupported(z: Tensor, codebook: Tensor) -> str | None:
     return None
 
 
+def nearest_codebook_stats_unsupported(z: Tensor, codebook: Tensor) -> str | None:
+    return None
+
+
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -193,17 +197,29 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
 def nearest_codebook(z: Tensor, codebook: Tensor) -> Tensor:
     """argmin over k of ½‖e_k‖² - ⟨z_n, e_k⟩, which orders the codes as ‖z_n - e_k‖² does.
 
-    z (N, d), codebook (K, d) → int64 (N,). Evaluated in float64, a slab of rows at a time, so that memory stays O(K)
+    z (..., d), codebook (K, d) → int64 (...). Evaluated in float64, a slab of rows at a time, so that memory stays O(K)
     per row. Equal distances: the lowest index. A NaN distance never wins; a row of nothing but NaN gives 0.
     """
-    codes = codebook.double()
+    vectors, codes = z.reshape(-1, z.shape[-1]), codebook.double()
     half_norms = codes.square().sum(-1) / 2  # (K,)
-    indices = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
+    indices = torch.empty(vectors.shape[0], dtype=torch.int64, device=z.device)
     rows = max(1, (1 << 22) // max(1, codes.shape[0]))
     numbers = torch.arange(codes.shape[0], device=z.device)
-    for start in range(0, z.shape[0], rows):
-        distances = half_norms - z[start : start + rows].double() @ codes.T  # (rows, K)
+    for start in range(0, vectors.shape[0], rows):
+        distances = half_norms - vectors[start : start + rows].double() @ codes.T  # (rows, K)
         smallest = distances.masked_fill(distances.isnan(), float("inf")).amin(-1, keepdim=True)
         first = torch.where(distances == smallest, numbers, codes.shape[0]).amin(-1)  # NaN equals nothing
         indices[start : start + rows] = first.where(first < codes.shape[0], 0)
-    return indices
+    return indices.view(z.shape[:-1])
+
+
+def nearest_codebook_stats(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`nearest_codebook`, how many vectors chose each code, (K,) int64, and their sums, (K, d).
+
+    Sums are taken in float64 in the order of the vectors, then rounded to float32 (float64 for float64 input).
+    """
+    indices = nearest_codebook(z, codebook)
+    chosen, vectors = indices.flatten(), z.reshape(-1, z.shape[-1]).double()
+    counts = torch.bincount(chosen, minlength=codebook.shape[0])
+    sums = torch.zeros(codebook.shape, dtype=torch.float64, device=z.device).index_add_(0, chosen, vectors)
+    return indices, counts, sums.to(torch.float64 if z.dtype == torch.float64 else torch.float32)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_fast import ops
+
 # Error of an op relative to the largest element of the exact result: what rounding it and the sums inside it may
 # cost. The tests add twice the error of eager PyTorch in the same dtype, which grows with the condition of the data.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -80,7 +82,9 @@ class NearestCodebook:
     d: int
     map: tuple[int, int, int] | None = None
     layout: str = "rows"  # or columns (transposed), wide (a slice of wider rows), channels_last (of a map)
-    data: str = "normal"  # or lattice, duplicates, offset, huge, denormal, trained (vectors near codes)
+    data: str = (
+        "normal"  # or lattice, duplicates, offset, huge, denormal, trained (vectors near codes), kmeans (learned codes)
+    )
     acceptance: bool = False
 
     def __str__(self) -> str:
@@ -188,15 +192,19 @@ CASES: dict[str, tuple[Any, ...]] = {
             for d in (1, 4, 16, 64)
             for data in ("lattice", "duplicates", "offset", "huge", "denormal", "trained")
         ),
+        *(NearestCodebook(120, 300, d, data="kmeans") for d in (3, 8, 40)),
         # What a VQ-reg first stage asks (d 3 and 4), and wider codes.
-        NearestCodebook(16384, 16384, 4, acceptance=True),
-        NearestCodebook(65536, 8192, 3, acceptance=True),
-        NearestCodebook(16384, 8192, 8, acceptance=True),
+        *(
+            NearestCodebook(*shape, data=data, acceptance=True)
+            for shape in ((16384, 16384, 4), (65536, 8192, 3), (16384, 8192, 8))
+            for data in ("normal", "kmeans")
+        ),
         NearestCodebook(16384, 8192, 8, data="trained", acceptance=True),
         NearestCodebook(16384, 1024, 64, acceptance=True),
         NearestCodebook(4096, 16384, 256, acceptance=True),
     ),
 }
+CASES["nearest_codebook_stats"] = CASES["nearest_codebook"]
 
 
 def make_inputs(
@@ -329,6 +337,8 @@ def _nearest_codebook_inputs(
     codebook = _nearest_codebook_data(case, normal(case.K, case.d))
     if case.data == "duplicates":  # each code stands in several places
         codebook = codebook[torch.arange(case.K) % max(1, case.K // 4)]
+    if case.data == "kmeans":
+        codebook = _kmeans(normal(4 * case.K, case.d), codebook)
     z = _nearest_codebook_data(case, normal(case.N, case.d))
     if case.data == "trained":
         z = codebook[torch.arange(case.N) * 7 % case.K] + 0.1 * z
@@ -343,6 +353,14 @@ def _nearest_codebook_inputs(
     elif case.layout == "wide":
         z, codebook = (torch.cat([t, t + 1], dim=1)[:, : case.d] for t in (z, codebook))
     return {"z": z, "codebook": codebook}
+
+
+def _kmeans(samples: Tensor, codebook: Tensor, rounds: int = 6) -> Tensor:
+    """Codes moved to the means of the samples nearest to them: a codebook that follows its data, as trained ones do."""
+    for _ in range(rounds):
+        _, counts, sums = ops.nearest_codebook_stats(samples, codebook)
+        codebook = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codebook)
+    return codebook
 
 
 def _nearest_codebook_data(case: NearestCodebook, x: Tensor) -> Tensor:
@@ -391,6 +409,7 @@ _MAKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "attention": _attention_inputs,
     "group_norm_silu": _group_norm_silu_inputs,
     "nearest_codebook": _nearest_codebook_inputs,
+    "nearest_codebook_stats": _nearest_codebook_inputs,
 }
 
 
@@ -409,7 +428,8 @@ def bytes_moved(op: str, case: Case, dtype: torch.dtype = torch.float32) -> int:
         elements = math.prod(case.shape)
         group = elements // max(1, case.shape[0] * case.groups) * size
         return elements * size * (2 if group <= GROUP_ON_CHIP else 3)
-    return (case.N + case.K) * case.d * size + case.N * 8
+    statistics = case.K * (8 + 4 * case.d) if op == "nearest_codebook_stats" else 0
+    return (case.N + case.K) * case.d * size + case.N * 8 + statistics
 
 
 def flops(op: str, case: Case) -> int:

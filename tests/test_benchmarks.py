@@ -14,14 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_fast import ops
+from ldm_fast import cpu, ops
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+# brute force by the native kernels is a row of its own where they are built
+NEAREST_CODEBOOK = {"taming", "torch.cdist", "ldm_fast with stats"}
+NEAREST_CODEBOOK |= {"ldm_fast brute force"} if cpu.unavailable() is None else set()
 # options besides --quick, the peers that need nothing installed, those that may be absent, rows
 BENCHMARKS = {
     "attention": (["--backward"], {"SDPA", "SDPA math", "eager"}, set(), 8),
     "group_norm_silu": ([], {"eager"}, set(), 8),
-    "nearest_codebook": ([], {"taming", "torch.cdist"}, {"FAISS", "scikit-learn"}, 2),
+    "nearest_codebook": ([], NEAREST_CODEBOOK, {"FAISS", "scikit-learn"}, 3),
     "unet": ([], {"PyTorch's ops"}, {"diffusers"}, 2),
 }
 FIGURES = ("median_ms", "min_ms", "max_ms", "gflops", "gbs", "share_of_matmul_peak", "share_of_copy")
@@ -84,7 +87,7 @@ def off_by_little(op: str) -> Callable[..., torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "op"),
-    [(op, op) for op in ops.IMPLEMENTATIONS] + [("unet", "group_norm_silu"), ("unet", "attention")],
+    [(op, op) for op in ops.IMPLEMENTATIONS if op in BENCHMARKS] + [("unet", "group_norm_silu"), ("unet", "attention")],
 )
 def test_refuses_a_wrong_result(
     name: str, op: str, load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: Any

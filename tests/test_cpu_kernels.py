@@ -57,7 +57,7 @@ def codebook_arguments(rows, codes, width):
     generator = torch.Generator().manual_seed(0)
     codebook = torch.randn(codes, width, generator=generator)
     codebook[codes // 2 :] = codebook[: codes - codes // 2]  # every code twice: ties everywhere
-    return torch.randn(rows, width, generator=generator), codebook
+    return torch.randn(1, rows, width, generator=generator), codebook
 
 
 def run_group_norm(shape, groups, channels_last, dtype=torch.float32):
@@ -82,6 +82,9 @@ RUNS = {
     "attention one head": lambda: cpu.attention(*attention_arguments((1, 1, 700, 600, 33))),
     "attention bfloat16": lambda: cpu.attention(*attention_arguments((1, 3, 300, 301, 40), torch.bfloat16)),
     "nearest_codebook": lambda: [cpu.nearest_codebook(*codebook_arguments(1000, 1500, 5))],
+    "nearest_codebook narrow": lambda: [cpu.nearest_codebook(*codebook_arguments(16000, 1500, 4))],
+    "nearest_codebook wide": lambda: [cpu.nearest_codebook(*codebook_arguments(1000, 1500, 33))],
+    "nearest_codebook_stats": lambda: cpu.nearest_codebook_stats(*codebook_arguments(40000, 300, 5)),
 }
 
 
@@ -148,12 +151,12 @@ def test_attention_on_every_isa(isa, dtype):
 
 def test_nearest_codebook_is_the_same_on_every_isa():
     z, codebook = codebook_arguments(500, 1500, 9)
-    z[0], z[1, 3], codebook[:3] = float("nan"), float("inf"), float("nan")
+    z[0, 0], z[0, 1, 3], codebook[:3] = float("nan"), float("inf"), float("nan")
     found = []
     for isa in ISAS:
         before = cpu._native().isa()
         cpu._native().set_isa(isa)
-        found.append(cpu.nearest_codebook(z, codebook))
+        found.append(cpu.nearest_codebook(z, codebook)[0])
         cpu._native().set_isa(before)
     assert found[0][0] == 0
     assert (found[0][2:] < 750).all() or (found[0][2:] >= 3).all()
@@ -194,6 +197,14 @@ def test_exp_special_values_and_bounds(isa):
         assert (guarded[:n] == 1).all() and (guarded[n:] == 7).all()
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_fused_multiply_adds_are_done(isa):
+    """Every lane of every chain converges to 1, so their sum is how many there are."""
+    result = torch.full((3,), float("nan"))
+    count = cpu._native().fused_multiply_adds(100, 0.5, result.data_ptr(), 3)
+    assert (result == count / (100 * 3)).all() and count > 0
+
+
 def test_unknown_isa_is_an_error():
     with pytest.raises(ValueError, match="no quantum"):
         cpu._native().set_isa("quantum")
@@ -210,7 +221,7 @@ print("started", len(os.listdir("/proc/self/task")) - before)
 cpu.group_norm_silu_backward(x, x, 32, None, None, "silu", None, None, mean, rstd)
 q = torch.randn(2, 8, 256, 40)
 cpu.attention(q, q, q, None, 0.1)
-cpu.nearest_codebook(torch.randn(1000, 4), torch.randn(1000, 4))
+cpu.nearest_codebook(torch.randn(1, 1000, 4), torch.randn(1000, 4))
 torch.randn(500, 500) @ torch.randn(500, 500)
 print("all", len(os.listdir("/proc/self/task")) - before)
 print("runtimes", len(cpu.openmp_runtimes()), "used", cpu.build_info()["openmp"] in cpu.openmp_runtimes())

@@ -19,25 +19,41 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DIMS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)  # compiled sizes of nearest_chunk and find_in_chunk
 TYPES = ("float", "__half", "__nv_bfloat16")
-SHARED_BUDGET = 24 * 1024  # bytes per block; with the registers below, what keeps the planned blocks resident
-REGISTER_BUDGET = {4: 128, 3: 168}  # per thread of a block of 128, by blocks per multiprocessor
+# Bytes of shared memory per block and registers per thread, with which the planned blocks fit on a multiprocessor at
+# once: 64 Ki registers, and 164 KiB on sm_80. Registers by blocks of 128 threads.
+SHARED_BUDGET = {"nearest_tensor": 48 * 1024, "": 24 * 1024}
+REGISTER_BUDGET = {2: 255, 3: 168, 4: 128}
+BLOCKS = {"nearest_tensor": 2, "nearest_tiled": 3, "": 4}
+MERGES = ("false", "true")
 
 # The default run looks at the variants of the shipped model and of common codebooks, on one architecture.
 SELECTED = [
     "nearest_chunk<3, false, float>",
-    "nearest_chunk<4, false, float>",
     "nearest_chunk<4, true, float>",
     "nearest_chunk<4, false, __half>",
     "nearest_chunk<16, false, float>",
     "find_in_chunk<4, float>",
     "nearest_tiled<false, float>",
-    "nearest_tiled<true, __nv_bfloat16>",
+    "prepare_queries<float>",
+    "prepare_codes<float>",
+    "nearest_tensor<false, float>",
+    "nearest_tensor<true, __nv_bfloat16>",
+    "count_digits",
+    "scan_digits",
+    "scatter_digits",
+    "locate_codes<float>",
+    "sum_pieces<float>",
+    "sum_codes<float>",
 ]
+STATS = ("locate_codes", "sum_pieces", "sum_codes")
+SORT = ("count_digits", "scan_digits", "scatter_digits")
+PREPARE = ("prepare_queries", "prepare_codes", "half_norms", "reset_keys", "keys_to_indices")
 ALL = [
-    *[f"nearest_chunk<{d}, {merge}, {t}>" for d in DIMS for merge in ("false", "true") for t in TYPES],
+    *[f"nearest_chunk<{d}, {merge}, {t}>" for d in DIMS for merge in MERGES for t in TYPES],
     *[f"find_in_chunk<{d}, {t}>" for d in DIMS for t in TYPES],
-    *[f"nearest_tiled<{merge}, {t}>" for merge in ("false", "true") for t in TYPES],
-    *[f"{name}<{t}>" for name in ("half_norms", "reset_keys", "keys_to_indices") for t in TYPES],
+    *[f"{name}<{merge}, {t}>" for name in ("nearest_tiled", "nearest_tensor") for merge in MERGES for t in TYPES],
+    *[f"{name}<{t}>" for name in (*PREPARE, *STATS) for t in TYPES],
+    *SORT,
 ]
 
 
@@ -63,8 +79,7 @@ def compile_kernels(variants: list[str], architecture: int) -> dict[str, Kernel]
         pytest.skip(f"needs nvcc (found: {nvcc}) and cuobjdump (found: {cuobjdump})")
     text = '#include "nearest_codebook.cuh"\nnamespace ldm_fast::nearest {\n'
     for variant in variants:
-        element = variant[:-1].split("<")[1].split(", ")[-1]
-        text += f"template __global__ void {variant}(Problem<{element}>);\n"
+        text += instantiation(variant)
     with tempfile.TemporaryDirectory() as name:
         source, cubin = Path(name) / "kernels.cu", Path(name) / "kernels.cubin"
         source.write_text(text + "}\n")
@@ -82,9 +97,18 @@ def compile_kernels(variants: list[str], architecture: int) -> dict[str, Kernel]
     return kernels
 
 
+def instantiation(variant: str) -> str:
+    if "<" not in variant:  # no template: it is there anyway
+        return ""
+    arguments = "Stats" if variant.startswith(STATS) else "Problem"
+    return f"template __global__ void {variant}({arguments}<{variant[:-1].split('<')[1].split(', ')[-1]}>);\n"
+
+
 def mangled_start(variant: str) -> str:
     """The mangled name as far as the template's arguments: _ZN8ldm_fast7nearest13nearest_chunkILi4ELb0EfEE."""
-    name, arguments = variant[:-1].split("<")
+    name, _, arguments = variant.rstrip(">").partition("<")
+    if not arguments:
+        return f"_ZN8ldm_fast7nearest{len(name)}{name}E"
     types = {"float": "f", "__half": "6__half", "__nv_bfloat16": "13__nv_bfloat16", "false": "Lb0E", "true": "Lb1E"}
     codes = (types.get(argument, f"Li{argument}E") for argument in arguments.split(", "))
     return f"_ZN8ldm_fast7nearest{len(name)}{name}I{''.join(codes)}EE"
@@ -134,27 +158,62 @@ def inner_loop(kernel: Kernel) -> Counter[str]:
     return Counter(codes[start : minima[-1] + 1])
 
 
+def budget(name: str, budgets: dict[str, int]) -> int:
+    return next(value for start, value in budgets.items() if name.startswith(start))
+
+
 def check_resources(name: str, kernel: Kernel) -> None:
     assert (kernel.stack, kernel.spilled) == (0, 0), name
     assert not any(code.startswith(("LDL", "STL")) for code in opcodes(kernel)), name
-    assert kernel.shared <= SHARED_BUDGET, name
+    assert kernel.shared <= budget(name, SHARED_BUDGET), name
     found = re.match(r"nearest_chunk<(\d+)", name)
-    blocks = 3 if name.startswith("nearest_tiled") or (found and int(found.group(1)) > 8) else 4
+    blocks = 3 if found and int(found.group(1)) > 8 else budget(name, BLOCKS)
     assert kernel.registers <= REGISTER_BUDGET[blocks], name
 
 
 def check_loads(name: str, kernel: Kernel) -> None:
-    """The codes come from global memory and from shared memory 16 bytes at a time."""
-    if name.startswith("nearest"):
-        codes = opcodes(kernel)
+    """What the search reads from global and from shared memory, it reads 16 bytes at a time."""
+    codes = opcodes(kernel)
+    if name.startswith("nearest_tensor"):
+        assert any(re.match(r"LDGSTS\.E.*\.128", code) for code in codes), name
+        assert not any(re.match(r"LDGSTS(?!.*\.128)", code) for code in codes), name
+    if name.startswith(("nearest", "prepare")):
         assert any(re.match(r"LDG\.E.*\.128", code) for code in codes), name
+    if name.startswith("nearest"):
         assert any(re.match(r"LDS.*\.128", code) for code in codes), name
+    if name.startswith("prepare"):
+        assert any(re.match(r"STG\.E.*\.128", code) for code in codes), name
 
 
 def check_atomics(name: str, kernel: Kernel) -> None:
-    """Only the kernels that merge ranges of codes touch memory atomically."""
-    atomics = [code for code in opcodes(kernel) if code.startswith(("ATOM", "RED"))]
-    assert bool(atomics) == ("true" in name), (name, atomics)
+    """Only the kernels that merge ranges of codes touch global memory atomically, 64 bits at a time.
+
+    In shared memory, 32 bits: the candidates of nearest_tensor and the counts of the sort.
+    """
+    atomics = [code for code in opcodes(kernel) if code.startswith(("ATOM", "RED")) and not code.startswith("REDUX")]
+    in_shared = [code for code in atomics if code.startswith("ATOMS")]
+    in_global = [code for code in atomics if code not in in_shared]
+    assert bool(in_global) == ("true" in name), (name, atomics)
+    assert all(".64" in code and ".MIN" in code for code in in_global), (name, in_global)
+    assert bool(in_shared) == name.startswith(("nearest_tensor", "count_digits")), (name, atomics)
+    assert not any(".64" in code for code in in_shared), (name, in_shared)
+
+
+def check_tensor_cores(name: str, kernel: Kernel) -> None:
+    """The product of d >= 32 is on the tensor cores, and one slice of it is as many instructions as it takes.
+
+    A warp multiplies 64 by 64 by 32: 4 x 8 x 2 products of 16 by 8 by 16. Besides these there is little in the loop:
+    each 16 bytes that a lane reads from shared memory serve several of them.
+    """
+    products = [line for line in kernel.sass if line.startswith("HMMA")]
+    assert bool(products) == name.startswith("nearest_tensor"), name
+    if not products:
+        return
+    assert len(products) == 64, (name, len(products))
+    assert all(line.startswith("HMMA.16816.F32.BF16") for line in products), (name, products[0])
+    lines = [i for i, code in enumerate(opcodes(kernel)) if code.startswith("HMMA")]
+    between = [code for code in opcodes(kernel)[lines[0] : lines[-1]] if not code.startswith("HMMA")]
+    assert len(between) <= 64, (name, Counter(between))
 
 
 def check_inner_loop(name: str, kernel: Kernel) -> None:
@@ -171,7 +230,7 @@ def check_inner_loop(name: str, kernel: Kernel) -> None:
     assert others <= 0.25 * (dim + 1) * minima, (name, loop)
 
 
-CHECKS = [check_resources, check_loads, check_atomics, check_inner_loop]
+CHECKS = [check_resources, check_loads, check_atomics, check_tensor_cores, check_inner_loop]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The CUDA source of nearest_codebook, run on the CPU under sanitizers (tests/cuda_host), against the reference.
+"""The CUDA source of nearest_codebook, run on the CPU under sanitizers (tests/cuda_host), against the formula.
 
 One program per sanitizer is compiled once and runs all cases in one process; each case is then a test of its own.
 """
@@ -7,171 +7,56 @@ from __future__ import annotations
 
 import os
 import shutil
-import struct
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cuda_host.cases import (
+    CASES,
+    LONG_CASES,
+    LONG_TSAN_CASES,
+    METHODS,
+    RACE_CASES,
+    SPLIT,
+    TSAN_CASES,
+    Case,
+    Results,
+    make_inputs,
+    read_results,
+    write_cases,
+)
 
 from ldm_fast import cuda, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADERS = sorted((ROOT / "csrc/cuda").glob("nearest_codebook*.cuh"))
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Multiprocessors of the GPU to plan for: none is filled by any grid, many ask for ranges of codes.
-NO_SPLIT, SPLIT = 0, 64
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
 
 
-@dataclass(frozen=True)
-class Case:
-    n: int
-    k: int
-    d: int
-    dtype: str = "float32"
-    sms: int = NO_SPLIT
-    data: str = "normal"
-    layout: str = "rows"
-
-    def __str__(self) -> str:
-        split = "-split" if self.sms == SPLIT else ""
-        return f"n{self.n}-k{self.k}-d{self.d}-{self.dtype}-{self.data}-{self.layout}{split}"
-
-
-DIMS = (1, 3, 4, 5, 8, 16, 17, 64)
-CASES = [
-    # Awkward sizes: no query and one; less than a warp, a vector, a chunk, a tile, and one more than several.
-    *[Case(n, k, d) for n in (1, 33, 130) for k in (1, 2, 17, 300, 1025) for d in DIMS],
-    Case(0, 17, 4),
-    Case(0, 17, 64),
-    *[Case(33, 1025, d, sms=SPLIT) for d in (*DIMS, 2, 6, 7, 9, 12, 13, 40)],
-    *[Case(33, 300, d) for d in (2, 6, 7, 9, 12, 13, 40)],
-    *[Case(1030, 65, d) for d in (4, 7, 24)],  # more than one block of queries
-    *[Case(33, 300, d, dtype, sms) for d in DIMS for dtype in ("float16", "bfloat16") for sms in (NO_SPLIT, SPLIT)],
-    *[Case(33, 300, d, data="lattice", sms=sms) for d in DIMS for sms in (NO_SPLIT, SPLIT)],
-    *[Case(33, 300, d, data="twice", sms=sms) for d in (1, 4, 64) for sms in (NO_SPLIT, SPLIT)],
-    *[Case(33, 300, d, data=data) for d in (1, 4, 64) for data in ("offset", "huge", "denormal")],
-    *[Case(40, 300, d, data="nonfinite", sms=sms) for d in (1, 4, 16, 17, 64) for sms in (NO_SPLIT, SPLIT)],
-    *[Case(33, 300, d, dtype, layout="columns") for d in (3, 4, 16, 40) for dtype in ("float32", "float16")],
-    *[Case(33, 300, d, dtype, layout="wide") for d in (3, 4, 16, 40) for dtype in ("float32", "bfloat16")],
-    *[Case(33, 300, d, dtype, layout="padded") for d in (3, 17, 46) for dtype in ("float32", "float16")],
-    *[Case(33, 600, d, data="underflow", sms=sms) for d in (1, 4, 16, 40) for sms in (NO_SPLIT, SPLIT)],
-]
-# ThreadSanitizer is slow and data do not matter to it: every kernel, layout and way of merging once.
-TSAN_CASES = [
-    *[Case(33, 600, d, sms=sms) for d in (1, 4, 7, 16) for sms in (NO_SPLIT, SPLIT)],
-    *[Case(130, 130, 40, sms=sms) for sms in (NO_SPLIT, SPLIT)],
-    Case(33, 300, 4, "float16"),
-    Case(33, 300, 64, "bfloat16", SPLIT),
-    Case(33, 300, 4, layout="columns"),
-]
-# For the barriers that are left out: every kernel goes around its loops more than once.
-# At d = 4 a thread computes the norms of the very codes it staged; at d = 3 it does not.
-RACE_CASES = [Case(33, 600, 3), Case(33, 130, 40)]
-
-
-def make_inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """z (n, d) and codebook (k, d) in the case's dtype, with its strides."""
-    generator = torch.Generator().manual_seed(case.n * 1000003 + case.k * 1009 + case.d)
-    z = torch.randn(case.n, case.d, generator=generator)
-    codes = torch.randn(case.k, case.d, generator=generator)
-    if case.data == "lattice":  # small integers: exact in every dtype, and full of equal distances
-        z, codes = z.round(), codes.round()
-    elif case.data == "twice":
-        codes = codes[: case.k // 2].repeat(2, 1)
-    elif case.data == "offset":
-        z, codes = z + 1e4, codes + 1e4
-    elif case.data == "huge":
-        z, codes = z * 1e18, codes * 1e18
-    elif case.data == "denormal":
-        z, codes = z * 1e-20, codes * 1e-20
-    elif case.data == "underflow":  # every distance is +0 or -0, which are equal
-        z, codes = z * 1e-30, codes * 1e-30
-    elif case.data == "nonfinite":
-        spoil(z, codes)
-    return lay_out(z.to(DTYPES[case.dtype]), case.layout), lay_out(codes.to(DTYPES[case.dtype]), case.layout)
-
-
-def spoil(z: torch.Tensor, codes: torch.Tensor) -> None:
-    """NaN and infinities wherever they could mislead: in codes, in rows of z, in single numbers."""
-    nan, inf = float("nan"), float("inf")
-    codes[:70] = nan  # the first chunks hold no number at all
-    codes[100, -1] = nan
-    codes[120:140] = inf
-    z[0] = nan
-    z[1, 0] = nan
-    z[2] = inf
-    z[3] = -inf
-    z[4, -1] = inf
-    z[5] = 0
-    z[6:10] *= 3e38  # distances overflow to infinity, for some rows all of them
-
-
-def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    rows, columns = x.shape
-    if layout == "columns":  # as a channel-first map has it
-        return x.t().contiguous().t()
-    if layout in ("wide", "padded"):  # rows of a wider matrix; padded: all of them start at a multiple of 16 bytes
-        width = columns + 3 if layout == "wide" else -(-columns // 8) * 8
-        wide = torch.full((rows, width), float("nan"), dtype=x.dtype)
-        wide[:, :columns] = x
-        return wide[:, :columns]
-    return x.contiguous()
-
-
-def memory_of(x: torch.Tensor) -> bytes:
-    """The bytes from the first element to the last, gaps included."""
-    rows, columns = x.shape
-    count = (rows - 1) * x.stride(0) + (columns - 1) * x.stride(1) + 1 if rows else 0
-    return torch.as_strided(x, (count,), (1,)).contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def write_cases(path: Path, cases: list[Case]) -> None:
-    with path.open("wb") as file:
-        for case in cases:
-            z, codes = make_inputs(case)
-            dtype = list(DTYPES).index(case.dtype)
-            file.write(struct.pack("9q", case.n, case.k, case.d, dtype, case.sms, *z.stride(), *codes.stride()))
-            file.write(memory_of(z) + memory_of(codes))
-
-
 def run(program: Path, cases: list[Case], without: str = "") -> subprocess.CompletedProcess[str]:
-    """Run the cases; indices (kernel, formula) are left in <program>.results."""
+    """Run the cases, leaving out a barrier ("file:line") or the "bounds"; what comes out is in <program>.results."""
     inputs, results = Path(f"{program}.cases"), Path(f"{program}.results")
     write_cases(inputs, cases)
     command = [str(program), str(inputs), str(results), without]
     # The first report ends the program; leaks are not this test's business where ptrace is forbidden.
     options = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
-    return subprocess.run(command, env={**os.environ, **options}, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env={**os.environ, **options}, capture_output=True, text=True, timeout=1800)
 
 
-@dataclass(frozen=True)
-class Result:
-    ranges: int  # that the codes were divided into
-    kernel: np.ndarray
-    formula: np.ndarray
-
-
-def read_results(program: Path, cases: list[Case]) -> dict[Case, Result]:
-    numbers = np.fromfile(f"{program}.results", dtype=np.int64)
-    assert len(numbers) == sum(1 + 2 * case.n for case in cases)
-    results, start = {}, 0
-    for case in cases:
-        own = numbers[start : start + 1 + 2 * case.n]
-        results[case] = Result(int(own[0]), own[1 : 1 + case.n], own[1 + case.n :])
-        start += len(own)
-    return results
+def run_cleanly(program: Path, cases: list[Case]) -> dict[Case, Results]:
+    done = run(program, cases)
+    assert done.returncode == 0, done.stderr
+    return read_results(Path(f"{program}.results"), cases)
 
 
 def build(folder: Path, name: str) -> Path:
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         pytest.skip("no C++ compiler found (c++, g++, clang++)")
-    flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-pthread"]
+    flags = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-pthread"]
     flags += [f"-fsanitize={SANITIZERS[name]}", "-fno-sanitize-recover=all"]
     probe = folder / "probe.cpp"
     probe.write_text("int main() { return 0; }\n")
@@ -195,16 +80,23 @@ def folder():
 
 
 @pytest.fixture(scope="module")
-def asan_results(folder):
-    program = build(folder, "asan")
-    done = run(program, CASES)
-    assert done.returncode == 0, done.stderr
-    return read_results(program, CASES)
+def asan_program(folder):
+    return build(folder, "asan")
 
 
 @pytest.fixture(scope="module")
 def tsan_program(folder):
     return build(folder, "tsan")
+
+
+@pytest.fixture(scope="module")
+def asan_results(asan_program):
+    return run_cleanly(asan_program, CASES)
+
+
+@pytest.fixture(scope="module")
+def tsan_results(tsan_program):
+    return run_cleanly(tsan_program, TSAN_CASES)
 
 
 def rounding_bound(z: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -217,18 +109,56 @@ def rounding_bound(z: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return (2 * d + 2) * (1.01 * 2.0**-24 * size + 2.0**-149)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernel_gives_the_minimum_of_the_formula(case, asan_results):
-    kernel = asan_results[case].kernel
-    np.testing.assert_array_equal(kernel, asan_results[case].formula)
+def check_search(case: Case, results: Results) -> None:
+    """The formula's index, by the method for these sizes; and in float64 nothing is nearer than rounding explains."""
+    assert results.method == case.method
+    index = results.kernel.index
+    np.testing.assert_array_equal(index, results.formula.index)
     if case.n == 0 or case.data == "nonfinite":
         return
-    z, codes = (x.double().numpy() for x in make_inputs(case))
+    z, codes = (x.double().reshape(-1, case.d).numpy() for x in make_inputs(case))
     distances = (codes**2).sum(1) / 2 - z @ codes.T
     bound = rounding_bound(z, codes)
     rows, best = np.arange(case.n), distances.argmin(1)
-    excess = distances[rows, kernel] - distances[rows, best]
-    assert (excess <= bound[rows, kernel] + bound[rows, best]).all()
+    excess = distances[rows, index] - distances[rows, best]
+    assert (excess <= bound[rows, index] + bound[rows, best]).all()
+
+
+def check_stats(case: Case, results: Results) -> None:
+    """The bits of the formula; counts are exact, and sums as exact as float64 makes them before they are rounded."""
+    np.testing.assert_array_equal(results.kernel.counts, results.formula.counts)
+    np.testing.assert_array_equal(results.kernel.sums, results.formula.sums)
+    index = torch.from_numpy(results.kernel.index.copy())
+    np.testing.assert_array_equal(results.kernel.counts, torch.bincount(index, minlength=case.k).numpy())
+    if case.data == "nonfinite":
+        return
+    z = make_inputs(case)[0].double().reshape(-1, case.d)
+    sums = torch.zeros(case.k, case.d, dtype=torch.float64).index_add_(0, index, z)
+    np.testing.assert_allclose(results.kernel.sums, sums.float().numpy(), rtol=2e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_gives_the_minimum_of_the_formula(case, asan_results):
+    check_search(case, asan_results[case])
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.stats], ids=str)
+def test_counts_and_sums(case, asan_results):
+    check_stats(case, asan_results[case])
+
+
+def test_every_method_is_run_in_every_way():
+    ways = {(case.method, case.dtype, case.sms == SPLIT) for case in CASES}
+    assert len(ways) == len(METHODS) * 3 * 2
+    assert {(c.method, c.sms == SPLIT) for c in TSAN_CASES} == {(m, s) for m in METHODS for s in (False, True)}
+
+
+@pytest.mark.slow
+def test_long_cases(asan_program):
+    for case, results in run_cleanly(asan_program, LONG_CASES).items():
+        check_search(case, results)
+        if case.stats:
+            check_stats(case, results)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.n and c.k >= 300], ids=str)
@@ -238,41 +168,53 @@ def test_codes_are_divided_only_where_queries_are_few(case, asan_results):
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.data in ("lattice", "twice", "underflow")], ids=str)
 def test_equal_distances_give_the_lowest_index(case, asan_results):
-    kernel = asan_results[case].kernel
+    index = asan_results[case].kernel.index
     if case.data == "twice":
-        assert (kernel < case.k // 2).all()
+        assert (index < case.k // 2).all()
     elif case.data == "underflow":
-        assert (kernel == 0).all()
+        assert (index == 0).all()
     else:  # exact arithmetic: float32 and the reference's float64 agree to the last tie
-        np.testing.assert_array_equal(kernel, reference.nearest_codebook(*make_inputs(case)).numpy())
+        z, codes = make_inputs(case)
+        np.testing.assert_array_equal(index, reference.nearest_codebook(z[0], codes).numpy())
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.data == "nonfinite"], ids=str)
 def test_nan_never_wins(case, asan_results):
-    kernel = asan_results[case].kernel
-    assert kernel[0] == 0  # nothing but NaN
-    assert kernel[5] >= 140 or 70 <= kernel[5] < 120  # zero times infinity is NaN
-    z, codes = (x.double() for x in make_inputs(case))
+    index = asan_results[case].kernel.index
+    assert index[0] == 0  # nothing but NaN
+    assert index[5] >= 140 or 70 <= index[5] < 120  # zero times infinity is NaN
+    z, codes = (x.double().reshape(-1, case.d) for x in make_inputs(case))
     distances = codes.square().sum(1) / 2 - z @ codes.T
     real = ~distances.isnan()
     rows = real.any(1)
-    assert real[rows, torch.from_numpy(kernel)[rows]].all()
+    assert real[rows, torch.from_numpy(index)[rows]].all()
 
 
-@pytest.fixture(scope="module")
-def tsan_results(tsan_program):
-    done = run(tsan_program, TSAN_CASES)
+@pytest.mark.parametrize("data", ["normal", "close"])
+def test_without_the_bounds_the_tensor_cores_are_wrong(data, asan_program):
+    """The bounds are what makes the index exact: with none of them the best of bfloat16 wins, and the tests see it."""
+    case = next(c for c in CASES if c.method == "tensor" and c.data == data and c.dtype == "float32")
+    done = run(asan_program, [case], without="bounds")
     assert done.returncode == 0, done.stderr
-    return read_results(tsan_program, TSAN_CASES)
+    results = read_results(Path(f"{asan_program}.results"), [case])[case]
+    assert (results.kernel.index != results.formula.index).any()
 
 
 @pytest.mark.parametrize("case", TSAN_CASES, ids=str)
 def test_no_data_race(case, tsan_results):
-    np.testing.assert_array_equal(tsan_results[case].kernel, tsan_results[case].formula)
+    results = tsan_results[case]
+    np.testing.assert_array_equal(results.kernel.index, results.formula.index)
+    np.testing.assert_array_equal(results.kernel.sums, results.formula.sums)
+
+
+@pytest.mark.slow
+def test_no_data_race_where_it_takes_long(tsan_program):
+    for results in run_cleanly(tsan_program, LONG_TSAN_CASES).values():
+        np.testing.assert_array_equal(results.kernel.index, results.formula.index)
 
 
 BARRIERS = [
-    pytest.param(f"{header.name}:{line}", id=f"{header.stem}-{line}")
+    pytest.param(header.name, line, id=f"{header.stem}-{line}")
     for header in HEADERS
     for line, text in enumerate(header.read_text().splitlines(), 1)
     if "__syncthreads()" in text or "__syncwarp()" in text
@@ -280,19 +222,33 @@ BARRIERS = [
 
 
 def test_every_barrier_is_listed():
-    assert len(BARRIERS) >= 7
+    assert {barrier.values[0] for barrier in BARRIERS} == set(RACE_CASES)
+    assert len(BARRIERS) >= 16
 
 
-@pytest.mark.parametrize("barrier", BARRIERS)
-def test_thread_sanitizer_misses_every_barrier(barrier, tsan_program):
-    done = run(tsan_program, RACE_CASES, without=barrier)
+@pytest.mark.parametrize(("header", "line"), BARRIERS)
+def test_thread_sanitizer_misses_every_barrier(header, line, tsan_program):
+    done = run(tsan_program, [RACE_CASES[header]], without=f"{header}:{line}")
     assert done.returncode != 0
     assert "WARNING: ThreadSanitizer: data race" in done.stderr
 
 
 needs_module = pytest.mark.skipif(cuda._native_cuda is None, reason="ldm_fast._native_cuda is not built (no nvcc)")
-ARGUMENTS = dict(z=0, z_row_stride=4, z_column_stride=1, codebook=0, codebook_row_stride=4, codebook_column_stride=1)
-ARGUMENTS |= dict(out=0, half_norms=0, n=1, k=1, d=4, dtype="float32", device=0, stream=0)
+ARGUMENTS = dict(z=0, z_shape=(1, 1, 4), z_strides=(4, 4, 1), codebook=0, k=1, codebook_strides=(4, 1), out=0)
+ARGUMENTS |= dict(counts=0, sums=0, workspace=0, dtype="float32", device=0, stream=0)
+WRONG_ARGUMENTS = [
+    {"dtype": "float64"},
+    {"k": 0},
+    {"k": 2**31},
+    {"z_shape": (1, -1, 4)},
+    {"z_shape": (-1, -1, 4)},
+    {"z_shape": (1, 1, 0)},
+    {"z_shape": (2**16, 2**16, 4), "counts": 8, "sums": 8},
+    {"counts": 8},
+    {"counts": 4, "sums": 4},
+    {"out": 4},
+    {"workspace": 128},
+]
 
 
 @needs_module
@@ -304,27 +260,50 @@ def test_without_a_driver_the_call_raises_what_the_runtime_says():
 
 
 @needs_module
-@pytest.mark.parametrize("wrong", [{"dtype": "float64"}, {"k": 0}, {"n": -1}, {"d": 0}, {"d": 17}], ids=str)
+@pytest.mark.parametrize("wrong", WRONG_ARGUMENTS, ids=str)
 def test_wrong_arguments_are_refused_before_the_gpu_is_touched(wrong):
     with pytest.raises(ValueError, match="nearest_codebook: "):
         cuda._native_cuda.nearest_codebook(**ARGUMENTS | wrong)
 
 
-def test_cpu_tensors_are_unsupported_in_words():
-    z = torch.zeros(2, 4)
-    assert "CUDA device" in cuda.nearest_codebook_unsupported(z, z)
+@needs_module
+def test_sizes_beyond_the_kernels_have_no_workspace():
+    with pytest.raises(ValueError, match="nearest_codebook: d must be"):
+        cuda._native_cuda.nearest_codebook_workspace(n=1, k=1, d=2**31 - 32, stats=False, device=0)
+
+
+@pytest.mark.parametrize("op", ["nearest_codebook", "nearest_codebook_stats"])
+def test_cpu_tensors_are_unsupported_in_words(op):
+    z = torch.zeros(1, 2, 4)
+    assert "CUDA device" in getattr(cuda, f"{op}_unsupported")(z, z[0])
+
+
+def test_more_vectors_than_can_be_counted_are_unsupported():
+    z = torch.zeros(1, 1, 1).expand(2**16, 2**16, 1)
+    assert "2^32 - 1 vectors" in cuda.nearest_codebook_stats_unsupported(z, torch.zeros(1, 1))
+
+
+GPU_CASES = [c for c in CASES if c.n and c.data != "nonfinite" and (c.data == "lattice" or c.stats)]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(cuda.unavailable() is not None, reason="the CUDA kernels cannot run here")
-@pytest.mark.parametrize("case", [c for c in CASES if c.n and c.data == "lattice"], ids=str)
-def test_on_a_gpu_and_in_a_graph(case):
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_on_a_gpu_and_in_a_graph(case, asan_results):
     z, codes = (x.cuda() for x in make_inputs(case))
-    expected = reference.nearest_codebook(z, codes)
-    assert torch.equal(cuda.nearest_codebook(z, codes), expected)
+    expected = [torch.from_numpy(x.copy()).cuda() for x in vars(asan_results[case].formula).values()]
+    expected[0] = expected[0].view(z.shape[:2])
+
+    def search() -> list[torch.Tensor]:
+        return list(cuda.nearest_codebook_stats(z, codes)) if case.stats else [cuda.nearest_codebook(z, codes)]
+
+    for found, right in zip(search(), expected, strict=False):
+        assert torch.equal(found, right.to(found.dtype))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = cuda.nearest_codebook(z, codes)
-    out.fill_(-1)
+        captured = search()
+    for tensor in captured:
+        tensor.fill_(-1)
     graph.replay()
-    assert torch.equal(out, expected)
+    for found, right in zip(captured, expected, strict=False):
+        assert torch.equal(found, right.to(found.dtype))

@@ -61,6 +61,7 @@ def why_not(op: str, impl: str, dtype: torch.dtype = torch.float32) -> str | Non
         "attention": Attention(1, 2, 16, 77, 40),
         "group_norm_silu": GroupNormSilu((1, 64, 8, 8), 32),
         "nearest_codebook": NearestCodebook(16, 32, 4),
+        "nearest_codebook_stats": NearestCodebook(16, 32, 4),
     }[op]
     return ops._why_not(op, impl, positional(op, make_inputs(op, ordinary, dtype, device_of(impl))))
 
@@ -299,6 +300,7 @@ SOME = {
         GroupNormSilu((3, 64, 9, 9), 32, "channels_last"),
     ),
     "nearest_codebook": (NearestCodebook(63, 300, 4), NearestCodebook(63, 300, 40), NearestCodebook(63, 257, 3)),
+    "nearest_codebook_stats": (NearestCodebook(63, 30, 4), NearestCodebook(63, 300, 40)),
 }
 
 
@@ -306,7 +308,10 @@ def run(op: str, impl: str, inputs: dict[str, Any], grad: Tensor | None = None) 
     def function(**kwargs: Any) -> Tensor:
         return getattr(ops, op)(**kwargs, impl=impl)
 
-    return {"out": function(**inputs)} if op == "nearest_codebook" else with_gradients(function, inputs, grad)
+    if op in DIFFERENTIABLE:
+        return with_gradients(function, inputs, grad)
+    out = function(**inputs)
+    return {"out": out} if op == "nearest_codebook" else dict(zip(("out", "counts", "sums"), out, strict=True))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=name)
@@ -468,8 +473,8 @@ def op_arguments(op: str, impl: str, case: Any, dtype: torch.dtype, *, requires_
     arguments = list(positional(op, make_inputs(op, case, dtype, device_of(impl))))
     if op == "group_norm_silu":
         arguments[5] = arguments[5] or ""
-    if op == "nearest_codebook" and arguments[0].ndim == 4:
-        arguments[0] = arguments[0].permute(0, 2, 3, 1).reshape(-1, case.d)
+    if op.startswith("nearest_codebook"):
+        arguments[0] = ops._vectors(arguments[0])
     if requires_grad:
         mask = 3 if op == "attention" else None
         arguments = [
@@ -491,6 +496,11 @@ OPCHECK = {
         GroupNormSilu((2, 6), 3, affine="none", activation=None),
     ),
     "nearest_codebook": (
+        NearestCodebook(9, 7, 4),
+        NearestCodebook(10, 7, 4, map=(2, 5, 1)),
+        NearestCodebook(9, 7, 4, layout="columns"),
+    ),
+    "nearest_codebook_stats": (
         NearestCodebook(9, 7, 4),
         NearestCodebook(10, 7, 4, map=(2, 5, 1)),
         NearestCodebook(9, 7, 4, layout="columns"),
@@ -526,6 +536,8 @@ def test_compile(op: str) -> None:
         # work on both sides, so that a wrong stride in the fake would be seen by what follows
         tensors = tuple(t * 1.5 for t in tensors)
         out = getattr(ops, op)(**{**inputs, **dict(zip(keys, tensors, strict=True))})
+        if op == "nearest_codebook_stats":
+            return torch.cat([part.flatten() * 2.0 for part in out])
         return out + 1 if op == "nearest_codebook" else out.transpose(1, 2).reshape(out.shape[0], -1) * 2
 
     torch._dynamo.reset()
@@ -605,7 +617,9 @@ def test_explicit_impl_runs_or_says_why(op: str, impl: str) -> None:
 @pytest.mark.parametrize("op", ops.IMPLEMENTATIONS)
 def test_float64_is_for_the_reference(op: str) -> None:
     inputs = make_inputs(op, SOME[op][0], torch.float64)
-    assert torch.equal(getattr(ops, op)(**inputs), getattr(ops, op)(**inputs, impl="reference"))
+    ours, theirs = getattr(ops, op)(**inputs), getattr(ops, op)(**inputs, impl="reference")
+    for a, b in zip(*((out if isinstance(out, tuple) else (out,)) for out in (ours, theirs)), strict=True):
+        assert torch.equal(a, b)
     for impl in impls(op):
         if impl != "reference":
             with pytest.raises(ValueError, match=f"^{op}: impl='{impl}' cannot run here: "):
@@ -676,11 +690,15 @@ BAD_CALLS = [
     ("nearest_codebook", {"codebook": X(4, 3, dtype=torch.float16)}, TypeError, "one dtype"),
     ("nearest_codebook", {"codebook": X(4, 3, device="meta")}, ValueError, "one device"),
     ("nearest_codebook", {"impl": "triton"}, ValueError, "one of cuda, cpu, reference, got 'triton'"),
+    ("nearest_codebook_stats", {"z": X(4, 2)}, ValueError, "codebook's 3 numbers"),
+    ("nearest_codebook_stats", {"codebook": [1.0]}, TypeError, "codebook must be a tensor, got list"),
+    ("nearest_codebook_stats", {"impl": "triton"}, ValueError, "one of cuda, cpu, reference, got 'triton'"),
 ]
 GOOD = {
     "attention": {"q": X(2, 3, 4, 8), "k": X(2, 3, 5, 8), "v": X(2, 3, 5, 8)},
     "group_norm_silu": {"x": X(2, 6, 5), "num_groups": 3, "weight": X(6), "bias": X(6)},
     "nearest_codebook": {"z": X(4, 3), "codebook": X(7, 3)},
+    "nearest_codebook_stats": {"z": X(4, 3), "codebook": X(7, 3)},
 }
 
 

@@ -16,12 +16,13 @@ struct Kernels {
     bool (*attention)(const Attention&);
     bool (*nearest_codebook)(const NearestCodebook&);
     void (*exp_array)(const float*, float*, int64_t);
+    int64_t (*fused_multiply_adds)(int64_t, float, float*, int);
 };
 
 #define LDM_KERNELS(name)                                                                                      \
     Kernels {                                                                                                  \
         #name, name::group_norm_silu, name::group_norm_silu_backward, name::attention, name::nearest_codebook, \
-            name::exp_array                                                                                    \
+            name::exp_array, name::fused_multiply_adds                                                         \
     }
 
 // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
@@ -144,19 +145,25 @@ void attention(int dtype, int mask_kind, std::array<int64_t, 5> shape, Address q
     check(chosen()->attention(args));
 }
 
-void nearest_codebook(int dtype, std::array<int64_t, 3> shape, Address z, Address codebook,
-                      std::array<int64_t, 2> z_stride, std::array<int64_t, 2> codebook_stride, Address index,
-                      int threads) {
+void nearest_codebook(int dtype, int search, std::array<int64_t, 4> shape, Address z, Address codebook,
+                      std::array<int64_t, 3> z_stride, std::array<int64_t, 2> codebook_stride, Address index,
+                      Address counts, Address sums, int threads) {
     NearestCodebook args{};
     args.dtype = static_cast<Dtype>(dtype);
-    args.rows = shape[0], args.codes = shape[1], args.width = shape[2];
+    args.search = static_cast<CodebookSearch>(search);
+    args.batch = shape[0], args.rows = shape[1], args.codes = shape[2], args.width = shape[3];
     args.z = pointer<const void>(z), args.codebook = pointer<const void>(codebook);
     copy(z_stride, args.z_stride), copy(codebook_stride, args.codebook_stride);
-    args.index = pointer<int64_t>(index);
+    args.index = pointer<int64_t>(index), args.counts = pointer<int64_t>(counts);
+    args.sums = pointer<float>(sums);
     args.threads = threads;
     check(chosen()->nearest_codebook(args));
 }
 
 void exp_array(Address x, Address y, int64_t n) { chosen()->exp_array(pointer<const float>(x), pointer<float>(y), n); }
+
+int64_t fused_multiply_adds(int64_t rounds, float factor, Address result, int threads) {
+    return chosen()->fused_multiply_adds(rounds, factor, pointer<float>(result), threads);
+}
 
 }  // namespace ldm

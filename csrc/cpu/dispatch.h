@@ -32,11 +32,15 @@ void attention(int dtype, int mask_kind, std::array<int64_t, 5> shape, Address q
                std::array<int64_t, 3> v_stride, std::array<int64_t, 3> out_stride, std::array<int64_t, 4> mask_stride,
                float scale, int threads);
 
-void nearest_codebook(int dtype, std::array<int64_t, 3> shape, Address z, Address codebook,
-                      std::array<int64_t, 2> z_stride, std::array<int64_t, 2> codebook_stride, Address index,
-                      int threads);
+void nearest_codebook(int dtype, int search, std::array<int64_t, 4> shape, Address z, Address codebook,
+                      std::array<int64_t, 3> z_stride, std::array<int64_t, 2> codebook_stride, Address index,
+                      Address counts, Address sums, int threads);
 
 // y[i] = the kernels' exp(x[i]), float32; for tests.
 void exp_array(Address x, Address y, int64_t n);
+
+// As many fused multiply-adds, on each of `threads` threads, as the machine can do at a time, for `rounds` rounds;
+// returns how many. result (threads) gets what came out; for benchmarks.
+int64_t fused_multiply_adds(int64_t rounds, float factor, Address result, int threads);
 
 }  // namespace ldm

@@ -52,17 +52,22 @@ struct Attention {
     int threads;
 };
 
-// z (N, d) with any strides, codebook (K, d) with any strides, index (N).
+// How to search the codebook: `automatic` chooses among the others, which all find the same indices.
+enum class CodebookSearch : int { automatic = 0, brute_force = 1, pruned = 2, bf16_candidates = 3 };
+
+// z (B, S, d) and codebook (K, d) with any strides, index (B, S). counts (K) and sums (K, d) are null where not wanted.
 struct NearestCodebook {
     Dtype dtype;
-    int64_t rows, codes, width;
+    CodebookSearch search;
+    int64_t batch, rows, codes, width;
     const void *z, *codebook;
-    int64_t z_stride[2], codebook_stride[2];
-    int64_t* index;
+    int64_t z_stride[3], codebook_stride[2];
+    int64_t *index, *counts;
+    float* sums;
     int threads;
 };
 
-// Each returns false if it could not get the scratch memory it needs; nothing throws.
+// Each op returns false if it could not get the scratch memory it needs; nothing throws.
 #define LDM_DECLARE_KERNELS(isa)                                 \
     namespace isa {                                              \
     bool group_norm_silu(const GroupNormSilu&);                  \
@@ -70,6 +75,7 @@ struct NearestCodebook {
     bool attention(const Attention&);                            \
     bool nearest_codebook(const NearestCodebook&);               \
     void exp_array(const float* x, float* y, int64_t n);         \
+    int64_t fused_multiply_adds(int64_t, float, float*, int);    \
     }
 
 LDM_DECLARE_KERNELS(portable)

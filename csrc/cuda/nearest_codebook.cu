@@ -15,54 +15,80 @@ void require(bool holds, const std::string& needed) {
     if (!holds) throw std::invalid_argument(std::string(OP) + ": " + needed);
 }
 
+void require_sizes(std::int64_t n, std::int64_t k, std::int64_t d, bool stats) {
+    constexpr std::int64_t most = std::numeric_limits<std::int32_t>::max();
+    require(n >= 0, "z must not have a negative number of vectors, got " + std::to_string(n));
+    require(!stats || n <= std::numeric_limits<std::uint32_t>::max(),
+            "counts and sums take at most 2^32 - 1 vectors, got " + std::to_string(n));
+    require(k >= 1 && k <= most, "the codebook must have 1 to 2^31 - 1 codes, got " + std::to_string(k));
+    require(d >= 1 && d <= most - nearest::SLICE, "d must be 1 to 2^31 - 33, got " + std::to_string(d));
+}
+
 template <class T>
-nearest::Rows<T> rows_at(std::uintptr_t address, std::int64_t count, std::int64_t row_stride,
-                         std::int64_t column_stride) {
+const T* elements_at(std::uintptr_t address) {
     require(address % sizeof(T) == 0, "addresses must be multiples of the element size");
-    return {reinterpret_cast<const T*>(address), count, row_stride, column_stride, false};
+    return reinterpret_cast<const T*>(address);
 }
 
 // Kernel after kernel on one stream; a refused launch is an exception, nothing waits for the GPU.
 struct Launcher {
     cudaStream_t stream;
 
-    template <class Problem>
-    void operator()(void (*kernel)(Problem), nearest::Grid grid, const Problem& problem) const {
+    template <class Arguments>
+    void operator()(void (*kernel)(Arguments), nearest::Grid grid, const Arguments& arguments) const {
         require(grid.x <= std::numeric_limits<int>::max() && grid.y <= 65535, "too many vectors for one launch");
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
         config.blockDim = dim3(nearest::THREADS);
         config.stream = stream;
-        check(cudaLaunchKernelEx(&config, kernel, problem), OP, "cudaLaunchKernelEx");
+        check(cudaLaunchKernelEx(&config, kernel, arguments), OP, "cudaLaunchKernelEx");
     }
 };
 
 }  // namespace
 
-void nearest_codebook(std::uintptr_t z, std::int64_t z_row_stride, std::int64_t z_column_stride,
-                      std::uintptr_t codebook, std::int64_t codebook_row_stride, std::int64_t codebook_column_stride,
-                      std::uintptr_t out, std::uintptr_t half_norms, std::int64_t n, std::int64_t k, std::int64_t d,
-                      const std::string& dtype, int device, std::uintptr_t stream) {
-    constexpr std::int64_t most = std::numeric_limits<std::int32_t>::max();
-    require(n >= 0, "n must not be negative, got " + std::to_string(n));
-    require(k >= 1 && k <= most, "the codebook must have 1 to 2^31 - 1 codes, got " + std::to_string(k));
-    require(d >= 1 && d <= most - nearest::DEPTH, "d must be 1 to 2^31 - 17, got " + std::to_string(d));
-    require(d <= nearest::MAX_CHUNK_DIM || half_norms != 0, "d above 16 needs the workspace half_norms");
-    require(out % sizeof(nearest::Key) == 0, "out must be a multiple of 8");
+std::int64_t nearest_codebook_workspace(std::int64_t n, std::int64_t k, std::int64_t d, bool stats, int device) {
+    require_sizes(n, k, d, stats);
+    const DeviceGuard guard(device, OP);
+    return nearest::workspace_size(n, k, d, multiprocessor_count(device, OP), stats);
+}
+
+void nearest_codebook(std::uintptr_t z, const std::array<std::int64_t, 3>& z_shape,
+                      const std::array<std::int64_t, 3>& z_strides, std::uintptr_t codebook, std::int64_t k,
+                      const std::array<std::int64_t, 2>& codebook_strides, std::uintptr_t out, std::uintptr_t counts,
+                      std::uintptr_t sums, std::uintptr_t workspace, const std::string& dtype, int device,
+                      std::uintptr_t stream) {
+    const std::int64_t batches = z_shape[0];
+    const std::int64_t rows = z_shape[1];
+    const std::int64_t d = z_shape[2];
+    require(batches >= 0 && rows >= 0, "z must not have a negative number of vectors");
+    require_sizes(batches * rows, k, d, counts != 0);
+    require((counts == 0) == (sums == 0), "counts and sums go together");
+    require(out % sizeof(nearest::Key) == 0 && counts % sizeof(std::int64_t) == 0 && sums % sizeof(float) == 0,
+            "addresses must be multiples of the element size");
+    require(workspace % 256 == 0, "the workspace must begin at a multiple of 256");
     require(dtype == "float32" || dtype == "float16" || dtype == "bfloat16",
             "dtype must be float32, float16 or bfloat16, got " + dtype);
 
     const DeviceGuard guard(device, OP);
     const int sm_count = multiprocessor_count(device, OP);
+    require(workspace != 0 || nearest::workspace_size(batches * rows, k, d, sm_count, counts != 0) == 0,
+            "these sizes need a workspace");
+    Launcher launcher{reinterpret_cast<cudaStream_t>(stream)};
     const auto enqueue_as = [&](auto element) {
         using T = decltype(element);
         nearest::Problem<T> problem{};
-        problem.queries = rows_at<T>(z, n, z_row_stride, z_column_stride);
-        problem.codes = rows_at<T>(codebook, k, codebook_row_stride, codebook_column_stride);
+        problem.queries =
+            nearest::make_queries(elements_at<T>(z), batches, rows, z_strides[0], z_strides[1], z_strides[2]);
+        problem.codes = nearest::make_codes(elements_at<T>(codebook), k, codebook_strides[0], codebook_strides[1]);
         problem.dim = static_cast<int>(d);
-        problem.half_norms = reinterpret_cast<float*>(half_norms);
         problem.out = reinterpret_cast<nearest::Key*>(out);
-        nearest::enqueue(problem, sm_count, Launcher{reinterpret_cast<cudaStream_t>(stream)});
+        nearest::Workspace memory(workspace);
+        nearest::enqueue(problem, memory, sm_count, launcher);
+        if (counts == 0) return;
+        memory = nearest::Workspace(workspace);  // the search is done with it
+        nearest::enqueue_stats(problem, memory, reinterpret_cast<std::int64_t*>(counts), reinterpret_cast<float*>(sums),
+                               launcher);
     };
     if (dtype == "float32") {
         enqueue_as(float{});

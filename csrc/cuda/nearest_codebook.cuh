@@ -4,175 +4,133 @@
 // for i = 0 .. d-1 from 0; then s = norm / 2, and s = fma(-z_i, e_i, s) for i = 0 .. d-1. float16 and bfloat16 are
 // widened first, which is exact. Equal distances (-0 equals +0) give the lowest index; a NaN distance never wins; a row
 // of nothing but NaN gives 0. So the answer does not depend on tiles, on the number of blocks, or on the order in which
-// they run.
+// they run, nor on which of three methods finds it:
 //
-// d <= 16: nearest_chunk, then find_in_chunk. A block of nearest_chunk owns THREADS * Q queries, Q of them in the
-// registers of each thread, and one range of codes. It stages TILE codes with their norms in shared memory, in the
-// order they have in global memory; all threads then read the same four codes at once, by d + 1 loads of 128 bits that
-// are broadcasts. A pair costs d FFMA and one FMNMX: only the minimum of each CHUNK of codes is looked at. Past the
-// last code the norm is NaN, so the inner loop needs no bounds. It leaves one key per query, the best distance and the
-// chunk that holds it; find_in_chunk computes that chunk again, one code per lane, for the index. A d between the
-// compiled sizes is filled up with zeros, which leave every distance as it is.
+//   d <= 16   nearest_codebook_chunk.cuh    d fused multiply-adds and one minimum per pair, then a look for the index
+//   d >= 32   nearest_codebook_tensor.cuh   bfloat16 on the tensor cores finds candidates, float32 decides
+//   else      nearest_codebook_tiled.cuh    a float32 matrix product that keeps the minima; few queries or codes too
 //
-// d > 16: half_norms, then nearest_tiled (nearest_codebook_tiled.cuh).
-//
-// Bytes: every block reads its queries and its range of codes once; the codes come from L2 for all blocks but the
-// first. A key is written to the output and read again, 16 bytes per query. Nothing of size N * K exists; workspace: K
-// floats for d > 16.
+// nearest_codebook_stats.cuh adds counts and sums of the rows that chose each code, on the same stream.
 //
 // When the queries alone are too few to fill the GPU, blockIdx.y divides the codes into ranges, and the blocks of one
 // query merge by a 64-bit atomicMin of their keys in the output itself, which reset_keys prepares: the distance is
 // above the index in the key, in bits that keep its order.
 //
-// Free of torch and of the runtime's API: the tests compile this header for the CPU (tests/cuda_host).
+// Nothing of size N * K exists. The workspace is one piece of memory, divided here and nowhere else: for d > 16 a float
+// per code; on the tensor cores the codes as bfloat16 too, and the queries of one slab, as many as fill the GPU
+// SLAB_WAVES times; for the stats 16 bytes per row and the sums of the pieces.
+//
+// Free of torch and of the runtime's API: the tests compile these headers for the CPU (tests/cuda_host).
 #pragma once
 
+#include "nearest_codebook_chunk.cuh"
 #include "nearest_codebook_common.cuh"
+#include "nearest_codebook_stats.cuh"
+#include "nearest_codebook_tensor.cuh"
 #include "nearest_codebook_tiled.cuh"
 
 namespace ldm_fast::nearest {
 
-constexpr int TILE = 256;    // codes staged at once
-constexpr int CHUNK = WARP;  // codes between two looks at the minimum; one per lane in find_in_chunk
-constexpr int MAX_CHUNK_DIM = 16;
-constexpr int FIND_QUERIES = 8;  // per warp of find_in_chunk
-constexpr int FIND_BLOCKS_PER_SM = 4;
+constexpr std::int64_t SLAB_WAVES = 2;
+constexpr std::int64_t MIN_TENSOR_QUERIES = 64;  // below, reading the codes takes longer than the arithmetic
+constexpr std::int64_t MIN_TENSOR_CODES = 64;
 
-// More queries per thread make more of every code that is read, as far as the registers reach without spilling.
-__host__ __device__ constexpr int queries_per_thread(int dim) { return dim <= 6 ? 8 : dim <= 12 ? 6 : 4; }
-__host__ __device__ constexpr int chunk_blocks_per_sm(int dim) { return dim <= 8 ? 4 : 3; }
+enum class Method { chunk, tiled, tensor };
 
-template <int D>
-struct ChunkTile {
-    alignas(16) float codes[TILE * D];
-    alignas(16) float norms[TILE];
+inline Method choose_method(std::int64_t queries, std::int64_t codes, std::int64_t dim) {
+    if (dim <= MAX_CHUNK_DIM) return Method::chunk;
+    const bool worth_it = queries >= MIN_TENSOR_QUERIES && codes >= MIN_TENSOR_CODES;
+    return worth_it && dim >= MIN_TENSOR_DIM && dim <= MAX_TENSOR_DIM ? Method::tensor : Method::tiled;
+}
+
+// Hands out pieces of one stretch of memory; from address 0, to learn how much it takes. (The tests hand out pieces
+// that lie apart.)
+class Workspace {
+  public:
+    explicit Workspace(std::uintptr_t start) : start_(start), end_(start) {}
+
+    template <class U>
+    U* take(std::int64_t count) {
+        const std::uintptr_t piece = end_;
+        end_ += static_cast<std::uintptr_t>(divide_up(count * static_cast<std::int64_t>(sizeof(U)), 256)) * 256;
+        return reinterpret_cast<U*>(piece);
+    }
+    std::int64_t size() const { return static_cast<std::int64_t>(end_ - start_); }
+
+  private:
+    std::uintptr_t start_;
+    std::uintptr_t end_;
 };
 
-// Codes first .. first + count - 1 to shared memory, in whole vectors as far as they go; the rest of the tile is zero.
-template <int D, class T>
-__device__ void stage_codes(ChunkTile<D>& tile, const Problem<T>& problem, std::int64_t first, int count) {
-    constexpr int SIZE = Vector<T>::SIZE;
-    const Rows<T>& codes = problem.codes;
-    const int in_vectors = codes.vectors ? count * D / SIZE * SIZE : 0;
-    const T* const from = codes.at(first, 0);
-#pragma unroll 1
-    for (int i = threadIdx.x * SIZE; i < in_vectors; i += THREADS * SIZE) {
-        float values[SIZE];
-        widen(load_vector(from + i), values);
-#pragma unroll
-        for (int j = 0; j < SIZE; j += 4) store_four(&tile.codes[i + j], &values[j]);
-    }
-#pragma unroll 1
-    for (int i = in_vectors + threadIdx.x; i < TILE * D; i += THREADS) {
-        const int row = i / D;
-        const int column = i % D;
-        tile.codes[i] = row < count && column < problem.dim ? to_float(*codes.at(first + row, column)) : 0.0f;
-    }
+inline std::int64_t slab_size(std::int64_t queries, int sm_count) {
+    const std::int64_t slab = SLAB_WAVES * TENSOR_BLOCKS_PER_SM * (sm_count < 1 ? 1 : sm_count);
+    const std::int64_t all = divide_up(queries, TENSOR_ROWS);
+    return (all < slab ? all : slab) * TENSOR_ROWS;
 }
 
-// Past the last code the norm is NaN, and with it the distance: fminf passes over it.
-template <int D>
-__device__ void stage_norms(ChunkTile<D>& tile, int count) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < TILE; i += THREADS)
-        tile.norms[i] = i < count ? half_norm<D>(&tile.codes[i * D]) : NAN;
+// Fills in what the method needs.
+template <class T, class Memory>
+void take_search(Memory& workspace, Problem<T>& problem, int sm_count) {
+    const std::int64_t queries = problem.queries.count;
+    const std::int64_t codes = problem.codes.count;
+    switch (choose_method(queries, codes, problem.dim)) {
+        case Method::chunk:
+            return;
+        case Method::tiled:
+            problem.half_norms = workspace.template take<float>(codes);
+            return;
+        case Method::tensor:
+            break;
+    }
+    const std::int64_t all_codes = divide_up(codes, TENSOR_ROWS) * TENSOR_ROWS;
+    const std::int64_t slab = slab_size(queries, sm_count);
+    Operands& operands = problem.operands;
+    operands.slices = static_cast<int>(divide_up(problem.dim, SLICE));
+    operands.slack = tensor_slack(operands.slices);
+    operands.floor = tensor_floor(operands.slices);
+    operands.queries = workspace.template take<Eight>(slab * operands.slices * EIGHTS);
+    operands.codes = workspace.template take<Eight>(all_codes * operands.slices * EIGHTS);
+    operands.query_bounds = workspace.template take<Bound>(slab);
+    operands.code_bounds = workspace.template take<Bound>(all_codes / WARP);
+    problem.half_norms = workspace.template take<float>(all_codes);
 }
 
-// The minimum over one chunk for each of the thread's queries: the loop in which all the time goes.
-template <int D, int Q>
-__device__ void scan_chunk(const ChunkTile<D>& tile, int first, const float (&queries)[Q][D], float (&low)[Q]) {
-#pragma unroll
-    for (int q = 0; q < Q; ++q) low[q] = NAN;
-#pragma unroll(D <= 4 ? 2 : 1)
-    for (int c = first; c < first + CHUNK; c += 4) {
-        alignas(16) float norms[4];
-        alignas(16) float codes[4 * D];
-        load_four(&tile.norms[c], norms);
-#pragma unroll
-        for (int i = 0; i < 4 * D; i += 4) load_four(&tile.codes[c * D + i], &codes[i]);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-#pragma unroll
-            for (int q = 0; q < Q; ++q) low[q] = fminf(low[q], distance<D>(norms[j], queries[q], &codes[j * D]));
-        }
-    }
+struct SortMemory {
+    Key* entries[2];
+    unsigned* digit_counts;
+    unsigned* digit_totals;
+};
+
+template <class T, class Memory>
+SortMemory take_stats(Memory& workspace, Stats<T>& stats) {
+    const std::int64_t count = stats.queries.count;
+    SortMemory memory{};
+    for (Key*& entries : memory.entries) entries = workspace.template take<Key>(count);
+    memory.digit_counts = workspace.template take<unsigned>(RADIX * divide_up(count, BLOCK_ITEMS));
+    memory.digit_totals = workspace.template take<unsigned>(RADIX);
+    stats.first_places = workspace.template take<std::int64_t>(stats.codes);
+    stats.piece_sums = workspace.template take<double>(count / PIECE * stats.dim);
+    return memory;
 }
 
-template <int D, bool MERGE, class T>
-__global__ void __launch_bounds__(THREADS, chunk_blocks_per_sm(D)) nearest_chunk(Problem<T> problem) {
-    constexpr int Q = queries_per_thread(D);
-    ChunkTile<D>& tile = shared_memory<ChunkTile<D>>();
-    const Range range = code_range(problem);
-    const std::int64_t first_query = std::int64_t{blockIdx.x} * (THREADS * Q) + threadIdx.x;
-
-    float queries[Q][D];
-    float best[Q];  // NaN: no distance yet but NaN
-    int winner[Q];  // the first code of the chunk that holds it
-#pragma unroll
-    for (int q = 0; q < Q; ++q) {
-        const std::int64_t n = first_query + q * THREADS;
-        load_row<D>(problem.queries, n, problem.dim, queries[q]);
-        best[q] = NAN;
-        winner[q] = 0;
-    }
-
-    for (std::int64_t first = range.first; first < range.end; first += TILE) {
-        const int count = range.end - first < TILE ? static_cast<int>(range.end - first) : TILE;
-        __syncthreads();  // all have read the tile before
-        stage_codes(tile, problem, first, count);
-        __syncthreads();  // the codes are there for the norms
-        stage_norms(tile, count);
-        __syncthreads();  // the norms are there for all
-#pragma unroll 1
-        for (int chunk = 0; chunk < count; chunk += CHUNK) {
-            float low[Q];
-            scan_chunk(tile, chunk, queries, low);
-#pragma unroll
-            for (int q = 0; q < Q; ++q) {
-                if (low[q] < best[q] || is_nan(best[q])) {
-                    best[q] = low[q];
-                    winner[q] = static_cast<int>(first) + chunk;
-                }
-            }
-        }
-    }
-
-#pragma unroll
-    for (int q = 0; q < Q; ++q) {
-        const std::int64_t n = first_query + q * THREADS;
-        if (n < problem.queries.count) put_key<MERGE>(&problem.out[n], make_key(best[q], winner[q]));
-    }
+// Bytes of the workspace, to begin at a multiple of 256. The stats come after the search and use the same memory.
+inline std::int64_t workspace_size(std::int64_t queries, std::int64_t codes, std::int64_t dim, int sm_count,
+                                   bool with_stats) {
+    Problem<float> problem{};
+    problem.queries.count = queries;
+    problem.codes.count = codes;
+    problem.dim = static_cast<int>(dim);
+    Workspace search(0);
+    take_search(search, problem, sm_count);
+    if (!with_stats) return search.size();
+    Stats<float> stats{};
+    stats.queries.count = queries;
+    stats.codes = codes;
+    stats.dim = problem.dim;
+    Workspace after(0);
+    take_stats(after, stats);
+    return search.size() > after.size() ? search.size() : after.size();
 }
-
-// Keys of chunks to indices: the lowest index in the chunk whose distance is the one in the key.
-template <int D, class T>
-__global__ void __launch_bounds__(THREADS, FIND_BLOCKS_PER_SM) find_in_chunk(Problem<T> problem) {
-    const int lane = threadIdx.x % WARP;
-    const int warp = threadIdx.x / WARP;
-    const std::int64_t first_query = (std::int64_t{blockIdx.x} * (THREADS / WARP) + warp) * FIND_QUERIES;
-    std::int64_t index = 0;  // of the query with the number of the lane
-#pragma unroll(D <= 4 ? 4 : 2)
-    for (int q = 0; q < FIND_QUERIES; ++q) {
-        const std::int64_t n = first_query + q;
-        const Key key = n < problem.queries.count ? problem.out[n] : NO_KEY;
-        const std::int64_t chunk = key == NO_KEY ? 0 : key_index(key);
-        float query[D];
-        float code[D];
-        load_row<D>(problem.queries, n, problem.dim, query);
-        load_row<D>(problem.codes, chunk + lane, problem.dim, code);
-        const bool match = key != NO_KEY && chunk + lane < problem.codes.count &&
-                           distance<D>(half_norm<D>(code), query, code) == key_distance(key);
-        const unsigned matches = __ballot_sync(ALL_LANES, match);
-        // No match: a row of nothing but NaN.
-        if (lane == q && matches != 0) index = chunk + __ffs(matches) - 1;
-    }
-    __syncwarp();  // all lanes have read the keys, which the indices replace
-    if (lane < FIND_QUERIES && first_query + lane < problem.queries.count) problem.out[first_query + lane] = index;
-}
-
-// ---- which kernels, in which grid
-
-inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // As many ranges of codes as blocks fit on the GPU beyond those that the queries give, in whole tiles, none of them
 // empty.
@@ -187,18 +145,39 @@ inline Grid plan_grid(std::int64_t queries, std::int64_t codes, int block_querie
     return {blocks, divide_up(tiles, tiles_per_block)};
 }
 
+// Whether every row begins at a multiple of 16 bytes and lies in one piece.
 template <class T>
-bool starts_a_vector(const Rows<T>& rows) {
-    return rows.column_stride == 1 && reinterpret_cast<std::uintptr_t>(rows.data) % sizeof(Vector<T>) == 0;
+bool rows_in_vectors(const T* data, std::int64_t column_stride, std::int64_t row_stride, std::int64_t batch_stride) {
+    constexpr std::int64_t SIZE = Vector<T>::SIZE;
+    return column_stride == 1 && reinterpret_cast<std::uintptr_t>(data) % sizeof(Vector<T>) == 0 &&
+           row_stride % SIZE == 0 && batch_stride % SIZE == 0;
 }
 
-// launch(kernel, grid, problem) for each kernel in turn; all have THREADS threads per block.
+// B batches of S rows each.
+template <class T>
+Queries<T> make_queries(const T* data, std::int64_t batches, std::int64_t rows, std::int64_t batch_stride,
+                        std::int64_t row_stride, std::int64_t column_stride) {
+    Queries<T> queries{data, batches * rows, rows, batch_stride, row_stride, column_stride, false};
+    if (batches == 1 || batch_stride == rows * row_stride) queries.per_batch = queries.count;
+    const bool one = queries.per_batch == queries.count;
+    queries.vectors = rows_in_vectors(data, column_stride, row_stride, one ? 0 : batch_stride);
+    return queries;
+}
+
+template <class T>
+Codes<T> make_codes(const T* data, std::int64_t count, std::int64_t row_stride, std::int64_t column_stride) {
+    return {data, count, row_stride, column_stride, rows_in_vectors(data, column_stride, row_stride, 0)};
+}
+
+// launch(kernel, grid, arguments) for each kernel in turn; all have THREADS threads per block.
 template <int D, class T, class Launch>
 void enqueue_chunk(Problem<T> problem, int sm_count, Launch& launch) {
     const std::int64_t count = problem.queries.count;
-    // A tile is read as one piece.
-    problem.codes.vectors = starts_a_vector(problem.codes) && problem.dim == D && problem.codes.row_stride == D;
-    const Grid grid = plan_grid(count, problem.codes.count, THREADS * queries_per_thread(D), TILE,
+    Codes<T>& codes = problem.codes;
+    problem.queries.vectors &= problem.dim == D;
+    // A tile is read as one piece; the rows in it need not begin at multiples of 16 bytes.
+    codes.vectors = problem.dim == D && codes.row_stride == D && rows_in_vectors(codes.data, codes.column_stride, 0, 0);
+    const Grid grid = plan_grid(count, codes.count, THREADS * queries_per_thread(D), TILE,
                                 std::int64_t{chunk_blocks_per_sm(D)} * sm_count, &problem.codes_per_block);
     if (grid.y == 1) {
         launch(nearest_chunk<D, false, T>, grid, problem);
@@ -212,10 +191,6 @@ void enqueue_chunk(Problem<T> problem, int sm_count, Launch& launch) {
 template <class T, class Launch>
 void enqueue_tiled(Problem<T> problem, int sm_count, Launch& launch) {
     const std::int64_t count = problem.queries.count;
-    // Each row is read by itself.
-    for (Rows<T>* rows : {&problem.queries, &problem.codes}) {
-        rows->vectors = starts_a_vector(*rows) && rows->row_stride % Vector<T>::SIZE == 0;
-    }
     const Grid grid = plan_grid(count, problem.codes.count, TILED_QUERIES, TILED_CODES,
                                 std::int64_t{TILED_BLOCKS_PER_SM} * sm_count, &problem.codes_per_block);
     const Grid outputs{divide_up(count, THREADS), 1};
@@ -225,15 +200,43 @@ void enqueue_tiled(Problem<T> problem, int sm_count, Launch& launch) {
     } else {
         launch(reset_keys<T>, outputs, problem);
         launch(nearest_tiled<true, T>, grid, problem);
+        launch(keys_to_indices<T>, outputs, problem);
     }
-    launch(keys_to_indices<T>, outputs, problem);
 }
 
-// The whole op. The compiled sizes: every d up to 8, where the codebooks of VQ models mostly are, and two above.
+// The same memory serves one slab after the other: the stream keeps them apart.
 template <class T, class Launch>
-void enqueue(const Problem<T>& problem, int sm_count, Launch&& launch) {
+void enqueue_tensor(Problem<T> problem, int sm_count, Launch& launch) {
+    const std::int64_t count = problem.queries.count;
+    const std::int64_t slab = slab_size(count, sm_count);
+    const Grid outputs{divide_up(count, THREADS), 1};
+    const Grid grid = plan_grid(slab, problem.codes.count, TENSOR_ROWS, TENSOR_ROWS,
+                                std::int64_t{TENSOR_BLOCKS_PER_SM} * sm_count, &problem.codes_per_block);
+    launch(prepare_codes<T>, Grid{divide_up(problem.codes.count, TENSOR_ROWS), 1}, problem);
+    if (grid.y > 1) launch(reset_keys<T>, outputs, problem);
+    for (std::int64_t first = 0; first < count; first += slab) {
+        problem.operands.first_query = first;
+        const std::int64_t blocks = divide_up(count - first < slab ? count - first : slab, TENSOR_ROWS);
+        launch(prepare_queries<T>, Grid{blocks, 1}, problem);
+        launch(grid.y > 1 ? nearest_tensor<true, T> : nearest_tensor<false, T>, Grid{blocks, grid.y}, problem);
+    }
+    if (grid.y > 1) launch(keys_to_indices<T>, outputs, problem);
+}
+
+// The whole search. The compiled sizes: every d up to 8, where the codebooks of VQ models mostly are, and two above.
+template <class T, class Memory, class Launch>
+void enqueue(Problem<T> problem, Memory& workspace, int sm_count, Launch& launch) {
     if (problem.queries.count == 0) return;
-    switch (problem.dim <= 8 ? problem.dim : problem.dim <= 12 ? 12 : problem.dim <= MAX_CHUNK_DIM ? 16 : 0) {
+    take_search(workspace, problem, sm_count);
+    switch (choose_method(problem.queries.count, problem.codes.count, problem.dim)) {
+        case Method::tiled:
+            return enqueue_tiled(problem, sm_count, launch);
+        case Method::tensor:
+            return enqueue_tensor(problem, sm_count, launch);
+        case Method::chunk:
+            break;
+    }
+    switch (problem.dim) {
         case 1:
             return enqueue_chunk<1>(problem, sm_count, launch);
         case 2:
@@ -250,13 +253,41 @@ void enqueue(const Problem<T>& problem, int sm_count, Launch&& launch) {
             return enqueue_chunk<7>(problem, sm_count, launch);
         case 8:
             return enqueue_chunk<8>(problem, sm_count, launch);
+        case 9:
+        case 10:
+        case 11:
         case 12:
             return enqueue_chunk<12>(problem, sm_count, launch);
-        case 16:
-            return enqueue_chunk<16>(problem, sm_count, launch);
         default:
-            return enqueue_tiled(problem, sm_count, launch);
+            return enqueue_chunk<16>(problem, sm_count, launch);
     }
+}
+
+// Counts and sums, after the search. `problem.out` holds the indices by then.
+template <class T, class Memory, class Launch>
+void enqueue_stats(const Problem<T>& problem, Memory& workspace, std::int64_t* counts, float* sums, Launch& launch) {
+    const std::int64_t count = problem.queries.count;
+    Stats<T> stats{problem.queries, problem.codes.count, problem.dim, nullptr, nullptr, nullptr, counts, sums};
+    const SortMemory area = take_stats(workspace, stats);
+    Sort sort{problem.out, nullptr,           nullptr,          count, divide_up(count, BLOCK_ITEMS),
+              0,           area.digit_counts, area.digit_totals};
+    int pass = 0;
+    do {
+        sort.to = area.entries[pass % 2];
+        sort.shift = pass * DIGIT_BITS;
+        if (count > 0) {
+            launch(count_digits, Grid{sort.blocks, 1}, sort);
+            launch(scan_digits, Grid{RADIX / WARPS, 1}, sort);
+            launch(scatter_digits, Grid{sort.blocks, 1}, sort);
+        }
+        sort.from = sort.to;
+        ++pass;
+    } while ((problem.codes.count - 1) >> (pass * DIGIT_BITS) > 0);
+    stats.sorted = sort.from;
+    launch(locate_codes<T>, Grid{divide_up(stats.codes, THREADS), 1}, stats);
+    const std::int64_t pieces = count / PIECE * stats.dim;
+    if (pieces > 0) launch(sum_pieces<T>, Grid{divide_up(pieces, THREADS), 1}, stats);
+    launch(sum_codes<T>, Grid{divide_up(stats.codes * stats.dim, THREADS), 1}, stats);
 }
 
 }  // namespace ldm_fast::nearest

@@ -1,6 +1,7 @@
 // The CUDA module's interface for the host: plain numbers, addresses as integers. No CUDA, no torch.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -15,12 +16,18 @@ struct BuildInfo {
 
 BuildInfo build_info();
 
-// Device addresses of z (n, d), codebook (k, d), out (n) int64 and, for d above 16, half_norms (k) float32; strides in
-// elements; dtype "float32", "float16" or "bfloat16". Enqueues on `stream` of `device` and returns at once.
+// Bytes of device memory that nearest_codebook wants on `device` for n vectors of d numbers and k codes.
+std::int64_t nearest_codebook_workspace(std::int64_t n, std::int64_t k, std::int64_t d, bool stats, int device);
+
+// z (batches, rows, d) and codebook (k, d), device addresses with strides in elements; dtype "float32", "float16" or
+// "bfloat16". Writes out (batches * rows) int64 and, unless counts is 0, counts (k) int64 and sums (k, d) float32, all
+// contiguous. workspace: that many bytes, beginning at a multiple of 256. Enqueues on `stream` of `device` and returns
+// at once; allocates nothing.
 // Throws std::invalid_argument for arguments that make no sense, std::runtime_error for what the CUDA runtime reports.
-void nearest_codebook(std::uintptr_t z, std::int64_t z_row_stride, std::int64_t z_column_stride,
-                      std::uintptr_t codebook, std::int64_t codebook_row_stride, std::int64_t codebook_column_stride,
-                      std::uintptr_t out, std::uintptr_t half_norms, std::int64_t n, std::int64_t k, std::int64_t d,
-                      const std::string& dtype, int device, std::uintptr_t stream);
+void nearest_codebook(std::uintptr_t z, const std::array<std::int64_t, 3>& z_shape,
+                      const std::array<std::int64_t, 3>& z_strides, std::uintptr_t codebook, std::int64_t k,
+                      const std::array<std::int64_t, 2>& codebook_strides, std::uintptr_t out, std::uintptr_t counts,
+                      std::uintptr_t sums, std::uintptr_t workspace, const std::string& dtype, int device,
+                      std::uintptr_t stream);
 
 }  // namespace ldm_fast

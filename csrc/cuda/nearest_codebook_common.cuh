@@ -23,27 +23,77 @@ struct Grid {
     std::int64_t y;  // ranges of codes
 };
 
-// A matrix of one vector per row, strides in elements.
+__host__ __device__ constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// The vectors to look for, strides in elements. In a channel-first map (B, d, S) the rows of one batch follow each
+// other, and the next batch begins a batch_stride further.
 template <class T>
-struct Rows {
+struct Queries {
+    const T* data;
+    std::int64_t count;
+    std::int64_t per_batch;  // count where one row stride reaches them all
+    std::int64_t batch_stride;
+    std::int64_t row_stride;
+    std::int64_t column_stride;
+    bool vectors;  // every row can be read 16 bytes at a time
+
+    // Where n has 32 bits: dividing 64 costs several times as much.
+    __device__ const T* row(std::uint32_t n) const {
+        if (per_batch >= count) return data + n * row_stride;
+        const std::uint32_t batch = n / static_cast<std::uint32_t>(per_batch);
+        return data + batch * batch_stride + (n - batch * per_batch) * row_stride;
+    }
+    __device__ const T* row(std::int64_t n) const {
+        if (count <= 0xffffffff) return row(static_cast<std::uint32_t>(n));
+        if (per_batch >= count) return data + n * row_stride;
+        const std::int64_t batch = n / per_batch;
+        return data + batch * batch_stride + (n - batch * per_batch) * row_stride;
+    }
+};
+
+// The codebook, one code per row, strides in elements.
+template <class T>
+struct Codes {
     const T* data;
     std::int64_t count;
     std::int64_t row_stride;
     std::int64_t column_stride;
-    bool vectors;  // the kernel may read it 16 bytes at a time
+    bool vectors;  // every row (for d <= 16: the whole codebook in one piece) can be read 16 bytes at a time
 
-    __device__ const T* at(std::int64_t row, int column) const {
-        return data + row * row_stride + column * column_stride;
-    }
+    __device__ const T* row(std::int64_t k) const { return data + k * row_stride; }
+};
+
+// How long a row is and how far its bfloat16 form is off, both from above.
+struct alignas(8) Bound {
+    float size;
+    float error;
+};
+
+// Eight bfloat16 of one row, neighbours in the vector.
+struct alignas(16) Eight {
+    std::uint32_t pairs[4];
+};
+
+// What nearest_tensor works on: queries of one slab and codes as bfloat16, in the order it reads them.
+struct Operands {
+    Eight* queries;
+    Eight* codes;
+    Bound* query_bounds;       // one per query of the slab
+    Bound* code_bounds;        // one per WARP codes
+    std::int64_t first_query;  // of the slab
+    int slices;                // of a row
+    float slack;               // rounding of the sums, relative
+    float floor;               // and absolute
 };
 
 template <class T>
 struct Problem {
-    Rows<T> queries;
-    Rows<T> codes;
+    Queries<T> queries;
+    Codes<T> codes;
     int dim;
     std::int64_t codes_per_block;  // the range of one blockIdx.y, a multiple of the tile
-    float* half_norms;             // a workspace of K floats, for d > 16
+    float* half_norms;             // one per code, for d > 16
+    Operands operands;             // for nearest_tensor
     Key* out;                      // N indices; keys until the last kernel
 };
 
@@ -85,7 +135,7 @@ __device__ Vector<T> load_vector(const T* from) {
 }
 
 template <class T>
-__device__ void widen(const Vector<T>& vector, float (&values)[Vector<T>::SIZE]) {
+__device__ void widen(const Vector<T>& vector, float* values) {
 #pragma unroll
     for (int i = 0; i < Vector<T>::SIZE; ++i) values[i] = to_float(vector.values[i]);
 }
@@ -100,14 +150,19 @@ __device__ inline void store_four(float* to, const float* from) {
     *reinterpret_cast<Vector<float>*>(to) = {from[0], from[1], from[2], from[3]};
 }
 
-// One row of dim <= D numbers, filled up with zeros; zeros too where there is no such row.
-template <int D, class T>
-__device__ void load_row(const Rows<T>& rows, std::int64_t row, int dim, float (&values)[D]) {
-    const T* const from = rows.at(row, 0);
+// COUNT numbers of a row of which `left` are still to come; zeros after them.
+template <int COUNT, class T>
+__device__ void load_columns(const T* from, std::int64_t stride, bool vectors, int left, float (&values)[COUNT]) {
+    constexpr int SIZE = Vector<T>::SIZE;
+    if constexpr (COUNT % SIZE == 0) {
+        if (vectors && left >= COUNT) {
 #pragma unroll
-    for (int i = 0; i < D; ++i) {
-        values[i] = row < rows.count && (i == 0 || i < dim) ? to_float(from[i * rows.column_stride]) : 0.0f;
+            for (int i = 0; i < COUNT; i += SIZE) widen(load_vector(from + i), &values[i]);
+            return;
+        }
     }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) values[i] = i < left ? to_float(from[i * stride]) : 0.0f;
 }
 
 // ---- the distance
@@ -131,26 +186,35 @@ __device__ inline bool is_nan(float value) { return value != value; }
 
 // ---- the key: smaller distance, smaller key; equal distances, the lower index
 
+// Bits in the order of the numbers, for everything but NaN.
+__device__ inline std::uint32_t to_ordered(float value) {
+    const std::uint32_t bits = __float_as_uint(value + 0.0f);  // adding zero makes -0 into +0
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ inline float from_ordered(std::uint32_t ordered) {
+    return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+}
+
 __device__ inline Key make_key(float distance, int index) {
     if (is_nan(distance)) return NO_KEY;
-    const std::uint32_t bits = __float_as_uint(distance + 0.0f);  // adding zero makes -0 into +0
-    const std::uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return Key{ordered} << 32 | static_cast<std::uint32_t>(index);
+    return Key{to_ordered(distance)} << 32 | static_cast<std::uint32_t>(index);
 }
 
 __device__ inline int key_index(Key key) { return static_cast<int>(key & 0xffffffffu); }
 
-__device__ inline float key_distance(Key key) {
-    const std::uint32_t ordered = static_cast<std::uint32_t>(key >> 32);
-    return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
-}
+__device__ inline float key_distance(Key key) { return from_ordered(static_cast<std::uint32_t>(key >> 32)); }
 
+// A row of nothing but NaN has no key, and index 0.
+__device__ inline Key to_index(Key key) { return key == NO_KEY ? 0 : key & 0xffffffffu; }
+
+// The result of one range of codes: merged with the others as a key, or the index where it is the only one.
 template <bool MERGE>
-__device__ void put_key(Key* out, Key key) {
+__device__ void put_result(Key* out, Key key) {
     if constexpr (MERGE) {
         atomicMin(out, key);
     } else {
-        *out = key;
+        *out = to_index(key);
     }
 }
 
@@ -163,9 +227,7 @@ __global__ void __launch_bounds__(THREADS) reset_keys(Problem<T> problem) {
 template <class T>
 __global__ void __launch_bounds__(THREADS) keys_to_indices(Problem<T> problem) {
     const std::int64_t n = std::int64_t{blockIdx.x} * THREADS + threadIdx.x;
-    if (n >= problem.queries.count) return;
-    const Key key = problem.out[n];
-    problem.out[n] = key == NO_KEY ? 0 : key_index(key);  // no key: a row of nothing but NaN
+    if (n < problem.queries.count) problem.out[n] = to_index(problem.out[n]);
 }
 
 }  // namespace ldm_fast::nearest

@@ -1,4 +1,5 @@
-// nearest_codebook for d > 16: a matrix product in float32 tiles that keeps only the minimum of each row.
+// nearest_codebook for every d, in float32 throughout: a matrix product in tiles that keeps only the minimum of each
+// row. It runs where the tensor cores are no use, between d = 17 and 31 and for a handful of queries.
 //
 // A block owns TILED_QUERIES queries and one range of codes, in tiles of TILED_CODES; a thread owns eight queries by
 // eight codes. DEPTH dimensions at a time go through shared memory, transposed, so that a thread reads its eight
@@ -18,10 +19,12 @@ constexpr int TILED_CODES = 64;
 constexpr int TILED_BLOCKS_PER_SM = 3;
 constexpr int DEPTH = 16;
 constexpr int PADDING = 4;  // floats per row of a tile: fewer bank conflicts, still whole vectors
+static_assert(TILED_QUERIES == THREADS, "a thread sees to one query");
 
 struct DeepTile {
     alignas(16) float queries[DEPTH][TILED_QUERIES + PADDING];
     alignas(16) float codes[DEPTH][TILED_CODES + PADDING];
+    std::int64_t starts[TILED_QUERIES];  // of the queries in memory: a division each
     Key keys[TILED_QUERIES][TILED_CODES / 8];
 };
 
@@ -30,39 +33,48 @@ template <class T>
 __global__ void __launch_bounds__(THREADS) half_norms(Problem<T> problem) {
     const std::int64_t k = std::int64_t{blockIdx.x} * THREADS + threadIdx.x;
     if (k >= problem.codes.count) return;
+    const T* const code = problem.codes.row(k);
     float norm = 0.0f;
 #pragma unroll 8
     for (int i = 0; i < problem.dim; ++i) {
-        const float value = to_float(*problem.codes.at(k, i));
+        const float value = to_float(code[i * problem.codes.column_stride]);
         norm = fmaf(value, value, norm);
     }
     problem.half_norms[k] = 0.5f * norm;
 }
 
-// DEPTH columns of COUNT rows, transposed; zero outside the matrix, which leaves every distance as it is.
-template <int COUNT, class T>
-__device__ void stage_columns(float (&tile)[DEPTH][COUNT + PADDING], const Rows<T>& rows, std::int64_t first,
-                              int column, int dim) {
+// DEPTH columns of COUNT rows, transposed; zero outside the matrix, which leaves every distance as it is. start(row) is
+// where the columns of a row begin. Neighbouring threads take neighbouring rows: they write without bank conflicts, and
+// read neighbouring numbers of a channel-first map.
+template <int COUNT, class T, class Start>
+__device__ void stage_columns(float (&tile)[DEPTH][COUNT + PADDING], std::int64_t rows, int columns, const Start& start,
+                              std::int64_t column_stride, bool vectors) {
     constexpr int SIZE = Vector<T>::SIZE;
-    constexpr int PER_ROW = DEPTH / SIZE;
 #pragma unroll 2
-    for (int i = threadIdx.x; i < COUNT * PER_ROW; i += THREADS) {
-        const int row = i / PER_ROW;
-        const int depth = i % PER_ROW * SIZE;
-        const bool inside = first + row < rows.count;
-        const T* const from = rows.at(first + row, column + depth);
+    for (int i = threadIdx.x; i < COUNT * (DEPTH / SIZE); i += THREADS) {
+        const int row = i % COUNT;
+        const int depth = i / COUNT * SIZE;
         float values[SIZE];
-        if (inside && rows.vectors && column + depth + SIZE <= dim) {
-            widen(load_vector(from), values);
-        } else {
-#pragma unroll
-            for (int j = 0; j < SIZE; ++j) {
-                values[j] = inside && column + depth + j < dim ? to_float(from[j * rows.column_stride]) : 0.0f;
-            }
-        }
+        load_columns(start(row) + depth * column_stride, column_stride, vectors, row < rows ? columns - depth : 0,
+                     values);
 #pragma unroll
         for (int j = 0; j < SIZE; ++j) tile[depth + j][row] = values[j];
     }
+}
+
+template <class T>
+__device__ void stage_tile(DeepTile& tile, const Problem<T>& problem, std::int64_t first_query, std::int64_t first_code,
+                           int column) {
+    const Queries<T>& queries = problem.queries;
+    const Codes<T>& codes = problem.codes;
+    const T* const query_columns = queries.data + column * queries.column_stride;
+    const T* const code_columns = codes.row(first_code) + column * codes.column_stride;
+    stage_columns<TILED_QUERIES, T>(
+        tile.queries, queries.count - first_query, problem.dim - column,
+        [&](int row) { return query_columns + tile.starts[row]; }, queries.column_stride, queries.vectors);
+    stage_columns<TILED_CODES, T>(
+        tile.codes, codes.count - first_code, problem.dim - column,
+        [&](int row) { return code_columns + row * codes.row_stride; }, codes.column_stride, codes.vectors);
 }
 
 // Where number i of a thread's eight lies: in two groups of four, so that neighbours read neighbouring vectors.
@@ -95,7 +107,9 @@ __global__ void __launch_bounds__(THREADS, TILED_BLOCKS_PER_SM) nearest_tiled(Pr
     const int code_group = threadIdx.x % 8;
     const int query_group = threadIdx.x / 8;
     const std::int64_t first_query = std::int64_t{blockIdx.x} * TILED_QUERIES;
+    const std::int64_t n = first_query + threadIdx.x;
     const Range range = code_range(problem);
+    tile.starts[threadIdx.x] = n < problem.queries.count ? problem.queries.row(n) - problem.queries.data : 0;
 
     float best[8];  // NaN: no distance yet but NaN
     int winner[8];
@@ -116,9 +130,8 @@ __global__ void __launch_bounds__(THREADS, TILED_BLOCKS_PER_SM) nearest_tiled(Pr
         }
 #pragma unroll 1
         for (int column = 0; column < problem.dim; column += DEPTH) {
-            __syncthreads();  // all have read the columns before
-            stage_columns<TILED_QUERIES>(tile.queries, problem.queries, first_query, column, problem.dim);
-            stage_columns<TILED_CODES>(tile.codes, problem.codes, first, column, problem.dim);
+            __syncthreads();  // all have read the columns before; the starts are there
+            stage_tile(tile, problem, first_query, first, column);
             __syncthreads();  // the columns are there for all
             multiply_columns(tile, query_group, code_group, sums);
         }
@@ -141,11 +154,10 @@ __global__ void __launch_bounds__(THREADS, TILED_BLOCKS_PER_SM) nearest_tiled(Pr
         tile.keys[tile_row<TILED_QUERIES>(query_group, q)][code_group] = make_key(best[q], winner[q]);
     }
     __syncthreads();  // all keys are there
-    const std::int64_t n = first_query + threadIdx.x;
     if (n >= problem.queries.count) return;
     Key least = NO_KEY;
     for (const Key key : tile.keys[threadIdx.x]) least = key < least ? key : least;
-    put_key<MERGE>(&problem.out[n], least);
+    put_result<MERGE>(&problem.out[n], least);
 }
 
 }  // namespace ldm_fast::nearest

@@ -4,8 +4,8 @@
 // AddressSanitizer and UBSan every access outside a buffer or an array, ThreadSanitizer every pair of accesses that no
 // barrier orders, within a block (a missing __syncthreads) and between blocks. Fibers are threads of their own to
 // ThreadSanitizer, though one OS thread runs them all in turn: what it finds does not depend on timing. Only barriers,
-// and the start and end of a block, order fibers. Not modelled: divergence inside a warp, registers, and the GPU's
-// memory order.
+// and the start and end of a block, order fibers. An asynchronous copy arrives when its thread waits for it, and until
+// then its destination holds NaN. Not modelled: divergence inside a warp, registers, and the GPU's memory order.
 #pragma once
 
 #include <sys/mman.h>
@@ -16,6 +16,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -70,13 +71,24 @@ struct Barrier {
     char order[2] = {};
 };
 
+// What a lane brings to an operation of its warp.
+constexpr int MOST_WORDS = 6;
+struct Lane {
+    unsigned words[MOST_WORDS];
+};
+
 struct Block {
     uint3 index{};
     Barrier barrier;
     std::vector<Barrier> warp_barriers;
-    std::unique_ptr<unsigned[]> exchange;  // one number per thread, for the operations of a warp
+    std::unique_ptr<Lane[]> exchange[2];  // one per thread, in turns: the next operation may begin before all have read
     void* shared_memory = nullptr;
     int running = 0;
+};
+
+struct Copy {
+    void* to;
+    const void* from;
 };
 
 struct Fiber {
@@ -86,6 +98,8 @@ struct Fiber {
     uint3 index{};
     const Barrier* waits_for = nullptr;
     int round = 0;
+    int exchanges = 0;
+    std::vector<Copy> copies;
     bool done = false;
     void (*run)(const void*) = nullptr;
     const void* kernel = nullptr;
@@ -158,22 +172,9 @@ ON_HOST_INTERNAL inline void leave(Barrier& barrier) {
 ON_HOST_INTERNAL inline Barrier& warp_barrier() { return this_block().warp_barriers[this_thread().x / WARP]; }
 
 // `place` is "folder/file:line".
-// `place` is "folder/file:line".
 ON_HOST_INTERNAL inline void barrier_at(const char* place, Barrier& barrier) {
     const char* const slash = std::strrchr(place, '/');
     if (std::strcmp(slash == nullptr ? place : slash + 1, barrier_to_skip) != 0) meet(barrier, true);
-}
-
-// Bit i of the result: what lane i of the warp brought.
-ON_HOST_INTERNAL inline unsigned vote(bool predicate) {
-    const unsigned lane = this_thread().x % WARP;
-    unsigned* const lanes = this_block().exchange.get() + (this_thread().x - lane);
-    lanes[lane] = predicate;
-    meet(warp_barrier(), false);
-    unsigned bits = 0;
-    for (unsigned i = 0; i < WARP; ++i) bits |= lanes[i] << i;
-    meet(warp_barrier(), false);
-    return bits;
 }
 
 ON_HOST_INTERNAL inline void fiber_main() {
@@ -207,9 +208,10 @@ ON_HOST_INTERNAL inline void resume(Fiber& fiber, bool first) {
 }
 
 // Blocks that are under way at the same time: two, so that races between blocks show.
-constexpr int BLOCKS_AT_ONCE = 2;
+constexpr std::size_t BLOCKS_AT_ONCE = 2;
 
-// One block and the stacks of its threads, which serve one block after the other.
+// One block, and the fibers of its threads, which serve one block after the other: a block begins after the one before
+// has ended, so ThreadSanitizer misses nothing by it.
 class Team {
   public:
     explicit Team(int threads) : fibers_(threads) {
@@ -217,11 +219,19 @@ class Team {
             void* stack = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
             if (stack == MAP_FAILED) stop("no memory for stacks", 0, threads);
             fiber.stack = static_cast<char*>(stack);
+#ifdef ON_HOST_TSAN
+            fiber.tsan_fiber = __tsan_create_fiber(0);
+#endif
         }
     }
     ~Team() {
         finish();
-        for (Fiber& fiber : fibers_) munmap(fiber.stack, STACK);
+        for (Fiber& fiber : fibers_) {
+            munmap(fiber.stack, STACK);
+#ifdef ON_HOST_TSAN
+            __tsan_destroy_fiber(fiber.tsan_fiber);
+#endif
+        }
     }
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
@@ -234,7 +244,7 @@ class Team {
         block_ = std::make_unique<Block>();
         block_->index = index;
         block_->barrier.threads = block_->running = threads;
-        block_->exchange = std::make_unique<unsigned[]>((threads + WARP - 1) / WARP * WARP);
+        for (auto& lanes : block_->exchange) lanes = std::make_unique<Lane[]>((threads + WARP - 1) / WARP * WARP);
         for (int i = 0; i < threads; i += WARP) {
             block_->warp_barriers.push_back({});
             block_->warp_barriers.back().threads = threads - i < WARP ? threads - i : WARP;
@@ -261,8 +271,10 @@ class Team {
         __asan_unpoison_memory_region(fiber.stack, STACK);  // the last kernel never returned from its outermost frame
 #endif
         char* const stack = fiber.stack;
+        void* const tsan_fiber = fiber.tsan_fiber;  // making one takes long
         fiber = Fiber{};
         fiber.stack = stack;
+        fiber.tsan_fiber = tsan_fiber;
         fiber.block = block_.get();
         fiber.index = {thread, 0, 0};
         fiber.run = run;
@@ -271,23 +283,25 @@ class Team {
         fiber.context.uc_stack.ss_sp = stack;
         fiber.context.uc_stack.ss_size = STACK;
         makecontext(&fiber.context, fiber_main, 0);
-#ifdef ON_HOST_TSAN
-        fiber.tsan_fiber = __tsan_create_fiber(0);
-#endif
     }
 
     void finish() {
         if (!block_) return;
         std::free(block_->shared_memory);
         block_.reset();
-#ifdef ON_HOST_TSAN
-        for (Fiber& fiber : fibers_) __tsan_destroy_fiber(fiber.tsan_fiber);
-#endif
     }
 
     std::vector<Fiber> fibers_;
     std::unique_ptr<Block> block_;
 };
+
+// Made once for all kernels.
+inline std::vector<std::unique_ptr<Team>>& teams_of(int threads) {
+    static std::map<int, std::vector<std::unique_ptr<Team>>> made;
+    std::vector<std::unique_ptr<Team>>& teams = made[threads];
+    while (teams.size() < BLOCKS_AT_ONCE) teams.push_back(std::make_unique<Team>(threads));
+    return teams;
+}
 
 // kernel() in every thread of a grid of grid_x * grid_y blocks; returns when all of them are done.
 template <class Kernel>
@@ -296,8 +310,7 @@ void run_grid(std::int64_t grid_x, std::int64_t grid_y, int threads, const Kerne
     scheduler_tsan = __tsan_get_current_fiber();
 #endif
     const auto run = [](const void* kernel) { (*static_cast<const Kernel*>(kernel))(); };
-    std::vector<std::unique_ptr<Team>> teams;
-    for (int i = 0; i < BLOCKS_AT_ONCE; ++i) teams.push_back(std::make_unique<Team>(threads));
+    std::vector<std::unique_ptr<Team>>& teams = teams_of(threads);
     std::int64_t next = 0;
     for (bool busy = true; busy;) {
         busy = false;
@@ -341,49 +354,4 @@ ON_HOST_INTERNAL inline void* block_memory(std::size_t size) {
 template <class T>
 T& shared_memory() {
     return *static_cast<T*>(cuda_on_host::block_memory(sizeof(T)));
-}
-
-inline unsigned __ballot_sync(unsigned, bool predicate) { return cuda_on_host::vote(predicate); }
-
-inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
-
-inline unsigned long long atomicMin(unsigned long long* address, unsigned long long value) {
-    unsigned long long seen = __atomic_load_n(address, __ATOMIC_RELAXED);
-    while (value < seen &&
-           !__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
-    return seen;
-}
-
-inline unsigned __float_as_uint(float value) {
-    unsigned bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-inline float __uint_as_float(unsigned bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-struct __half {
-    std::uint16_t bits;
-};
-
-struct __nv_bfloat16 {
-    std::uint16_t bits;
-};
-
-inline float __half2float(__half half) {
-    const int exponent = half.bits >> 10 & 31;
-    const int mantissa = half.bits & 1023;
-    const float magnitude = exponent == 31  ? (mantissa == 0 ? INFINITY : NAN)
-                            : exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
-                                            : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
-    return half.bits & 0x8000 ? -magnitude : magnitude;
-}
-
-inline float __bfloat162float(__nv_bfloat16 bfloat) {
-    return __uint_as_float(static_cast<unsigned>(bfloat.bits) << 16);
 }

@@ -212,13 +212,26 @@ inline float largest(F v) {
 
 inline F only(F v, Full) { return v; }
 
+// a b + c rounded once. The product is exact in float64; a sum that is not gets an odd last digit (rounding to odd), so
+// that it cannot pose as the middle between two float32.
+inline float fused_lane(float a, float b, float c) {
+    const double product = static_cast<double>(a) * b, sum = product + c, part = sum - product;
+    const double lost = (product - (sum - part)) + (c - part);  // exact; NaN for an infinite sum
+    uint64_t bits;
+    memcpy(&bits, &sum, sizeof bits);
+    const bool inexact = lost > 0.0 || lost < 0.0;
+    if (inexact && (bits & 1) == 0) bits += (lost > 0.0) == (sum > 0.0) ? uint64_t{1} : ~uint64_t{0};
+    double odd;
+    memcpy(&odd, &bits, sizeof odd);
+    return static_cast<float>(odd);
+}
+
 // a b + c rounded once, whatever it costs: for results that must not depend on the instruction set.
 inline F fused(F a, F b, F c) {
 #if defined(__AVX2__) || defined(__FP_FAST_FMAF) || defined(__aarch64__)
     return fma(a, b, c);
 #else
-    // The product is exact in float64. Only a sum that float64 rounds to the middle between two float32 could differ.
-    for (int i = 0; i < W; ++i) c[i] = static_cast<float>(static_cast<double>(a[i]) * b[i] + c[i]);
+    for (int i = 0; i < W; ++i) c[i] = fused_lane(a[i], b[i], c[i]);
     return c;
 #endif
 }
