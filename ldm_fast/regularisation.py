@@ -102,9 +102,7 @@ class VectorQuantizer(nn.Module):
         codes = self.embedding.weight
         codes.copy_(_draw(z, len(codes), generator))
         for _ in range(iterations):
-            indices = ops.nearest_codebook(z, codes.detach())
-            counts = torch.bincount(indices, minlength=len(codes))
-            sums = torch.zeros_like(codes).index_add_(0, indices, z.to(codes.dtype))
+            _, counts, sums = ops.nearest_codebook_stats(z, codes.detach())
             codes.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codes))
             self.revive_dead_codes(z, counts, generator)
 
