@@ -16,6 +16,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("group_norm_silu", &ldm::group_norm_silu, Release());
     m.def("group_norm_silu_backward", &ldm::group_norm_silu_backward, Release());
     m.def("attention", &ldm::attention, Release());
+    m.def("attention_backward", &ldm::attention_backward, Release());
     m.def("nearest_codebook", &ldm::nearest_codebook, Release());
     m.def("exp_array", &ldm::exp_array, Release());
     m.def("fused_multiply_adds", &ldm::fused_multiply_adds, Release());

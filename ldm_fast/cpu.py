@@ -164,6 +164,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return out, lse
 
 
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.attention_backward`; the last strides are 1, the gradients contiguous."""
+    grad, lse = grad.to(q.dtype), lse.contiguous()
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    _native().attention_backward(
+        _DTYPES[q.dtype],
+        0 if mask is None else _MASK_KINDS[mask.dtype],
+        (*q.shape[:3], k.shape[2], q.shape[3]),
+        *map(_address, (q, k, v, mask, out, lse, grad, dq, dk, dv)),
+        *(t.stride()[:3] for t in (q, k, v, out, grad)),
+        (0, 0, 0, 0) if mask is None else mask.stride(),
+        scale,
+        torch.get_num_threads(),
+    )
+    return dq, dk, dv
+
+
 # ---- group_norm_silu ----
 
 

@@ -41,9 +41,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 }
 
 # Backward passes that are not written by the implementation of the forward pass itself.
-BACKWARD: dict[tuple[str, str], str] = {
-    ("attention", "cpu"): "reference",
-}
+BACKWARD: dict[tuple[str, str], str] = {}
 
 IMPLEMENTATION_NAMES = ("triton", "cuda", "cpu", "reference")
 

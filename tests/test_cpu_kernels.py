@@ -53,6 +53,14 @@ def attention_arguments(shape, dtype=torch.float32):
     return q, k, v, mask.expand(batch, heads, rows, keys), width**-0.5
 
 
+def run_attention(shape, dtype=torch.float32):
+    """Forward and backward; a flat list of tensors."""
+    arguments = attention_arguments(shape, dtype)
+    out, lse = cpu.attention(*arguments)
+    grad = torch.empty_like(out).copy_(torch.linspace(-1, 1, out.numel()).view(out.shape))
+    return [out, lse, *cpu.attention_backward(grad, *arguments, out, lse)]
+
+
 def codebook_arguments(rows, codes, width):
     generator = torch.Generator().manual_seed(0)
     codebook = torch.randn(codes, width, generator=generator)
@@ -78,9 +86,11 @@ RUNS = {
     "group_norm channels_last": lambda: run_group_norm((3, 320, 16, 16), 32, True),
     "group_norm channels_last many slabs": lambda: run_group_norm((1, 37, 90, 70), 1, True),
     "group_norm bfloat16": lambda: run_group_norm((5, 64, 33, 17), 32, True, torch.bfloat16),
-    "attention many heads": lambda: cpu.attention(*attention_arguments((2, 4, 130, 77, 40))),
-    "attention one head": lambda: cpu.attention(*attention_arguments((1, 1, 700, 600, 33))),
-    "attention bfloat16": lambda: cpu.attention(*attention_arguments((1, 3, 300, 301, 40), torch.bfloat16)),
+    "attention few keys": lambda: run_attention((2, 4, 130, 77, 40)),
+    "attention many keys": lambda: run_attention((2, 4, 70, 150, 24)),
+    "attention one head": lambda: run_attention((1, 1, 700, 600, 33)),
+    "attention wide head": lambda: run_attention((1, 3, 100, 140, 400)),
+    "attention bfloat16": lambda: run_attention((1, 3, 300, 301, 40), torch.bfloat16),
     "nearest_codebook": lambda: [cpu.nearest_codebook(*codebook_arguments(1000, 1500, 5))],
     "nearest_codebook narrow": lambda: [cpu.nearest_codebook(*codebook_arguments(16000, 1500, 4))],
     "nearest_codebook wide": lambda: [cpu.nearest_codebook(*codebook_arguments(1000, 1500, 33))],
@@ -147,6 +157,53 @@ def test_attention_on_every_isa(isa, dtype):
     rounding = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}[dtype]
     assert (out.double() - expected).norm() <= rounding * expected.norm()
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=2e-6)
+    grad = torch.empty_like(out).copy_(torch.linspace(-1, 1, out.numel()).view(out.shape))
+    gradients = cpu.attention_backward(grad, *arguments, out, lse)
+    doubles = [t.double() for t in (grad, *arguments[:3])]
+    exact = reference.attention_backward(*doubles, *arguments[3:], expected, expected_lse)
+    for got, truth in zip(gradients, exact, strict=True):
+        assert (got.double() - truth).norm() <= 2 * rounding * truth.norm()
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_row_does_not_depend_on_the_others(isa, dtype):
+    """Neither on other queries nor on other heads: full tiles, half tiles and single rows give the same bits."""
+    for shape in ((2, 3, 75, 77, 40), (2, 2, 75, 300, 24), (1, 2, 75, 40, 300)):
+        q, k, v, mask, scale = attention_arguments(shape, dtype)
+        out, lse = cpu.attention(q, k, v, mask, scale)
+        for first, last in ((0, 1), (3, 20), (16, 75), (74, 75)):
+            rows = slice(first, last)
+            part, part_lse = cpu.attention(q[-1:, -1:, rows], k[-1:, -1:], v[-1:, -1:], mask[-1:, -1:, rows], scale)
+            assert torch.equal(part, out[-1:, -1:, rows]) and torch.equal(part_lse, lse[-1:, -1:, rows])
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-30])
+def test_attention_with_any_scale(isa, scale):
+    q, k, v, mask, _ = attention_arguments((1, 2, 35, 150, 20))
+    for kept in (mask, None):
+        out, lse = cpu.attention(q, k, v, kept, scale)
+        expected, expected_lse = reference.attention(q.double(), k.double(), v.double(), kept, scale)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_ignores_what_is_masked(isa, dtype):
+    """Padding of the keys gives what the kept keys alone give, whatever the padding holds, as long as it is finite."""
+    q, k, v, _, scale = attention_arguments((2, 3, 40, 200, 24), dtype)
+    kept = torch.tensor([77, 150])
+    mask = (torch.arange(200) < kept[:, None])[:, None, None].expand(2, 3, 40, 200)
+    out, _ = cpu.attention(q, k, v, mask, scale)
+    for row, n in enumerate(kept.tolist()):
+        alone, _ = cpu.attention(q[row : row + 1], k[row : row + 1, :, :n], v[row : row + 1, :, :n], None, scale)
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(out[row : row + 1], alone, rtol=tolerance, atol=tolerance)
+    k[0, :, 77:], v[0, :, 77:] = 1e4, -1e4
+    k[1, :, 150:], v[1, :, 150:] = -1e4, 1e4
+    assert torch.equal(cpu.attention(q, k, v, mask, scale)[0], out)
 
 
 def test_nearest_codebook_is_the_same_on_every_isa():

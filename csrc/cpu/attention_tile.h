@@ -1,8 +1,12 @@
-// The inner products of attention, for a tile of ROWS queries.
+// The inner loops of attention, for a tile of queries, one query to a lane: V vectors of W queries.
 //
-// Operands are rows of 32-bit cells along the dimension that is summed over. A cell is one float32 (Single), or two
-// neighbouring bf16 that one AVX512-BF16 instruction multiplies and adds in float32 (Pair). With that the loops are the
-// same: one cell of the left operand goes to all lanes, W cells of the right one are a vector.
+// With queries in the lanes the softmax needs no reduction across lanes, and neither keys nor head width are padded to
+// vectors: 77 keys and width 40 cost what they cost. Both products are one loop (multiply): W queries of the tile are a
+// vector, and one cell of the other operand, a key or a value, goes to all lanes. SIDE such cells lie side by side in a
+// panel, so SIDE * V sums stay in registers.
+//
+// A cell is 32 bits along the dimension that is summed over: one float32 (Single), or two neighbouring bf16 that one
+// AVX512-BF16 instruction multiplies and adds in float32 (Pair).
 #pragma once
 
 #include "kernels.h"
@@ -10,22 +14,34 @@
 
 namespace ldm::LDM_ISA {
 
-constexpr int ROWS = 6;
-constexpr int VECTORS = W == 16 ? 4 : 2;  // ROWS * VECTORS sums stay in registers
+constexpr int VECTORS = 2;             // of queries in a full tile; the last tile of a sequence may have one
+constexpr int SIDE = W == 16 ? 8 : 4;  // divides W
+constexpr int64_t LONGEST_CHAIN = 96;  // cells; longer sums are split, which also keeps their operands in L1
+constexpr float LN_2 = 0x1.62e430p-1f;
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline float infinity() { return __builtin_inff(); }
 
 struct Single {
     static constexpr int numbers = 1;
 
     static F add(F a, F b, F sum) { return fma(a, b, sum); }
 
-    // One cell from the numbers at i, of which `n` exist; the others count as 0.
+    // W cells from number i of a row of n; those behind the end are 0.
     template <class T>
-    static float cell(const T* p, int64_t stride, int64_t i, int64_t n) {
-        return i < n ? to_float(p[i * stride]) : 0.0f;
+    static F cells(const T* row, int64_t i, int64_t n) {
+        return n - i >= W ? load(row + i, Full{}) : load(row + i, Part{static_cast<int>(n - i)});
     }
 
-    // In place: the float32 at p[0, n) are the cells already.
-    static void narrow(float*, int64_t) {}
+    // The cells of `row` and of the row behind it are the cells of `row`: one number each.
+    template <class T>
+    static F columns(const T* row, const T*, int64_t i, int64_t n) {
+        return cells(row, i, n);
+    }
+
+    static F negative(F cells) { return -cells; }
+    static F weight(F t) { return exp2(t); }
 };
 
 #if defined(__AVX512BF16__)
@@ -34,69 +50,121 @@ struct Pair {
 
     static F add(F a, F b, F sum) { return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 
-    static float cell(const bf16* p, int64_t stride, int64_t i, int64_t n) {
-        const uint32_t low = 2 * i < n ? p[2 * i * stride].bits : 0,
-                       high = 2 * i + 1 < n ? p[(2 * i + 1) * stride].bits : 0;
-        return from_bits(low | high << 16);
+    static F cells(const bf16* row, int64_t i, int64_t n) {
+        if (n - i >= 2 * W) return (F)_mm512_loadu_si512(row + i);
+        return (F)_mm512_maskz_loadu_epi16((__mmask32{1} << (n - i)) - 1, row + i);
     }
 
-    // In place: n float32 at p become n / 2 cells; n is a multiple of W. Reads run ahead of the writes.
-    static void narrow(float* p, int64_t n) {
-        for (int64_t i = 0; i < n; i += W) {
-            const __m256i half = round_bf16((__m512)load(p + i, Full{}));
-            memcpy(p + i / 2, &half, sizeof half);
-        }
+    // W columns of two rows: the first row in the low halves. Without a second row (null) the high halves are 0.
+    static F columns(const bf16* row, const bf16* next, int64_t i, int64_t n) {
+        const __mmask16 some = n - i >= W ? 0xffff : static_cast<__mmask16>((1u << (n - i)) - 1);
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, row + i));
+        if (next == nullptr) return (F)low;
+        const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, next + i));
+        return (F)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    }
+
+    // Lane by lane: low and high rounded, side by side.
+    static F both(F low, F high) {
+        const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        return (F)_mm512_permutexvar_epi16(order, halves);
+    }
+
+    static F negative(F cells) { return (F)_mm512_xor_si512((__m512i)cells, _mm512_set1_epi32(int(0x80008000u))); }
+
+    // 2^t for t <= 0 with relative error below 3e-6, a thousandth of the rounding to bf16 that follows: t = n + f with
+    // |f| <= 1/2, 2^f a minimax polynomial of degree 4.
+    static F weight(F t) {
+        const F f = (F)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        F p = fma(set(9.582852945e-3f), f, set(5.590642616e-2f));
+        p = fma(p, f, set(2.402409911e-1f));
+        p = fma(p, f, set(6.931241751e-1f));
+        p = fma(p, f, set(1.0f));
+        return (F)_mm512_scalef_ps((__m512)p, (__m512)(t - f));
     }
 };
 #endif
 
-// sums[r][v] += Σ_i left[r * left_stride + i] · right[i * right_step + v * right_vector + lane], i < n.
+// sums[s][v] += Σ_i panel[i * SIDE + s] · tile[i][v], i < n.
 template <class Cells, int V>
-inline void multiply(const float* left, int64_t left_stride, const float* right, int64_t right_step,
-                     int64_t right_vector, int64_t n, F (&sums)[ROWS][V]) {
+inline void multiply(const float* panel, const float* tile, int64_t n, F (&sums)[SIDE][V]) {
     for (int64_t i = 0; i < n; ++i) {
-        F b[V];
-        for (int v = 0; v < V; ++v) b[v] = load(right + i * right_step + v * right_vector, Full{});
-        for (int r = 0; r < ROWS; ++r) {
-            const F a = set(left[r * left_stride + i]);
-            for (int v = 0; v < V; ++v) sums[r][v] = Cells::add(a, b[v], sums[r][v]);
+        F lanes[V];
+        for (int v = 0; v < V; ++v) lanes[v] = load(tile + (i * V + v) * W, Full{});
+        for (int s = 0; s < SIDE; ++s) {
+            const F cell = set(panel[i * SIDE + s]);
+            for (int v = 0; v < V; ++v) sums[s][v] = Cells::add(cell, lanes[v], sums[s][v]);
         }
     }
 }
 
-// scores[r][k] = scale · ⟨q_r, k_k⟩ for V vectors of keys. Keys are packed W at a time: cell i at keys + i * W.
+// scores[k] = ⟨k_k, q⟩ for n keys, rounded up to whole panels. Panels follow one another, `cells` long.
 template <class Cells, int V>
-inline void score(const float* q, const float* keys, int64_t cells, float scale, float* scores, int64_t scores_stride) {
-    F sums[ROWS][V] = {};
-    multiply<Cells, V>(q, cells, keys, W, cells * W, cells, sums);
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < V; ++v) store(scores + r * scores_stride + v * W, sums[r][v] * scale, Full{});
-}
-
-// out[r] = factor[r] · out[r] + Σ_k p[r][k] · value_k for V vectors of columns. The sum starts at zero, not at what is
-// there: a chain of roundings is then as long as a chunk, not as long as the sequence.
-template <class Cells, int V>
-inline void accumulate(const float* p, int64_t p_stride, const float* values, int64_t values_step, int64_t cells,
-                       const float* factor, float* out, int64_t out_stride) {
-    F sums[ROWS][V] = {};
-    multiply<Cells, V>(p, p_stride, values, values_step, W, cells, sums);
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < V; ++v) {
-            float* const to = out + r * out_stride + v * W;
-            store(to, fused(load(to, Full{}), set(factor[r]), sums[r][v]), Full{});
+inline void score(const float* q, const float* keys, int64_t cells, int64_t n, float* scores) {
+    const int64_t parts = (cells + LONGEST_CHAIN - 1) / LONGEST_CHAIN, step = (cells + parts - 1) / parts;
+    for (int64_t i = 0; i < cells; i += step) {
+        for (int64_t k = 0; k < n; k += SIDE) {
+            F sums[SIDE][V] = {};
+            multiply<Cells, V>(keys + k * cells + i * SIDE, q + i * V * W, smaller(step, cells - i), sums);
+            float* const to = scores + k * V * W;
+            for (int s = 0; s < SIDE; ++s)
+                for (int v = 0; v < V; ++v) {
+                    float* const at = to + (s * V + v) * W;
+                    store(at, i == 0 ? sums[s][v] : load(at, Full{}) + sums[s][v], Full{});
+                }
         }
+    }
 }
 
-template <class Cells>
-inline void accumulate_all(const float* p, int64_t p_stride, const float* values, int64_t padded_width, int64_t cells,
-                           const float* factor, float* out) {
-    int64_t c = 0;
-    for (; c + VECTORS * W <= padded_width; c += VECTORS * W)
-        accumulate<Cells, VECTORS>(p, p_stride, values + c, padded_width, cells, factor, out + c, padded_width);
-    const int64_t left = (padded_width - c) / W;
-    if (left == 1) accumulate<Cells, 1>(p, p_stride, values + c, padded_width, cells, factor, out + c, padded_width);
-    if (left == 2) accumulate<Cells, 2>(p, p_stride, values + c, padded_width, cells, factor, out + c, padded_width);
-    if (left == 3) accumulate<Cells, 3>(p, p_stride, values + c, padded_width, cells, factor, out + c, padded_width);
+// out[c] = factor · out[c] + Σ_k weights[k] · value_k[c] for all columns, a panel of them at a time. The sum starts at
+// zero, not at what is there: a chain of roundings is then as long as a chunk, not as long as the sequence.
+template <class Cells, int V>
+inline void accumulate(const float* weights, const float* values, int64_t values_stride, int64_t cells, int64_t columns,
+                       bool first, const F (&factor)[V], float* out) {
+    for (int64_t c = 0; c < columns; c += SIDE, values += values_stride, out += SIDE * V * W) {
+        F sums[SIDE][V] = {};
+        multiply<Cells, V>(values, weights, cells, sums);
+        for (int s = 0; s < SIDE; ++s)
+            for (int v = 0; v < V; ++v) {
+                float* const at = out + (s * V + v) * W;
+                store(at, first ? sums[s][v] : fma(load(at, Full{}), factor[v], sums[s][v]), Full{});
+            }
+    }
+}
+
+// Weights of n keys in place of their scores: 2^(scale · score - base), where base is the largest scale · score so far,
+// as cells for accumulate. base and sum (one lane for each query) are brought up to date; factor is what everything
+// summed under the old base has to be multiplied by.
+template <class Cells, int V>
+inline void soften(float* scores, int64_t n, float scale, F (&base)[V], F (&sum)[V], F (&factor)[V]) {
+    F high[V], total[V] = {};
+    for (int v = 0; v < V; ++v) high[v] = load(scores + v * W, Full{});
+    for (int64_t k = 1; k < n; ++k)
+        for (int v = 0; v < V; ++v) high[v] = max(load(scores + (k * V + v) * W, Full{}), high[v]);
+    for (int v = 0; v < V; ++v) {
+        const F now = max(high[v] * scale, base[v]);
+        high[v] = max(now, set(-0x1.fffffep127f));  // nothing but masked keys so far: their weights must be 0, not NaN
+        factor[v] = exp2(base[v] - high[v]);
+        base[v] = now;
+    }
+    const auto weight = [&](int64_t k, int v) {
+        const F w = Cells::weight(fma(load(scores + (k * V + v) * W, Full{}), set(scale), -high[v]));
+        total[v] += w;
+        return w;
+    };
+    if constexpr (Cells::numbers == 1) {
+        for (int64_t k = 0; k < n; ++k)
+            for (int v = 0; v < V; ++v) store(scores + (k * V + v) * W, weight(k, v), Full{});
+    } else {
+        for (int64_t k = 0; k < n; k += 2)
+            for (int v = 0; v < V; ++v) {
+                const F low = weight(k, v);
+                store(scores + (k / 2 * V + v) * W, Cells::both(low, k + 1 < n ? weight(k + 1, v) : zero()), Full{});
+            }
+    }
+    for (int v = 0; v < V; ++v) sum[v] = fma(sum[v], factor[v], total[v]);
 }
 
 }  // namespace ldm::LDM_ISA

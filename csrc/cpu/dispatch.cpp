@@ -14,15 +14,16 @@ struct Kernels {
     bool (*group_norm_silu)(const GroupNormSilu&);
     bool (*group_norm_silu_backward)(const GroupNormSiluBackward&);
     bool (*attention)(const Attention&);
+    bool (*attention_backward)(const AttentionBackward&);
     bool (*nearest_codebook)(const NearestCodebook&);
     void (*exp_array)(const float*, float*, int64_t);
     int64_t (*fused_multiply_adds)(int64_t, float, float*, int);
 };
 
-#define LDM_KERNELS(name)                                                                                      \
-    Kernels {                                                                                                  \
-        #name, name::group_norm_silu, name::group_norm_silu_backward, name::attention, name::nearest_codebook, \
-            name::exp_array, name::fused_multiply_adds                                                         \
+#define LDM_KERNELS(name)                                                                                        \
+    Kernels {                                                                                                    \
+        #name, name::group_norm_silu, name::group_norm_silu_backward, name::attention, name::attention_backward, \
+            name::nearest_codebook, name::exp_array, name::fused_multiply_adds                                   \
     }
 
 // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
@@ -126,10 +127,13 @@ void group_norm_silu_backward(int dtype, bool channels_last, bool silu, std::arr
     check(chosen()->group_norm_silu_backward(args));
 }
 
-void attention(int dtype, int mask_kind, std::array<int64_t, 5> shape, Address q, Address k, Address v, Address mask,
-               Address out, Address lse, std::array<int64_t, 3> q_stride, std::array<int64_t, 3> k_stride,
-               std::array<int64_t, 3> v_stride, std::array<int64_t, 3> out_stride, std::array<int64_t, 4> mask_stride,
-               float scale, int threads) {
+namespace {
+
+Attention attention_arguments(int dtype, int mask_kind, const std::array<int64_t, 5>& shape, Address q, Address k,
+                              Address v, Address mask, Address out, Address lse, const std::array<int64_t, 3>& q_stride,
+                              const std::array<int64_t, 3>& k_stride, const std::array<int64_t, 3>& v_stride,
+                              const std::array<int64_t, 3>& out_stride, const std::array<int64_t, 4>& mask_stride,
+                              float scale, int threads) {
     Attention args{};
     args.dtype = static_cast<Dtype>(dtype);
     args.mask_kind = static_cast<MaskKind>(mask_kind);
@@ -142,7 +146,32 @@ void attention(int dtype, int mask_kind, std::array<int64_t, 5> shape, Address q
     copy(out_stride, args.out_stride), copy(mask_stride, args.mask_stride);
     args.scale = scale;
     args.threads = threads;
-    check(chosen()->attention(args));
+    return args;
+}
+
+}  // namespace
+
+void attention(int dtype, int mask_kind, std::array<int64_t, 5> shape, Address q, Address k, Address v, Address mask,
+               Address out, Address lse, std::array<int64_t, 3> q_stride, std::array<int64_t, 3> k_stride,
+               std::array<int64_t, 3> v_stride, std::array<int64_t, 3> out_stride, std::array<int64_t, 4> mask_stride,
+               float scale, int threads) {
+    check(chosen()->attention(attention_arguments(dtype, mask_kind, shape, q, k, v, mask, out, lse, q_stride, k_stride,
+                                                  v_stride, out_stride, mask_stride, scale, threads)));
+}
+
+void attention_backward(int dtype, int mask_kind, std::array<int64_t, 5> shape, Address q, Address k, Address v,
+                        Address mask, Address out, Address lse, Address grad, Address dq, Address dk, Address dv,
+                        std::array<int64_t, 3> q_stride, std::array<int64_t, 3> k_stride,
+                        std::array<int64_t, 3> v_stride, std::array<int64_t, 3> out_stride,
+                        std::array<int64_t, 3> grad_stride, std::array<int64_t, 4> mask_stride, float scale,
+                        int threads) {
+    AttentionBackward args{};
+    args.forward = attention_arguments(dtype, mask_kind, shape, q, k, v, mask, out, lse, q_stride, k_stride, v_stride,
+                                       out_stride, mask_stride, scale, threads);
+    args.grad = pointer<const void>(grad);
+    copy(grad_stride, args.grad_stride);
+    args.dq = pointer<void>(dq), args.dk = pointer<void>(dk), args.dv = pointer<void>(dv);
+    check(chosen()->attention_backward(args));
 }
 
 void nearest_codebook(int dtype, int search, std::array<int64_t, 4> shape, Address z, Address codebook,

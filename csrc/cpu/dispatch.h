@@ -32,6 +32,13 @@ void attention(int dtype, int mask_kind, std::array<int64_t, 5> shape, Address q
                std::array<int64_t, 3> v_stride, std::array<int64_t, 3> out_stride, std::array<int64_t, 4> mask_stride,
                float scale, int threads);
 
+void attention_backward(int dtype, int mask_kind, std::array<int64_t, 5> shape, Address q, Address k, Address v,
+                        Address mask, Address out, Address lse, Address grad, Address dq, Address dk, Address dv,
+                        std::array<int64_t, 3> q_stride, std::array<int64_t, 3> k_stride,
+                        std::array<int64_t, 3> v_stride, std::array<int64_t, 3> out_stride,
+                        std::array<int64_t, 3> grad_stride, std::array<int64_t, 4> mask_stride, float scale,
+                        int threads);
+
 void nearest_codebook(int dtype, int search, std::array<int64_t, 4> shape, Address z, Address codebook,
                       std::array<int64_t, 3> z_stride, std::array<int64_t, 2> codebook_stride, Address index,
                       Address counts, Address sums, int threads);

@@ -52,6 +52,15 @@ struct Attention {
     int threads;
 };
 
+// forward: its arguments, out and lse being what it gave. grad like out, with strides of its own; dq, dk, dv
+// contiguous.
+struct AttentionBackward {
+    Attention forward;
+    const void* grad;
+    int64_t grad_stride[3];
+    void *dq, *dk, *dv;
+};
+
 // How to search the codebook: `automatic` chooses among the others, which all find the same indices.
 enum class CodebookSearch : int { automatic = 0, brute_force = 1, pruned = 2, bf16_candidates = 3 };
 
@@ -73,6 +82,7 @@ struct NearestCodebook {
     bool group_norm_silu(const GroupNormSilu&);                  \
     bool group_norm_silu_backward(const GroupNormSiluBackward&); \
     bool attention(const Attention&);                            \
+    bool attention_backward(const AttentionBackward&);           \
     bool nearest_codebook(const NearestCodebook&);               \
     void exp_array(const float* x, float* y, int64_t n);         \
     int64_t fused_multiply_adds(int64_t, float, float*, int);    \

@@ -1,0 +1,196 @@
+// What attention and its backward pass do around the tile loops (attention_tile.h): operands on their way from and to
+// memory (queries and keys are transposed, values are cut into panels, what has been summed is transposed back), masks,
+// and the tiles of a block. Whole vectors at a time.
+#pragma once
+
+#include "attention_tile.h"
+#include "simd/transpose.h"
+
+namespace ldm::LDM_ISA {
+
+// The parts of a vector that go to neighbouring panels.
+inline void store_sides(float* to, int64_t panel_stride, F v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_ps(to, _mm512_castps512_ps256((__m512)v));
+    _mm256_storeu_ps(to + panel_stride, _mm512_extractf32x8_ps((__m512)v, 1));
+#elif defined(__AVX2__)
+    _mm_storeu_ps(to, _mm256_castps256_ps128((__m256)v));
+    _mm_storeu_ps(to + panel_stride, _mm256_extractf128_ps((__m256)v, 1));
+#else
+    (void)panel_stride;
+    store(to, v, Full{});
+#endif
+}
+
+template <class T>
+inline T* head_of(T* p, const int64_t* stride, int64_t batch, int64_t head) {
+    return p + batch * stride[0] + head * stride[1];
+}
+
+template <int n>
+struct Vectors {
+    static constexpr int count = n;
+};
+
+// Calls tile(row, Vectors<...>) for the tiles that cover `rows` queries.
+template <class Tile>
+inline void each_tile(int64_t rows, const Tile& tile) {
+    for (int64_t row = 0; row < rows;) {
+        if (rows - row > (VECTORS - 1) * W) {
+            tile(row, Vectors<VECTORS>{});
+            row += VECTORS * W;
+        } else {
+            tile(row, Vectors<1>{});
+            row += W;
+        }
+    }
+}
+
+// Calls put(i, vector) for each cell i of a row: the cells of W rows, of which the first `rows` exist. The others
+// repeat the last one, so that nothing but the caller has to know about them.
+template <class Cells, class T, class Put>
+inline void transpose_rows(const T* from, int64_t stride, int64_t rows, int64_t width, const Put& put) {
+    const int64_t cells = (width + Cells::numbers - 1) / Cells::numbers;
+    for (int64_t i = 0; i < cells; i += W) {
+        F block[W];
+        for (int64_t r = 0; r < W; ++r)
+            block[r] = Cells::cells(from + smaller(r, rows - 1) * stride, i * Cells::numbers, width);
+        transpose(block);
+        const int n = static_cast<int>(smaller(W, cells - i));
+        for (int j = 0; j < n; ++j) put(i + j, block[j]);
+    }
+}
+
+// A tile of queries, tile[cell][V * W]; negative if the scale is.
+template <class Cells, int V, class T>
+inline void pack_queries(const T* q, int64_t stride, int64_t rows, int64_t width, bool negative, float* tile) {
+    for (int v = 0; v < V && v * W < rows; ++v)
+        transpose_rows<Cells>(q + v * W * stride, stride, smaller(W, rows - v * W), width, [&](int64_t i, F cells) {
+            store(tile + (i * V + v) * W, negative ? Cells::negative(cells) : cells, Full{});
+        });
+}
+
+// keys[panel][cell][SIDE], panels up to a multiple of W keys.
+template <class Cells, class T>
+inline void pack_keys(const T* k, int64_t stride, int64_t rows, int64_t width, float* keys) {
+    const int64_t panel = (width + Cells::numbers - 1) / Cells::numbers * SIDE;
+    for (int64_t begin = 0; begin < rows; begin += W) {
+        float* const to = keys + begin / SIDE * panel;
+        transpose_rows<Cells>(k + begin * stride, stride, smaller(W, rows - begin), width,
+                              [&](int64_t i, F cells) { store_sides(to + i * SIDE, panel, cells); });
+    }
+}
+
+// values[panel of columns][cell of keys][SIDE], panels up to a multiple of W columns.
+template <class Cells, class T>
+inline void pack_values(const T* v, int64_t stride, int64_t rows, int64_t width, float* values) {
+    const int64_t panel = (rows + Cells::numbers - 1) / Cells::numbers * SIDE;
+    for (int64_t row = 0; row < rows; row += Cells::numbers, values += SIDE) {
+        const T *const from = v + row * stride, *const next = row + 1 < rows ? from + stride : nullptr;
+        for (int64_t c = 0; c < width; c += W)
+            store_sides(values + c / SIDE * panel, panel, Cells::columns(from, next, c, width));
+    }
+}
+
+// Rows of the result from sums[column][V * W], each times its query's factor.
+template <int V, class T>
+inline void unpack_rows(const float* sums, const F (&factor)[V], int64_t rows, int64_t width, T* out, int64_t stride) {
+    for (int v = 0; v < V && v * W < rows; ++v) {
+        const int64_t n = smaller(W, rows - v * W);
+        T* const to = out + v * W * stride;
+        for (int64_t c = 0; c < width; c += W) {
+            F block[W];
+            for (int64_t i = 0; i < W; ++i)
+                block[i] = load(sums + (smaller(c + i, width - 1) * V + v) * W, Full{}) * factor[v];
+            transpose(block);
+            if (width - c >= W) {
+                for (int64_t r = 0; r < n; ++r) store(to + r * stride + c, block[r], Full{});
+            } else {
+                for (int64_t r = 0; r < n; ++r) store(to + r * stride + c, block[r], Part{static_cast<int>(width - c)});
+            }
+        }
+    }
+}
+
+// ---- masks ----
+
+template <class T>
+inline F addends(const T* mask, int64_t i, int64_t n) {
+    return Single::cells(mask, i, n) * LOG2_E;
+}
+
+inline F addends(const bool* mask, int64_t i, int64_t n) {
+    F found;
+    for (int64_t lane = 0; lane < W; ++lane) found[lane] = i + lane < n && mask[i + lane] ? 0.0f : -infinity();
+    return found;
+}
+
+template <class T>
+inline float addend(const T* mask) {
+    return to_float(*mask) * LOG2_E;
+}
+inline float addend(const bool* mask) { return *mask ? 0.0f : -infinity(); }
+
+// scores[k] = scale · scores[k] + log2(e) · mask for n keys of a tile. mask points at the first query's first key.
+template <int V, class T>
+inline void add_mask(const T* mask, int64_t row_stride, int64_t key_stride, int64_t rows, int64_t n, float scale,
+                     float* scores) {
+    const auto add = [&](int64_t k, int v, F what) {
+        float* const at = scores + (k * V + v) * W;
+        store(at, fma(load(at, Full{}), set(scale), what), Full{});
+    };
+    if (row_stride == 0) {  // the same for all queries, like the padding of the keys
+        for (int64_t k = 0; k < n; ++k) {
+            const F what = set(addend(mask + k * key_stride));
+            for (int v = 0; v < V; ++v) add(k, v, what);
+        }
+        return;
+    }
+    for (int v = 0; v < V && v * W < rows; ++v) {
+        for (int64_t k = 0; k < n; k += W) {
+            F block[W];
+            for (int64_t r = 0; r < W; ++r) {
+                const T* const from = mask + smaller(v * W + r, rows - 1) * row_stride;
+                if (key_stride == 1) {
+                    block[r] = addends(from, k, n);
+                } else {
+                    for (int64_t i = 0; i < W; ++i) block[r][i] = addend(from + smaller(k + i, n - 1) * key_stride);
+                }
+            }
+            transpose(block);
+            const int m = static_cast<int>(smaller(W, n - k));
+            for (int i = 0; i < m; ++i) add(k + i, v, block[i]);
+        }
+    }
+}
+
+template <int V, class T>
+inline void add_mask_of(const Attention& a, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t begin,
+                        int64_t n, float scale, float* scores) {
+    const int64_t* const stride = a.mask_stride;
+    const T* const from = head_of(static_cast<const T*>(a.mask), stride, batch, head);
+    add_mask<V>(from + row * stride[2] + begin * stride[3], stride[2], stride[3], rows, n, scale, scores);
+}
+
+// Scales and masks the scores of queries row .. row + rows and keys begin .. begin + n, if there is a mask. Returns the
+// factor that is left to multiply them by.
+template <int V>
+inline float mask_scores(const Attention& a, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t begin,
+                         int64_t n, float* scores) {
+    const float scale = (a.scale < 0 ? -a.scale : a.scale) * LOG2_E;  // its sign went to the queries
+    switch (a.mask_kind) {
+        case MaskKind::none:
+            return scale;
+        case MaskKind::boolean:
+            return add_mask_of<V, bool>(a, batch, head, row, rows, begin, n, scale, scores), 1.0f;
+        case MaskKind::f32:
+            return add_mask_of<V, float>(a, batch, head, row, rows, begin, n, scale, scores), 1.0f;
+        case MaskKind::bf16:
+            return add_mask_of<V, bf16>(a, batch, head, row, rows, begin, n, scale, scores), 1.0f;
+        case MaskKind::f16:
+            return add_mask_of<V, f16>(a, batch, head, row, rows, begin, n, scale, scores), 1.0f;
+    }
+    return scale;
+}
+
+}  // namespace ldm::LDM_ISA
