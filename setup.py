@@ -33,7 +33,7 @@ CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # No -ffast-math: NaN, infinities and signed zeros keep their meaning. Contraction is off so that an operation is fused
 # exactly where the source says so, whatever the compiler.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
-CXX_FLAGS += ["-fno-trapping-math", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
+CXX_FLAGS += ["-fno-trapping-math", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 
 class Unbuildable(Exception):

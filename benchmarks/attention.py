@@ -1,4 +1,4 @@
-"""attention against PyTorch's: scaled_dot_product_attention, its math variant, and three eager ops.
+"""attention against PyTorch's: scaled_dot_product_attention, its flash and math variants, and three eager ops.
 
     python benchmarks/attention.py [--dtype bfloat16] [--shape 4096x77x40] [--backward] [--compile]
 
@@ -49,9 +49,8 @@ def exact(q: Tensor, k: Tensor, v: Tensor, *, mask: None = None, scale: None = N
 
 def peers(bench: Bench, case: Attention, dtype: torch.dtype) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
     """The peers for this case, and those that it is too large for."""
-    found: dict[str, Callable[..., Tensor]] = {"SDPA": sdpa}
+    found: dict[str, Callable[..., Tensor]] = {"SDPA": sdpa, "SDPA flash": sdpa_by(SDPBackend.FLASH_ATTENTION)}
     if bench.device.type == "cuda":
-        found["SDPA flash"] = sdpa_by(SDPBackend.FLASH_ATTENTION)
         found["SDPA efficient"] = sdpa_by(SDPBackend.EFFICIENT_ATTENTION)
         found["SDPA cuDNN"] = sdpa_by(SDPBackend.CUDNN_ATTENTION)
     found |= {"SDPA math": sdpa_by(SDPBackend.MATH), "eager": eager}

@@ -22,7 +22,7 @@ NEAREST_CODEBOOK = {"taming", "torch.cdist", "ldm_fast with stats"}
 NEAREST_CODEBOOK |= {"ldm_fast brute force"} if cpu.unavailable() is None else set()
 # options besides --quick, the peers that need nothing installed, those that may be absent, rows
 BENCHMARKS = {
-    "attention": (["--backward"], {"SDPA", "SDPA math", "eager"}, set(), 8),
+    "attention": (["--backward"], {"SDPA", "SDPA flash", "SDPA math", "eager"}, set(), 8),
     "group_norm_silu": ([], {"eager"}, set(), 8),
     "nearest_codebook": ([], NEAREST_CODEBOOK, {"FAISS", "scikit-learn"}, 3),
     "unet": ([], {"PyTorch's ops"}, {"diffusers"}, 2),

@@ -178,6 +178,22 @@ def test_attention_row_does_not_depend_on_the_others(isa, dtype):
             assert torch.equal(part, out[-1:, -1:, rows]) and torch.equal(part_lse, lse[-1:, -1:, rows])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 3, 65536, 5), (1, 1, 65536, 3, 5), (1, 2, 33, 129, 1), (1, 1, 5, 7, 1024)])
+def test_attention_of_extreme_shapes(shape, dtype):
+    arguments = attention_arguments(shape, dtype)
+    grad = torch.ones(shape[0], shape[2], shape[1], shape[4]).to(dtype).transpose(1, 2)
+    out, lse = cpu.attention(*arguments)
+    gradients = cpu.attention_backward(grad, *arguments, out, lse)
+    doubles = [t.double() for t in arguments[:3]]
+    exact, exact_lse = reference.attention(*doubles, *arguments[3:])
+    exact_gradients = reference.attention_backward(grad.double(), *doubles, *arguments[3:], exact, exact_lse)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-5)
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for got, truth in zip((out, *gradients), (exact, *exact_gradients), strict=True):
+        assert (got.double() - truth).norm() <= rounding * truth.norm()
+
+
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-30])
 def test_attention_with_any_scale(isa, scale):

@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t CHUNK = 128;                    // keys
 constexpr int64_t TILE = VECTORS * W;             // queries
 constexpr int64_t BLOCK_FLOATS = 1 << 15;         // a block's queries and sums: 128 KB
+constexpr int64_t CACHED_FLOATS = 1 << 17;        // half of a common L2
 constexpr int64_t WORK_WORTH_A_THREAD = 1 << 16;  // multiplications
 
 // Sizes of one problem; everything packed is counted in floats.
@@ -75,20 +76,17 @@ struct Block {
         }
     }
 
-    // Rows of a head lie apart in memory, too far for the hardware to notice that they are used in order.
-    void prefetch() const {
-        const T* const from = head_of(static_cast<const T*>(a.q), a.q_stride, batch, head);
-        const T* const to = head_of(static_cast<const T*>(a.out), a.out_stride, batch, head);
-        for (int64_t r = first_row; r < first_row + rows_from(0); ++r)
-            for (int64_t c = 0; c < a.width; c += 64 / static_cast<int64_t>(sizeof(T))) {
-                __builtin_prefetch(from + r * a.q_stride[2] + c, 0, 2);
-                __builtin_prefetch(to + r * a.out_stride[2] + c, 0, 2);
-            }
+    // The block's rows of a tensor like q or out, to be fetched in `pieces` pieces.
+    Ahead ahead(const void* tensor, const int64_t* stride, int64_t pieces) const {
+        const T* const from = head_of(static_cast<const T*>(tensor), stride, batch, head) + first_row * stride[2];
+        const int64_t size = sizeof(T), rows = rows_from(0);
+        return {reinterpret_cast<const char*>(from), stride[2] * size, a.width * size, rows, rows / pieces + 1};
     }
 
     template <int V>
-    void meet(int64_t row, int64_t begin, int64_t n) const {
-        score<Cells, V>(q + row * sizes.width_cells, keys + begin * sizes.width_cells, sizes.width_cells, n, scores);
+    void meet(int64_t row, int64_t begin, int64_t n, Ahead& next_q, Ahead& next_out) const {
+        score<Cells, V>(q + row * sizes.width_cells, keys + begin * sizes.width_cells, sizes.width_cells, n, scores,
+                        next_q);
         const float scale = mask_scores<V>(a, batch, head, first_row + row, rows_from(row), begin, n, scores);
         F base[V], sum[V], factor[V];
         for (int v = 0; v < V; ++v) {
@@ -102,7 +100,7 @@ struct Block {
         }
         accumulate<Cells, V>(scores, values + begin / Cells::numbers * SIDE, sizes.key_cells * SIDE,
                              (n + Cells::numbers - 1) / Cells::numbers, sizes.columns, begin == 0, factor,
-                             out + row * sizes.columns);
+                             out + row * sizes.columns, next_out);
     }
 
     template <int V>
@@ -122,12 +120,18 @@ struct Block {
             lse[r] = sums[r] == 0.0f ? -infinity() : bases[r] * LN_2 + __builtin_logf(sums[r]);
     }
 
-    void attend() const {
+    // `next`: the block that this thread will probably do next, or null.
+    void attend(const Block* next) const {
         const int64_t rows = rows_from(0);
+        Ahead next_q, next_out;
+        if (next != nullptr) {
+            next_q = next->ahead(a.q, a.q_stride, (a.keys + SIDE - 1) / SIDE);
+            next_out = next->ahead(a.out, a.out_stride, sizes.columns / SIDE);
+        }
         each_tile(rows, [&](int64_t row, auto tile) { begin<decltype(tile)::count>(row); });
         for (int64_t first = 0; first < a.keys; first += CHUNK)
             each_tile(rows, [&](int64_t row, auto tile) {
-                meet<decltype(tile)::count>(row, first, smaller(CHUNK, a.keys - first));
+                meet<decltype(tile)::count>(row, first, smaller(CHUNK, a.keys - first), next_q, next_out);
             });
         each_tile(rows, [&](int64_t row, auto tile) { end<decltype(tile)::count>(row); });
     }
@@ -139,10 +143,11 @@ bool run(const Attention& a) {
     const int64_t heads = a.batch * a.heads, blocks = (a.rows + sizes.block_rows - 1) / sizes.block_rows;
     const double useful = double(heads) * a.rows * a.keys * a.width / WORK_WORTH_A_THREAD;
     const int threads = useful < 1 ? 1 : useful < a.threads ? static_cast<int>(useful) : a.threads;
-    // With many keys and enough heads for everybody a thread packs and finishes one head after the other. With few keys
-    // those of all heads stay in the cache, and going through the heads of one block of queries reads whole rows.
+    // Usually a thread packs and finishes one head after the other, if there are enough heads for everybody. If all
+    // heads' keys fit in the cache, going through the heads of one block of queries reads and writes whole rows.
     const bool few_keys = a.keys <= CHUNK;
-    const bool by_head = !few_keys && (threads == 1 || heads >= 4 * threads || heads % threads == 0);
+    const bool by_row = few_keys && a.heads * (sizes.key_floats + sizes.value_floats) <= CACHED_FLOATS;
+    const bool by_head = !by_row && (threads == 1 || heads >= 4 * threads || heads % threads == 0);
     const int64_t packed = by_head ? threads : heads;
     Scratch<float> keys(packed * sizes.key_floats), values(packed * sizes.value_floats);
     Scratch<float> work(threads * sizes.block_floats);
@@ -163,7 +168,10 @@ bool run(const Attention& a) {
         parallel_for(heads, 1, threads, [&](int64_t begin, int64_t end, int slot) {
             for (int64_t head = begin; head < end; ++head) {
                 pack(head, slot);
-                for (int64_t number = 0; number < blocks; ++number) block(head, number, slot, slot).attend();
+                for (int64_t number = 0; number < blocks; ++number) {
+                    const auto next = block(head, number + 1 < blocks ? number + 1 : 0, slot, slot);
+                    block(head, number, slot, slot).attend(few_keys ? &next : nullptr);
+                }
             }
         });
         return true;
@@ -172,15 +180,15 @@ bool run(const Attention& a) {
         for (int64_t head = begin; head < end; ++head) pack(head, head);
     });
     const auto item = [&](int64_t i, int slot) {
-        if (!few_keys) return block(i / blocks, i % blocks, i / blocks, slot);
+        if (!by_row) return block(i / blocks, i % blocks, i / blocks, slot);
         const int64_t head = i / (blocks * a.heads) * a.heads + i % a.heads;
         return block(head, i / a.heads % blocks, head, slot);
     };
-    const int64_t grain = few_keys && a.batch * blocks >= 4 * threads ? a.heads : 1;
+    const int64_t grain = by_row && a.batch * blocks >= 4 * threads ? a.heads : 1;
     parallel_for(heads * blocks, grain, threads, [&](int64_t begin, int64_t end, int slot) {
         for (int64_t i = begin; i < end; ++i) {
-            if (few_keys && i + 1 < heads * blocks) item(i + 1, slot).prefetch();
-            item(i, slot).attend();
+            const auto next = item(i + 1 < heads * blocks ? i + 1 : i, slot);
+            item(i, slot).attend(few_keys ? &next : nullptr);
         }
     });
     return true;

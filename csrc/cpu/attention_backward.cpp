@@ -147,9 +147,10 @@ struct Block {
     // P and dS of a tile, and its share of dq.
     template <int V>
     void meet(int64_t row, int64_t first, int64_t n, bool want_dq) const {
+        Ahead none;
         float *const weights = p + row * CHUNK, *const slopes = ds + row * CHUNK;
-        score<Single, V>(q + row * sizes.width, h.keys + first * sizes.width, sizes.width, n, weights);
-        score<Single, V>(grad + row * sizes.width, h.values + first * sizes.width, sizes.width, n, slopes);
+        score<Single, V>(q + row * sizes.width, h.keys + first * sizes.width, sizes.width, n, weights, none);
+        score<Single, V>(grad + row * sizes.width, h.values + first * sizes.width, sizes.width, n, slopes, none);
         const float left = mask_scores<V>(a, h.batch, h.head, first_row + row, rows - row, first, n, weights);
         for (int v = 0; v < V; ++v) {
             const F base = load(lse + row + v * W, Full{}), mean = load(delta + row + v * W, Full{});
@@ -164,7 +165,7 @@ struct Block {
         for (int v = 0; v < V; ++v) one[v] = set(1.0f);
         if (want_dq)
             accumulate<Single, V>(slopes, h.key_columns + first * SIDE, a.keys * SIDE, n, sizes.columns, first == 0,
-                                  one, dq + row * sizes.columns);
+                                  one, dq + row * sizes.columns, none);
     }
 
     // to[k] += Σ_q left[k][q] · right[q] for V vectors of columns and SIDE keys, over all queries of the block.

@@ -100,12 +100,26 @@ inline void multiply(const float* panel, const float* tile, int64_t n, F (&sums)
     }
 }
 
+// Rows in memory that the next tile will read or write, fetched into L2 a few at a time while this one is computed.
+// They lie apart, too far for the hardware to notice that they are used in order, and all at once they would hold up
+// loads.
+struct Ahead {
+    const char* next = nullptr;
+    int64_t stride = 0, bytes = 0, rows = 0, share = 0;
+
+    void fetch() {
+        for (int64_t i = 0; i < share && rows > 0; ++i, --rows, next += stride)
+            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(next + byte, 0, 2);
+    }
+};
+
 // scores[k] = ⟨k_k, q⟩ for n keys, rounded up to whole panels. Panels follow one another, `cells` long.
 template <class Cells, int V>
-inline void score(const float* q, const float* keys, int64_t cells, int64_t n, float* scores) {
+inline void score(const float* q, const float* keys, int64_t cells, int64_t n, float* scores, Ahead& ahead) {
     const int64_t parts = (cells + LONGEST_CHAIN - 1) / LONGEST_CHAIN, step = (cells + parts - 1) / parts;
     for (int64_t i = 0; i < cells; i += step) {
         for (int64_t k = 0; k < n; k += SIDE) {
+            ahead.fetch();
             F sums[SIDE][V] = {};
             multiply<Cells, V>(keys + k * cells + i * SIDE, q + i * V * W, smaller(step, cells - i), sums);
             float* const to = scores + k * V * W;
@@ -122,8 +136,9 @@ inline void score(const float* q, const float* keys, int64_t cells, int64_t n, f
 // zero, not at what is there: a chain of roundings is then as long as a chunk, not as long as the sequence.
 template <class Cells, int V>
 inline void accumulate(const float* weights, const float* values, int64_t values_stride, int64_t cells, int64_t columns,
-                       bool first, const F (&factor)[V], float* out) {
+                       bool first, const F (&factor)[V], float* out, Ahead& ahead) {
     for (int64_t c = 0; c < columns; c += SIDE, values += values_stride, out += SIDE * V * W) {
+        ahead.fetch();
         F sums[SIDE][V] = {};
         multiply<Cells, V>(values, weights, cells, sums);
         for (int s = 0; s < SIDE; ++s)
