@@ -18,25 +18,29 @@ namespace {
 
 constexpr int64_t CHUNK = 128;                    // keys
 constexpr int64_t TILE = VECTORS * W;             // queries
-constexpr int64_t BLOCK_FLOATS = 1 << 15;         // a block's queries and sums: 128 KB
+constexpr int64_t BLOCK_FLOATS = 1 << 16;         // a block's queries and sums: 256 KB
 constexpr int64_t CACHED_FLOATS = 1 << 17;        // half of a common L2
 constexpr int64_t WORK_WORTH_A_THREAD = 1 << 16;  // multiplications
 
 // Sizes of one problem; everything packed is counted in floats.
 template <class Cells>
 struct Sizes {
-    int64_t width_cells, key_cells, columns, block_rows, key_floats, value_floats, block_floats;
+    int64_t width_cells, padded, columns, block_rows, key_floats, value_floats, block_floats;
 
     explicit Sizes(const Attention& a) {
         width_cells = (a.width + Cells::numbers - 1) / Cells::numbers;
-        key_cells = (a.keys + Cells::numbers - 1) / Cells::numbers;
+        padded = round_up(a.width, W);
         columns = round_up(a.width, SIDE);
         const int64_t tiles = a.keys <= CHUNK ? 1 : BLOCK_FLOATS / ((width_cells + columns) * TILE);
         block_rows = TILE * (tiles < 1 ? 1 : smaller(tiles, 8));
         key_floats = round_up(a.keys, W) * width_cells;
-        value_floats = key_cells * round_up(a.width, W);
+        value_floats = (a.keys + Cells::numbers - 1) / Cells::numbers * padded;
         block_floats = block_rows * (width_cells + columns + 2) + TILE * smaller(round_up(a.keys, SIDE), CHUNK);
     }
+
+    // Where the packed values of a chunk start. Those of all columns stand together: panels over all keys would lie
+    // powers of two apart and fight for the same lines of the cache.
+    int64_t values_of(int64_t first_key) const { return first_key / Cells::numbers * padded; }
 };
 
 // One block of queries of one head, and where its intermediate results are.
@@ -98,9 +102,9 @@ struct Block {
             store(bases + row + v * W, base[v], Full{});
             store(sums + row + v * W, sum[v], Full{});
         }
-        accumulate<Cells, V>(scores, values + begin / Cells::numbers * SIDE, sizes.key_cells * SIDE,
-                             (n + Cells::numbers - 1) / Cells::numbers, sizes.columns, begin == 0, factor,
-                             out + row * sizes.columns, next_out);
+        const int64_t cells = (n + Cells::numbers - 1) / Cells::numbers;
+        accumulate<Cells, V>(scores, values + sizes.values_of(begin), cells * SIDE, cells, sizes.columns, begin == 0,
+                             factor, out + row * sizes.columns, next_out);
     }
 
     template <int V>
@@ -157,8 +161,11 @@ bool run(const Attention& a) {
         const int64_t batch = head / a.heads, h = head % a.heads;
         pack_keys<Cells>(head_of(static_cast<const T*>(a.k), a.k_stride, batch, h), a.k_stride[2], a.keys, a.width,
                          keys.data + at * sizes.key_floats);
-        pack_values<Cells>(head_of(static_cast<const T*>(a.v), a.v_stride, batch, h), a.v_stride[2], a.keys, a.width,
-                           values.data + at * sizes.value_floats);
+        const T* const v = head_of(static_cast<const T*>(a.v), a.v_stride, batch, h);
+        float* const to = values.data + at * sizes.value_floats;
+        for (int64_t first = 0; first < a.keys; first += CHUNK)
+            pack_values<Cells>(v + first * a.v_stride[2], a.v_stride[2], smaller(CHUNK, a.keys - first), a.width,
+                               to + sizes.values_of(first));
     };
     const auto block = [&](int64_t head, int64_t number, int64_t at, int slot) {
         return Block<Cells, T>(a, sizes, head, number * sizes.block_rows, keys.data + at * sizes.key_floats,

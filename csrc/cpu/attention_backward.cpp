@@ -73,7 +73,9 @@ struct Head {
         const T* const v = head_of(static_cast<const T*>(a.v), a.v_stride, batch, head);
         pack_keys<Single>(k, a.k_stride[2], a.keys, a.width, keys);
         pack_keys<Single>(v, a.v_stride[2], a.keys, a.width, values);
-        pack_values<Single>(k, a.k_stride[2], a.keys, a.width, key_columns);
+        for (int64_t first = 0; first < a.keys; first += CHUNK)  // the columns of a chunk stand together
+            pack_values<Single>(k + first * a.k_stride[2], a.k_stride[2], smaller(CHUNK, a.keys - first), a.width,
+                                key_columns + first * sizes.padded);
         memset(dk, 0, static_cast<size_t>(2 * sizes.sums) * sizeof(float));
     }
 
@@ -164,7 +166,7 @@ struct Block {
         F one[V];
         for (int v = 0; v < V; ++v) one[v] = set(1.0f);
         if (want_dq)
-            accumulate<Single, V>(slopes, h.key_columns + first * SIDE, a.keys * SIDE, n, sizes.columns, first == 0,
+            accumulate<Single, V>(slopes, h.key_columns + first * sizes.padded, n * SIDE, n, sizes.columns, first == 0,
                                   one, dq + row * sizes.columns, none);
     }
 
