@@ -14,6 +14,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("set_isa", &ldm::set_isa);
     m.def("set_openmp", &ldm::set_openmp);
     m.def("group_norm_silu", &ldm::group_norm_silu, Release());
+    m.def("group_norm_stats", &ldm::group_norm_stats, Release());
+    m.def("group_norm_apply", &ldm::group_norm_apply, Release());
     m.def("group_norm_silu_backward", &ldm::group_norm_silu_backward, Release());
     m.def("attention", &ldm::attention, Release());
     m.def("attention_backward", &ldm::attention_backward, Release());

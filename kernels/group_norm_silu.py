@@ -23,7 +23,16 @@ import triton.language as tl
 
 from . import Launch, refuse, unavailable
 
-__all__ = ["group_norm_silu", "group_norm_silu_backward", "group_norm_silu_unsupported", "unavailable"]
+__all__ = [
+    "group_norm_apply",
+    "group_norm_apply_unsupported",
+    "group_norm_silu",
+    "group_norm_silu_backward",
+    "group_norm_silu_unsupported",
+    "group_norm_stats",
+    "group_norm_stats_unsupported",
+    "unavailable",
+]
 
 ON_CHIP = 16384  # padded elements of a group that one program keeps; its backward keeps two tensors
 TILE = 4096  # elements of a tile of the split form
@@ -403,20 +412,54 @@ def forward_launches(
         args = (x, weight, bias, scale, shift, y, mean, rstd, c, s, stride_c, stride_s, num_groups, eps)
         options = {"width": width, "CHANNELS": tile[0], "PIXELS": tile[1], "num_warps": _warps(tile, 16), **silu}
         return [Launch(_forward_group, b * num_groups, args, options)]
-    channels, pixels, steps = _split(x)
-    tiles, chunks, steps_apply = triton.cdiv(c, channels), triton.cdiv(s, pixels * steps), triton.cdiv(s, pixels)
-    means, deviations = torch.empty((2, b, c, chunks), dtype=torch.float32, device=x.device)
-    block: dict[str, Any] = {"CHANNELS": channels, "PIXELS": pixels, "num_warps": _warps((channels, pixels), 32)}
-    stats = (x, means, deviations, c, s, stride_c, stride_s, chunks)
-    merge = (means, deviations, mean, rstd, s, num_groups, width, chunks, pixels * steps, eps)
-    apply = (
-        x, weight, bias, scale, shift, mean, rstd, y, c, s, stride_c, stride_s, num_groups, width, steps_apply
-    )  # fmt: skip
+    stats, means, deviations, pixels = stats_launch(x)
+    merge = (means, deviations, mean, rstd, s, num_groups, width, means.shape[-1], pixels, eps)
     return [
-        Launch(_stats, chunks * tiles * b, stats, {**block, "STEPS": steps, **fusion}),
+        stats,
         Launch(_merge, b * num_groups, merge, {"BLOCK": 1024, "num_warps": 4, **fusion}),
-        Launch(_apply, steps_apply * tiles * b, apply, {**block, **silu}),
+        apply_launch(x, num_groups, weight, bias, activation, scale, shift, mean, rstd, y),
     ]
+
+
+def _block(channels: int, pixels: int) -> dict[str, Any]:
+    """What the two halves of the split form have in common."""
+    warps = _warps((channels, pixels), 32)
+    return {"CHANNELS": channels, "PIXELS": pixels, "num_warps": warps, "enable_fp_fusion": True}
+
+
+def stats_launch(x: torch.Tensor) -> tuple[Launch, torch.Tensor, torch.Tensor, int]:
+    """The first half of the split form, the (B, C, chunks) means and squared deviations it fills, pixels per chunk."""
+    b, c = x.shape[:2]
+    s, stride_c, stride_s, _ = _layout(x)
+    channels, pixels, steps = _split(x)
+    chunks = triton.cdiv(s, pixels * steps)
+    means, deviations = torch.empty((2, b, c, chunks), dtype=torch.float32, device=x.device)
+    args = (x, means, deviations, c, s, stride_c, stride_s, chunks)
+    options = {**_block(channels, pixels), "STEPS": steps}
+    return Launch(_stats, chunks * triton.cdiv(c, channels) * b, args, options), means, deviations, pixels * steps
+
+
+def apply_launch(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    y: torch.Tensor,
+) -> Launch:
+    """The second half of the split form: fills y from mean and rstd (B, num_groups)."""
+    b, c = x.shape[:2]
+    s, stride_c, stride_s, _ = _layout(x)
+    channels, pixels, _ = _split(x)
+    chunks = triton.cdiv(s, pixels)
+    width = c // num_groups
+    args = (x, weight, bias, scale, shift, mean, rstd, y, c, s, stride_c, stride_s, num_groups, width, chunks)
+    options = {**_block(channels, pixels), "SILU": activation == "silu"}
+    return Launch(_apply, chunks * triton.cdiv(c, channels) * b, args, options)
 
 
 def _warps(tile: tuple[int, int], elements: int) -> int:
@@ -490,6 +533,69 @@ def group_norm_silu(
     for launch in forward_launches(x, num_groups, weight, bias, eps, activation, scale, shift, y, mean, rstd):
         launch.run()
     return y, mean, rstd
+
+
+def group_norm_stats_unsupported(x: torch.Tensor, num_groups: int) -> str | None:
+    """Why this (validated) input cannot run, None if it can."""
+    return group_norm_silu_unsupported(x, num_groups, None, None, 1.0, None, None, None)
+
+
+def group_norm_stats(x: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Count, mean and sum of squared deviations, (B, num_groups, 3) in float64; see `ldm_fast.reference`."""
+    launch, means, deviations, pixels = stats_launch(x)
+    launch.run()
+    b, _, chunks = means.shape
+    s = _layout(x)[0]
+    # all chunks of a group's channels, joined in float64: a few thousand numbers
+    counts = torch.full((chunks,), float(pixels), dtype=torch.float64, device=x.device)
+    counts[-1] = s - (chunks - 1) * pixels
+    means, deviations = (t.double().reshape(b, num_groups, -1, chunks) for t in (means, deviations))
+    total = float(x.shape[1] // num_groups * s)
+    mean = (means * counts).sum((2, 3)) / total  # (B, G)
+    squares = (deviations + (means - mean[..., None, None]).square() * counts).sum((2, 3))
+    return torch.stack([torch.full_like(mean, total), mean, squares], dim=-1)
+
+
+def group_norm_apply_unsupported(
+    x: torch.Tensor,
+    stats: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+) -> str | None:
+    """Why these (validated) inputs cannot run, None if they can."""
+    return group_norm_silu_unsupported(x, num_groups, weight, bias, eps, activation, scale, shift)
+
+
+def group_norm_apply(
+    x: torch.Tensor,
+    stats: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+) -> torch.Tensor:
+    """`group_norm_silu` of x by the statistics of what x is a part of; see `ldm_fast.reference`."""
+    weight, bias, scale = (None if t is None else t.contiguous() for t in (weight, bias, scale))
+    y = torch.empty_like(x)
+    count, mean, squares = stats.unbind(-1)
+    rstd = (squares / count + eps).rsqrt()
+    rounded = mean.float().contiguous()
+    # What rounding the mean to float32 loses shows where it is far above the deviation: it goes into the shift.
+    rest = ((rounded.double() - mean) * rstd).float().repeat_interleave(x.shape[1] // num_groups, dim=1)  # (B, C)
+    rest = rest if weight is None else rest * weight.float()
+    rest = rest if scale is None else rest * (1.0 + scale.float())
+    shift = rest if shift is None else rest + shift.float()
+    mean, rstd = rounded, rstd.float()
+    apply_launch(x, num_groups, weight, bias, activation, scale, shift, mean, rstd, y).run()
+    return y
 
 
 def group_norm_silu_backward(

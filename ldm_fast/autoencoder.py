@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ldm_fast.bands import BANDS_PER_TILE, decode_in_bands, encode_in_bands
 from ldm_fast.coders import Decoder, Encoder
 from ldm_fast.pretrained import Pretrained
 from ldm_fast.regularisation import DiagonalGaussian, QuantizerOutput, VectorQuantizer
@@ -161,8 +162,12 @@ def _after_offloading(method: Callable[..., Any]) -> Callable[..., Any]:
 class _FirstStage(Pretrained):
     """What the two first stages share: E, D and the 1×1 convolutions on either side of the latent.
 
-    `use_slicing`: one image at a time. `use_tiling`: images larger than a tile in overlapping tiles, each side
-    `tile_sample_min_size` pixels (`tile_latent_min_size` in the latent) and `tile_overlap_factor` of it shared.
+    `encode` and `decode` take `tile`: a large image in the memory of tiles of `tile` latents a side, with the result of
+    the whole (see `ldm_fast.bands`); without gradients.
+
+    What users of diffusers know: `use_slicing`, one image at a time. `use_tiling`, images larger than a tile in
+    overlapping tiles that know nothing of one another, each side `tile_sample_min_size` pixels (`tile_latent_min_size`
+    in the latent) and `tile_overlap_factor` of it shared; the result is another one than that of the whole.
     """
 
     def __init__(self, config: AutoencoderConfig, moments: int):
@@ -219,11 +224,16 @@ class _FirstStage(Pretrained):
     def disable_gradient_checkpointing(self) -> None:
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = False
 
-    def _encode(self, x: Tensor) -> Tensor:
+    def _encode(self, x: Tensor, tile: int | None) -> Tensor:
         """x (B, in_channels, H, W) → moments (B, latent_channels or twice that, H/f, W/f)."""
         channels = self.encoder.conv_in.in_channels
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"{type(self).__name__}: x must be (B, {channels}, H, W), got {tuple(x.shape)}")
+        if tile is not None:
+            pixels = self._pixels_of_a_band("encode", x, tile)
+            with torch.no_grad():
+                h = encode_in_bands(self.encoder, x, pixels)
+                return h if self.quant_conv is None else self.quant_conv(h)
         sample, latent = self.tile_sample_min_size, self.tile_latent_min_size
         return self._in_parts(self._encode_whole, x, sample, latent)
 
@@ -231,13 +241,26 @@ class _FirstStage(Pretrained):
         h = self.encoder(x)
         return h if self.quant_conv is None else self.quant_conv(h)
 
-    def _decode(self, z: Tensor) -> Tensor:
+    def _decode(self, z: Tensor, tile: int | None) -> Tensor:
         """z (B, latent_channels, h, w) → (B, out_channels, f·h, f·w)."""
+        if tile is not None:
+            pixels = self._pixels_of_a_band("decode", z, tile)
+            with torch.no_grad():
+                z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+                return decode_in_bands(self.decoder, z, pixels)
         sample, latent = self.tile_sample_min_size, self.tile_latent_min_size
         return self._in_parts(self._decode_whole, z, latent, sample)
 
     def _decode_whole(self, z: Tensor) -> Tensor:
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+    def _pixels_of_a_band(self, method: str, x: Tensor, tile: int) -> int:
+        name = f"{type(self).__name__}.{method}"
+        if not isinstance(tile, int) or tile < 1:
+            raise ValueError(f"{name}: tile must be a number of latents, at least 1, or None, got {tile!r}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: tile={tile} gives no gradients; leave it out, or use torch.no_grad()")
+        return max(1, (tile * self.config.downsampling_factor) ** 2 // BANDS_PER_TILE)
 
     def _in_parts(self, function: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: int) -> Tensor:
         """function(x), in slices and tiles where they are enabled."""
@@ -263,9 +286,11 @@ class AutoencoderKL(_FirstStage):
         super().__init__(config, moments=2)
 
     @_after_offloading
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
+    def encode(
+        self, x: Tensor, return_dict: bool = True, *, tile: int | None = None
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
         """x (B, in_channels, H, W) → `.latent_dist` over z (B, latent_channels, H/f, W/f)."""
-        posterior = DiagonalGaussian(self._encode(x))
+        posterior = DiagonalGaussian(self._encode(x, tile))
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
     def encode_latents(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -273,11 +298,13 @@ class AutoencoderKL(_FirstStage):
         return self.encode(x).latent_dist.sample(generator)
 
     @_after_offloading
-    def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Tensor]:
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: Any = None, *, tile: int | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
         """z (B, latent_channels, h, w) → `.sample` (B, out_channels, f·h, f·w). Nothing here is random: pipelines pass
         a generator since some decoders of diffusers are."""
         self._check_latent(z)
-        sample = self._decode(z)
+        sample = self._decode(z, tile)
         return DecoderOutput(sample) if return_dict else (sample,)
 
     def forward(
@@ -307,9 +334,11 @@ class VQModel(_FirstStage):
         )
 
     @_after_offloading
-    def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
+    def encode(
+        self, x: Tensor, return_dict: bool = True, *, tile: int | None = None
+    ) -> VQEncoderOutput | tuple[Tensor]:
         """x (B, in_channels, H, W) → `.latents` (B, latent_channels, H/f, W/f), not yet quantized."""
-        latents = self._encode(x)
+        latents = self._encode(x, tile)
         return VQEncoderOutput(latents) if return_dict else (latents,)
 
     def encode_latents(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -323,6 +352,8 @@ class VQModel(_FirstStage):
         force_not_quantize: bool = False,
         return_dict: bool = True,
         shape: Sequence[int] | None = None,
+        *,
+        tile: int | None = None,
     ) -> DecoderOutput | tuple[Tensor, Tensor]:
         """z (B, latent_channels, h, w), quantized here unless told not to → `.sample` (B, out_channels, f·h, f·w).
 
@@ -335,7 +366,7 @@ class VQModel(_FirstStage):
         else:
             self._check_latent(z)
             quantized = None if force_not_quantize else self.quantize(z)
-        sample = self._decode(z if quantized is None else quantized.z_q)
+        sample = self._decode(z if quantized is None else quantized.z_q, tile)
         loss = z.new_zeros(len(z)) if quantized is None else quantized.loss
         return DecoderOutput(sample, loss, quantized) if return_dict else (sample, loss)
 

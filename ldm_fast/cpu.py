@@ -236,6 +236,64 @@ def group_norm_silu(
     return y, mean, rstd
 
 
+def group_norm_stats_unsupported(x: Tensor, num_groups: int) -> str | None:
+    return _unsupported(x=x)
+
+
+def group_norm_stats(x: Tensor, num_groups: int) -> Tensor:
+    """See `reference.group_norm_stats`; x contiguous or channels_last."""
+    channels_last, shape = _shape(x, num_groups)
+    stats = x.new_empty((x.shape[0], num_groups, 3), dtype=torch.float64)
+    _native().group_norm_stats(
+        _DTYPES[x.dtype], channels_last, shape, x.data_ptr(), stats.data_ptr(), torch.get_num_threads()
+    )
+    return stats
+
+
+def group_norm_apply_unsupported(
+    x: Tensor,
+    stats: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> str | None:
+    return _unsupported(x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+
+
+def group_norm_apply(
+    x: Tensor,
+    stats: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    """See `reference.group_norm_apply`; x contiguous or channels_last, stats contiguous."""
+    channels_last, shape = _shape(x, num_groups)
+    y = torch.empty_like(x)
+    parameters = [_parameter(t) for t in (weight, bias, scale, shift)]
+    _native().group_norm_apply(
+        _DTYPES[x.dtype],
+        channels_last,
+        activation == "silu",
+        shape,
+        x.data_ptr(),
+        stats.data_ptr(),
+        *map(_address, parameters),
+        y.data_ptr(),
+        eps,
+        torch.get_num_threads(),
+    )
+    return y
+
+
 def group_norm_silu_backward(
     grad: Tensor,
     x: Tensor,

@@ -50,7 +50,7 @@ def _choice(op: str, device: str, dtype: torch.dtype) -> Choice:
         if reason is None:
             break
         passed_over.append((name, reason))
-    has_backward = not op.startswith("nearest_codebook")
+    has_backward = op in ("attention", "group_norm_silu")
     backward = ops.BACKWARD.get((op, name), name) if has_backward else None
     return Choice(op, device, name, backward, tuple(passed_over))
 
@@ -63,4 +63,9 @@ def _ordinary_arguments(op: str, device: str, dtype: torch.dtype) -> tuple[objec
         return tensor(1, 2, 16, 40), tensor(1, 2, 77, 40), tensor(1, 2, 77, 40), None, 40**-0.5
     if op == "group_norm_silu":
         return tensor(1, 64, 8, 8), 32, tensor(64), tensor(64), 1e-5, "silu", None, None
+    if op == "group_norm_stats":
+        return tensor(1, 64, 8, 8), 32
+    if op == "group_norm_apply":
+        stats = tensor(1, 32, 3).double()
+        return tensor(1, 64, 8, 8), stats, 32, tensor(64), tensor(64), 1e-5, "silu", None, None
     return tensor(1, 16, 4), tensor(32, 4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +24,17 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "reference": "ldm_fast.reference",
     },
     "group_norm_silu": {
+        "triton": "ldm_fast.kernels.group_norm_silu",
+        "cpu": "ldm_fast.cpu",
+        "reference": "ldm_fast.reference",
+    },
+    # group_norm_silu in two: of the parts of an image that is never in memory as a whole
+    "group_norm_stats": {
+        "triton": "ldm_fast.kernels.group_norm_silu",
+        "cpu": "ldm_fast.cpu",
+        "reference": "ldm_fast.reference",
+    },
+    "group_norm_apply": {
         "triton": "ldm_fast.kernels.group_norm_silu",
         "cpu": "ldm_fast.cpu",
         "reference": "ldm_fast.reference",
@@ -324,19 +335,40 @@ def group_norm_silu(
         ValueError: shapes do not fit, or the implementation named cannot run these inputs.
     """
     impl = _check_impl("group_norm_silu", impl)
-    optional = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
-    _check_floating("group_norm_silu", x=x, **{name: t for name, t in optional.items() if t is not None})
+    _check_group_norm("group_norm_silu", x, num_groups)
+    _check_affine("group_norm_silu", x, weight, bias, eps, activation, scale, shift)
+    x = x if _is_dense(x) else x.contiguous()
+    return torch.ops.ldm_fast.group_norm_silu(
+        x, num_groups, weight, bias, float(eps), activation or "", scale, shift, impl
+    )[0]
+
+
+def _check_group_norm(op: str, x: Tensor, num_groups: int) -> None:
+    _check_floating(op, x=x)
     if not 2 <= x.ndim <= 5:
-        raise ValueError(f"group_norm_silu: x must be (B, C, *spatial) with 0 to 3 spatial dims, got {tuple(x.shape)}")
-    batch, channels = x.shape[:2]
+        raise ValueError(f"{op}: x must be (B, C, *spatial) with 0 to 3 spatial dims, got {tuple(x.shape)}")
     if not isinstance(num_groups, int):
-        raise TypeError(f"group_norm_silu: num_groups must be an integer, got {num_groups!r}")
-    if num_groups < 1 or channels % num_groups != 0:
-        raise ValueError(f"group_norm_silu: num_groups must divide the {channels} channels of x, got {num_groups}")
+        raise TypeError(f"{op}: num_groups must be an integer, got {num_groups!r}")
+    if num_groups < 1 or x.shape[1] % num_groups != 0:
+        raise ValueError(f"{op}: num_groups must divide the {x.shape[1]} channels of x, got {num_groups}")
+
+
+def _check_affine(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    """What follows the normalisation of x (B, C, *spatial)."""
+    batch, channels = x.shape[:2]
     if activation not in ("silu", None):
-        raise ValueError(f'group_norm_silu: activation must be "silu" or None, got {activation!r}')
+        raise ValueError(f'{op}: activation must be "silu" or None, got {activation!r}')
     if not eps > 0:
-        raise ValueError(f"group_norm_silu: eps must be above 0, got {eps}")
+        raise ValueError(f"{op}: eps must be above 0, got {eps}")
     for name, tensor, shape in (
         ("weight", weight, (channels,)),
         ("bias", bias, (channels,)),
@@ -345,14 +377,11 @@ def group_norm_silu(
     ):
         if tensor is None:
             continue
+        _check_floating(op, **{name: tensor})
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"group_norm_silu: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+            raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.device != x.device:
-            raise ValueError(f"group_norm_silu: {name} must be on the device of x ({x.device}), got {tensor.device}")
-    x = x if _is_dense(x) else x.contiguous()
-    return torch.ops.ldm_fast.group_norm_silu(
-        x, num_groups, weight, bias, float(eps), activation or "", scale, shift, impl
-    )[0]
+            raise ValueError(f"{op}: {name} must be on the device of x ({x.device}), got {tensor.device}")
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -434,6 +463,141 @@ _define(
     _group_norm_silu_backward_fake,
 )
 _register_autograd("group_norm_silu", _group_norm_silu_autograd, _group_norm_silu_setup)
+
+
+# ---- group_norm_silu in two ------------------------------------------------------------------------------------------
+
+
+def group_norm_stats(x: Tensor, num_groups: int, *, impl: str | None = None) -> Tensor:
+    """What group_norm_silu measures of x: the first half of it, for x that is only a part of an image.
+
+    Args:
+        x: (B, C, *spatial) as for `group_norm_silu`.
+        num_groups: divides C.
+        impl: None for the best implementation that supports the inputs, or "triton", "cpu", "reference".
+
+    Returns:
+        (B, num_groups, 3) in float64: count, mean and sum of squared deviations of each group. Those of the parts of an
+        image, brought together by `merge_group_norm_stats`, are those of the image. Not differentiable.
+
+    Raises:
+        TypeError: x is not a floating-point tensor.
+        ValueError: shapes do not fit, or the implementation named cannot run these inputs.
+    """
+    impl = _check_impl("group_norm_stats", impl)
+    _check_group_norm("group_norm_stats", x, num_groups)
+    return torch.ops.ldm_fast.group_norm_stats(x if _is_dense(x) else x.contiguous(), num_groups, impl)
+
+
+def merge_group_norm_stats(parts: Sequence[Tensor]) -> Tensor:
+    """`group_norm_stats` of all parts together, from those of each: pair by pair, in the order given.
+
+    By Chan, Golub & LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances".
+
+    Args:
+        parts: at least one, each (B, num_groups, 3).
+
+    Returns:
+        (B, num_groups, 3) in float64.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not parts:
+        raise ValueError("merge_group_norm_stats: parts must be at least one tensor (B, num_groups, 3), got none")
+    count, mean, squares = parts[0].unbind(-1)
+    for part in parts[1:]:
+        part_count, part_mean, part_squares = part.unbind(-1)
+        total = count + part_count
+        share, delta = part_count / total.clamp(min=1), part_mean - mean  # two empty parts are an empty one
+        squares = squares + part_squares + delta.square() * count * share
+        count, mean = total, mean + delta * share
+    return torch.stack([count, mean, squares], dim=-1)
+
+
+def group_norm_apply(
+    x: Tensor,
+    stats: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = "silu",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """The second half of `group_norm_silu`: normalises x, a part of an image, by the statistics of the whole image.
+
+    Args:
+        x: (B, C, *spatial) as for `group_norm_silu`.
+        stats: (B, num_groups, 3) in float64, of `group_norm_stats` and `merge_group_norm_stats`.
+        num_groups, weight, bias, eps, activation, scale, shift: as for `group_norm_silu`.
+        impl: None for the best implementation that supports the inputs, or "triton", "cpu", "reference".
+
+    Returns:
+        a tensor with x's shape, dtype and memory layout. Not differentiable.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: shapes do not fit, or the implementation named cannot run these inputs.
+    """
+    impl = _check_impl("group_norm_apply", impl)
+    _check_group_norm("group_norm_apply", x, num_groups)
+    _check_floating("group_norm_apply", stats=stats)
+    shape = (x.shape[0], num_groups, 3)
+    if tuple(stats.shape) != shape or stats.dtype != torch.float64:
+        raise ValueError(
+            f"group_norm_apply: stats must be {shape} in float64, got {tuple(stats.shape)} in {stats.dtype}"
+        )
+    if stats.device != x.device:
+        raise ValueError(f"group_norm_apply: stats must be on the device of x ({x.device}), got {stats.device}")
+    _check_affine("group_norm_apply", x, weight, bias, eps, activation, scale, shift)
+    x, stats = x if _is_dense(x) else x.contiguous(), stats.contiguous()
+    return torch.ops.ldm_fast.group_norm_apply(
+        x, stats, num_groups, weight, bias, float(eps), activation or "", scale, shift, impl
+    )
+
+
+def _group_norm_stats(x: Tensor, num_groups: int, impl: str) -> Tensor:
+    if x.numel() == 0:
+        return _group_norm_stats_fake(x, num_groups, impl).zero_()
+    return _run("group_norm_stats", impl, (x, num_groups))
+
+
+def _group_norm_stats_fake(x: Tensor, num_groups: int, impl: str) -> Tensor:
+    return x.new_empty((x.shape[0], num_groups, 3), dtype=torch.float64)
+
+
+def _group_norm_apply(x, stats, num_groups, weight, bias, eps, activation, scale, shift, impl) -> Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    return _run("group_norm_apply", impl, (x, stats, num_groups, weight, bias, eps, activation or None, scale, shift))
+
+
+def _group_norm_apply_fake(x, stats, num_groups, weight, bias, eps, activation, scale, shift, impl) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _refuse_gradient(op: str) -> None:
+    """A backward pass that says so: without one, PyTorch would take the result for a constant."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"{op}: has no gradient; group_norm_silu, of the whole image, has one")
+
+    torch.library.register_autograd(f"ldm_fast::{op}", backward, lib=_library)
+
+
+_define("group_norm_stats(Tensor x, int num_groups, str impl) -> Tensor", _group_norm_stats, _group_norm_stats_fake)
+_define(
+    "group_norm_apply(Tensor x, Tensor stats, int num_groups, Tensor? weight, Tensor? bias, float eps, str activation, "
+    "Tensor? scale, Tensor? shift, str impl) -> Tensor",
+    _group_norm_apply,
+    _group_norm_apply_fake,
+)
+_refuse_gradient("group_norm_stats")
+_refuse_gradient("group_norm_apply")
 
 
 # ---- nearest_codebook ------------------------------------------------------------------------------------------------

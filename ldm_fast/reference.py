@@ -23,6 +23,14 @@ def group_norm_silu_unsupported(x: Tensor, *_: object) -> str | None:
     return None
 
 
+def group_norm_stats_unsupported(x: Tensor, num_groups: int) -> str | None:
+    return None
+
+
+def group_norm_apply_unsupported(x: Tensor, *_: object) -> str | None:
+    return None
+
+
 def nearest_codebook_unsupported(z: Tensor, codebook: Tensor) -> str | None:
     return None
 
@@ -108,6 +116,35 @@ def group_norm_silu(
     h = _modulated(_normalised(x, num_groups, mean, rstd), weight, bias, scale, shift)
     y = h * torch.sigmoid(h) if activation == "silu" else h
     return _like(y, x), mean, rstd
+
+
+def group_norm_stats(x: Tensor, num_groups: int) -> Tensor:
+    """Count, mean and sum of squared deviations of each group: (B, num_groups, 3) in float64. x (B, C, *spatial)."""
+    groups = x.double().reshape(x.shape[0], num_groups, -1)  # (B, G, C/G · spatial)
+    mean = groups.mean(-1)
+    squares = (groups - mean[..., None]).square().sum(-1)
+    return torch.stack([torch.full_like(mean, groups.shape[-1]), mean, squares], dim=-1)
+
+
+def group_norm_apply(
+    x: Tensor,
+    stats: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    """`group_norm_silu` of x, a part of what `stats` (B, num_groups, 3) were measured on."""
+    dtype = _accumulation_dtype(x)
+    count, mean, squares = stats.double().unbind(-1)  # (B, G) each
+    rstd = (squares / count + eps).rsqrt()
+    rest = (mean - mean.to(dtype)) * rstd  # what rounding the mean loses shows in x̂ if it is far above the deviation
+    x_hat = _normalised(x, num_groups, mean.to(dtype), rstd.to(dtype)) - _per_group(rest.to(dtype), x, num_groups)
+    h = _modulated(x_hat, weight, bias, scale, shift)
+    return _like(h * torch.sigmoid(h) if activation == "silu" else h, x)
 
 
 def group_norm_silu_backward(

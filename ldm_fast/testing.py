@@ -112,6 +112,20 @@ def _sd_attention() -> list[Attention]:
     return [Attention(*shape, layout="heads_last", acceptance=True) for shape in shapes]
 
 
+_SPLIT = (
+    *(GroupNormSilu((0, 4, 3, 3), 2), GroupNormSilu((2, 4, 0, 3), 2), GroupNormSilu((1, 1), 1)),
+    *(GroupNormSilu((3, 6), 3), GroupNormSilu((3, 10, 7), 5), GroupNormSilu((2, 6, 2, 3, 5), 3)),
+    *(
+        GroupNormSilu(shape, 32, layout, data=data)
+        for shape, data in (((2, 96, 5, 7), "normal"), ((1, 64, 40, 41), "normal"), ((2, 64, 12, 12), "offset"))
+        for layout in ("contiguous", "channels_last")
+    ),
+    *(GroupNormSilu((2, 64, 12, 12), 32, data=data) for data in ("constant", "large")),
+    *(GroupNormSilu((2, 6, 5, 7), 3, "sliced"), GroupNormSilu((1, 12, 150, 151), 2)),
+    GroupNormSilu((2, 12, 5, 3), 4, "channels_last", modulation="both", affine="none"),
+    GroupNormSilu((2, 12, 5, 3), 4, activation=None, modulation="scale", affine="bias"),
+)
+
 CASES: dict[str, tuple[Any, ...]] = {
     "attention": (
         # Empty, one, odd, prime; less than a vector, a tile, and one more.
@@ -176,6 +190,9 @@ CASES: dict[str, tuple[Any, ...]] = {
         *(GroupNormSilu((2, C, s, s), 32, acceptance=True) for C, s in ((640, 32), (1280, 16), (2560, 8))),
         GroupNormSilu((1, 128, 512, 512), 32, acceptance=True),
     ),
+    # The two halves of group_norm_silu: every layout, slab and rest of a vector; the rest they share with the whole.
+    "group_norm_stats": _SPLIT,
+    "group_norm_apply": _SPLIT,
     "nearest_codebook": (
         *(NearestCodebook(0, 17, 4), NearestCodebook(1, 1, 1), NearestCodebook(5, 1, 3), NearestCodebook(1, 17, 4)),
         *(NearestCodebook(33, 300, d) for d in (1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 64, 100, 257)),
@@ -320,6 +337,26 @@ def _group_norm_silu_inputs(
     }
 
 
+def _group_norm_stats_inputs(
+    case: GroupNormSilu, normal: Callable[..., Tensor], finish: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
+    inputs = _group_norm_silu_inputs(case, normal, finish)
+    return {"x": inputs["x"], "num_groups": case.groups}
+
+
+def _group_norm_apply_inputs(
+    case: GroupNormSilu, normal: Callable[..., Tensor], finish: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
+    """The statistics are those of an image of which x is a third, with another mean."""
+    inputs = _group_norm_silu_inputs(case, normal, finish)
+    x = inputs.pop("x")
+    groups = x.double().reshape(x.shape[0], case.groups, -1) if x.numel() else x.new_zeros(x.shape[0], case.groups, 1)
+    count, mean = torch.full_like(groups[..., 0], groups.shape[-1]), groups.mean(-1)
+    squares = (groups - mean[..., None]).square().sum(-1)
+    stats = torch.stack([3 * count, mean + 0.1 * (squares / count).sqrt(), 3 * squares], dim=-1).double()
+    return {"x": x, "stats": stats, **inputs}
+
+
 def _group_norm_silu_data(case: GroupNormSilu, x: Tensor) -> Tensor:
     if case.data == "offset":
         return x + 1e3
@@ -408,6 +445,8 @@ def _rounding(z: Tensor, code: Tensor) -> Tensor:
 _MAKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "attention": _attention_inputs,
     "group_norm_silu": _group_norm_silu_inputs,
+    "group_norm_stats": _group_norm_stats_inputs,
+    "group_norm_apply": _group_norm_apply_inputs,
     "nearest_codebook": _nearest_codebook_inputs,
     "nearest_codebook_stats": _nearest_codebook_inputs,
 }
@@ -428,6 +467,8 @@ def bytes_moved(op: str, case: Case, dtype: torch.dtype = torch.float32) -> int:
         elements = math.prod(case.shape)
         group = elements // max(1, case.shape[0] * case.groups) * size
         return elements * size * (2 if group <= GROUP_ON_CHIP else 3)
+    if op in ("group_norm_stats", "group_norm_apply"):
+        return math.prod(case.shape) * size * (1 if op == "group_norm_stats" else 2)
     statistics = case.K * (8 + 4 * case.d) if op == "nearest_codebook_stats" else 0
     return (case.N + case.K) * case.d * size + case.N * 8 + statistics
 
@@ -439,6 +480,6 @@ def flops(op: str, case: Case) -> int:
     """
     if op == "attention":
         return 4 * case.B * case.H * case.N * case.M * case.D
-    if op == "group_norm_silu":
-        return 8 * math.prod(case.shape)
+    if op in ("group_norm_silu", "group_norm_stats", "group_norm_apply"):
+        return {"group_norm_silu": 8, "group_norm_stats": 3, "group_norm_apply": 5}[op] * math.prod(case.shape)
     return 2 * case.N * case.K * case.d

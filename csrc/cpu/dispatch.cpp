@@ -107,6 +107,38 @@ void group_norm_silu(int dtype, bool channels_last, bool silu, std::array<int64_
     check(chosen()->group_norm_silu(args));
 }
 
+void group_norm_stats(int dtype, bool channels_last, std::array<int64_t, 4> shape, Address x, Address moments,
+                      int threads) {
+    GroupNormSilu args{};
+    args.dtype = static_cast<Dtype>(dtype);
+    args.phases = Phases::measure;
+    args.channels_last = channels_last;
+    args.batch = shape[0], args.channels = shape[1], args.spatial = shape[2], args.groups = shape[3];
+    args.x = pointer<const void>(x);
+    args.moments = pointer<Moments>(moments);
+    args.threads = threads;
+    check(chosen()->group_norm_silu(args));
+}
+
+void group_norm_apply(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address x,
+                      Address moments, Address weight, Address bias, Address scale, Address shift, Address y, float eps,
+                      int threads) {
+    GroupNormSilu args{};
+    args.dtype = static_cast<Dtype>(dtype);
+    args.phases = Phases::apply;
+    args.channels_last = channels_last;
+    args.silu = silu;
+    args.batch = shape[0], args.channels = shape[1], args.spatial = shape[2], args.groups = shape[3];
+    args.x = pointer<const void>(x);
+    args.moments = pointer<Moments>(moments);
+    args.weight = pointer<const float>(weight), args.bias = pointer<const float>(bias);
+    args.scale = pointer<const float>(scale), args.shift = pointer<const float>(shift);
+    args.y = pointer<void>(y);
+    args.eps = eps;
+    args.threads = threads;
+    check(chosen()->group_norm_silu(args));
+}
+
 void group_norm_silu_backward(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address grad,
                               Address x, Address weight, Address bias, Address scale, Address shift, Address mean,
                               Address rstd, Address dx, Address dweight, Address dbias, Address dscale, Address dshift,

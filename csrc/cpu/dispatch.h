@@ -22,6 +22,14 @@ void group_norm_silu(int dtype, bool channels_last, bool silu, std::array<int64_
                      Address bias, Address scale, Address shift, Address y, Address mean, Address rstd, float eps,
                      int threads);
 
+// moments: (B, G, 3) in float64, count, mean and sum of squared deviations.
+void group_norm_stats(int dtype, bool channels_last, std::array<int64_t, 4> shape, Address x, Address moments,
+                      int threads);
+
+void group_norm_apply(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address x,
+                      Address moments, Address weight, Address bias, Address scale, Address shift, Address y, float eps,
+                      int threads);
+
 void group_norm_silu_backward(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address grad,
                               Address x, Address weight, Address bias, Address scale, Address shift, Address mean,
                               Address rstd, Address dx, Address dweight, Address dbias, Address dscale, Address dshift,

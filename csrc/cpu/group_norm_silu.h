@@ -10,6 +10,12 @@
 // with p = weight (1 + scale), q = bias (1 + scale) + shift, h = x̂ p + q. One thread takes a unit through all three
 // while its data is in its cache if there are units enough for everybody; otherwise each phase spreads the slabs over
 // the threads. The slabs are the same either way, so the result does not depend on the number of threads.
+//
+// The split form is the first two phases of the forward pass (Phases::measure) or the last two (Phases::apply).
+//
+// dh = dL/dh needs a sigmoid, the dearest part of it all, so the first backward phase keeps dh for the last one where
+// that is nearer than computing it again, in the cache of the one thread that takes the unit through all phases:
+// float32 in the place of dx, narrower types in scratch memory of the thread.
 #pragma once
 
 #include "kernels.h"
@@ -20,19 +26,16 @@
 namespace ldm::LDM_ISA {
 
 constexpr int64_t SLAB_ELEMENTS = 65536;
+constexpr int64_t KEPT_ELEMENTS = 131072;           // of dh in float32: 512 KiB, half an L2 cache
 constexpr int64_t ELEMENTS_WORTH_A_THREAD = 16384;  // starting a team costs a few microseconds
 
-// Count, mean and sum of squared deviations; merged by Chan, Golub & LeVeque (1979).
-struct Moments {
-    double count, mean, m2;
-
-    void merge(const Moments& other) {
-        const double total = count + other.count, delta = other.mean - mean;
-        mean += delta * (other.count / total);
-        m2 += other.m2 + delta * delta * (count * other.count / total);
-        count = total;
-    }
-};
+// Chan, Golub & LeVeque (1979).
+inline void merge(Moments& into, const Moments& other) {
+    const double total = into.count + other.count, delta = other.mean - into.mean;
+    into.mean += delta * (other.count / total);
+    into.m2 += other.m2 + delta * delta * (into.count * other.count / total);
+    into.count = total;
+}
 
 // From sums of d = x - shift. Any shift near the values does; the sums repair what it is off.
 inline Moments moments(double count, double shift, double sum, double sum_of_squares) {
@@ -40,9 +43,26 @@ inline Moments moments(double count, double shift, double sum, double sum_of_squ
     return {count, shift + off, sum_of_squares - sum * off};
 }
 
-inline float reciprocal_std(const Moments& m, float eps) {
+// What the apply phase needs of a group. `rest` is what rounding the mean to float32 loses, in standard deviations: it
+// goes into q. With mean 1e3 and std 1 that is 3e-5 of the result.
+struct Centre {
+    float mean, rstd, rest;
+};
+
+inline Centre centre(const Moments& m, float eps) {
     const double variance = (m.m2 > 0 ? m.m2 : m.m2 * 0.0) / m.count + eps;  // a NaN stays one
-    return static_cast<float>(1.0 / __builtin_sqrt(variance));
+    const float mean = static_cast<float>(m.mean), rstd = static_cast<float>(1.0 / __builtin_sqrt(variance));
+    return {mean, rstd, static_cast<float>(m.mean - mean) * rstd};
+}
+
+// The moments of group i of all B * G, merged from its slabs (`stride` apart) or given; noted where they are wanted.
+inline Centre conclude(const GroupNormSilu& a, int64_t i, const Moments* slabs, int64_t count, int64_t stride) {
+    Moments total = a.phases == Phases::apply ? a.moments[i] : slabs[0];
+    for (int64_t k = 1; k < count && a.phases != Phases::apply; ++k) merge(total, slabs[k * stride]);
+    if (a.phases == Phases::measure) a.moments[i] = total;
+    const Centre c = centre(total, a.eps);
+    if (a.phases == Phases::whole) a.mean[i] = c.mean, a.rstd[i] = c.rstd;
+    return c;
 }
 
 // p and q of one channel.
@@ -58,16 +78,30 @@ inline Affine affine(const Args& a, int64_t batch, int64_t channel) {
     return {weight * gain, bias * gain + (a.shift ? a.shift[i] : 0.0f)};
 }
 
-template <bool silu>
-inline F activate(F h) {
-    return silu ? h * sigmoid(h) : h;
+// How exactly a sigmoid has to be known whose result is rounded to T: the degree of the polynomial in exp2.
+template <class T>
+constexpr int DEGREE = 5;
+template <>
+constexpr int DEGREE<f16> = 4;
+template <>
+constexpr int DEGREE<bf16> = 3;
+
+// 1 + exp(-h), the reciprocal of the sigmoid: a division takes less than a reciprocal and what mends it.
+template <class T>
+[[gnu::always_inline]] inline F one_and_exp(F h) {
+    return exp2<DEGREE<T>>(h * -LOG2_E) + 1.0f;
+}
+
+template <class T, bool silu>
+[[gnu::always_inline]] inline F activate(F h) {
+    return silu ? h / one_and_exp<T>(h) : h;
 }
 
 // grad times the derivative of the activation at h.
-template <bool silu>
-inline F through_activation(F grad, F h) {
+template <class T, bool silu>
+[[gnu::always_inline]] inline F through_activation(F grad, F h) {
     if (!silu) return grad;
-    const F s = sigmoid(h);
+    const F s = 1.0f / one_and_exp<T>(h);
     return grad * s * fma(h, 1.0f - s, set(1.0f));
 }
 
@@ -77,29 +111,55 @@ inline int team(const Args& a) {
     return useful < 1 ? 1 : useful < a.threads ? static_cast<int>(useful) : a.threads;
 }
 
-// Runs the three phases: first(unit, slab), then between(unit), then last(unit, slab).
+// One thread takes a unit through all phases.
+inline bool unit_by_unit(int64_t units, int64_t slabs, int threads) {
+    return slabs == 1 || threads == 1 || units >= 4 * threads || units % threads == 0;
+}
+
+// Runs the three phases: first(unit, slab, slot), then between(unit), then last(unit, slab, slot). `slot` is that of
+// the one thread that takes the unit through all phases, -1 where the slabs are spread over the threads.
 template <class First, class Between, class Last>
 inline void run_phases(int64_t units, int64_t slabs, int threads, const First& first, const Between& between,
                        const Last& last) {
-    if (slabs == 1 || threads == 1 || units >= 4 * threads || units % threads == 0) {
+    if (unit_by_unit(units, slabs, threads)) {
         const int64_t grain = units / (threads * 4);
-        parallel_for(units, grain, threads, [&](int64_t begin, int64_t end, int) {
+        parallel_for(units, grain, threads, [&](int64_t begin, int64_t end, int slot) {
             for (int64_t unit = begin; unit < end; ++unit) {
-                for (int64_t slab = 0; slab < slabs; ++slab) first(unit, slab);
+                for (int64_t slab = 0; slab < slabs; ++slab) first(unit, slab, slot);
                 between(unit);
-                for (int64_t slab = 0; slab < slabs; ++slab) last(unit, slab);
+                for (int64_t slab = 0; slab < slabs; ++slab) last(unit, slab, slot);
             }
         });
         return;
     }
     parallel_for(units * slabs, 1, threads, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; ++i) first(i / slabs, i % slabs);
+        for (int64_t i = begin; i < end; ++i) first(i / slabs, i % slabs, -1);
     });
     for (int64_t unit = 0; unit < units; ++unit) between(unit);
     parallel_for(units * slabs, 1, threads, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; ++i) last(i / slabs, i % slabs);
+        for (int64_t i = begin; i < end; ++i) last(i / slabs, i % slabs, -1);
     });
 }
+
+// Where the first backward phase keeps dh for the last one. at(unit, slot) is null where it is to be computed again.
+template <class T>
+struct Kept {
+    float* in_place;
+    int64_t per_unit;
+    bool fits;
+    Scratch<float> scratch;
+
+    Kept(T* dx, int64_t per_unit, bool by_one_thread, int threads)
+        : in_place(sizeof(T) == sizeof(float) ? reinterpret_cast<float*>(dx) : nullptr),
+          per_unit(per_unit),
+          fits(by_one_thread && per_unit <= KEPT_ELEMENTS),
+          scratch(fits && !in_place ? per_unit * threads : 0) {}
+
+    float* at(int64_t unit, int slot) const {
+        if (!fits) return nullptr;
+        return in_place ? in_place + unit * per_unit : scratch.data + slot * per_unit;
+    }
+};
 
 // The gradients of the parameters from dh and dh_x (B, C): per sample and channel, Σ dL/dh and Σ dL/dh · x̂.
 inline void parameter_gradients(const GroupNormSiluBackward& a, const float* dh, const float* dh_x) {

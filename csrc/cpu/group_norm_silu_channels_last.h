@@ -8,6 +8,8 @@
 
 namespace ldm::LDM_ISA::channels_last {
 
+constexpr int64_t SAMPLE = 8;  // pixels of a slab that say what the deviations of a group are from
+
 struct Slabs {
     int64_t pixels, pixels_per_slab, per_unit;
 
@@ -23,75 +25,65 @@ struct Slabs {
     }
 };
 
-// Adds term(vector of a pixel's channels) over n pixels to the per-channel sums, four pixels to each access of the
-// sums.
-template <class T, class Term>
-inline void add_pixels(const T* x, int64_t n, int64_t channels, const Term& term) {
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4) {
-        const T* const p = x + i * channels;
-        each_vector(channels, [&](int64_t c, auto lanes) {
-            term(c, lanes, load(p + c, lanes), load(p + channels + c, lanes), load(p + 2 * channels + c, lanes),
-                 load(p + 3 * channels + c, lanes));
-        });
-    }
-    for (; i < n; ++i)
-        each_vector(channels, [&](int64_t c, auto lanes) { term(c, lanes, load(x + i * channels + c, lanes)); });
+// body(channel of the first lane, offset of the vector, lanes) for n pixels, in the order of memory: the rows of
+// numbers per channel stay in L1, and several pixels at a time would be as many streams of memory side by side.
+template <class Body>
+inline void each_pixel(int64_t n, int64_t channels, const Body& body) {
+    for (int64_t i = 0; i < n; ++i)
+        each_vector(channels, [&](int64_t c, auto lanes) { body(c, i * channels + c, lanes); });
 }
 
-struct AddSums {
-    float* sums;
-
-    template <class Lanes>
-    void operator()(int64_t c, Lanes lanes, F v) const {
-        store(sums + c, load(sums + c, lanes) + v, lanes);
-    }
-    template <class Lanes>
-    void operator()(int64_t c, Lanes lanes, F v0, F v1, F v2, F v3) const {
-        (*this)(c, lanes, (v0 + v1) + (v2 + v3));
-    }
-};
-
-struct AddDeviations {
-    const float* shift;
-    float *sums, *squares;
-
-    template <class Lanes>
-    void operator()(int64_t c, Lanes lanes, F v) const {
-        const F d = v - load(shift + c, lanes);
-        store(sums + c, load(sums + c, lanes) + d, lanes);
-        store(squares + c, fma(d, d, load(squares + c, lanes)), lanes);
-    }
-    template <class Lanes>
-    void operator()(int64_t c, Lanes lanes, F v0, F v1, F v2, F v3) const {
-        const F m = load(shift + c, lanes);
-        v0 -= m, v1 -= m, v2 -= m, v3 -= m;
-        store(sums + c, load(sums + c, lanes) + ((v0 + v1) + (v2 + v3)), lanes);
-        store(squares + c, load(squares + c, lanes) + (fma(v0, v0, v1 * v1) + fma(v2, v2, v3 * v3)), lanes);
-    }
-};
-
 inline void clear(float* values, int64_t n) { memset(values, 0, static_cast<size_t>(n) * sizeof(float)); }
+
+// shift[c]: near the mean of the group of c, from SAMPLE of the n pixels.
+template <class T>
+inline void near_means(const T* x, int64_t n, int64_t channels, int64_t groups, float* shift) {
+    const int64_t per_group = channels / groups, count = n < SAMPLE ? n : SAMPLE;
+    clear(shift, channels);
+    for (int64_t k = 0; k < count; ++k) {
+        const T* const pixel = x + k * n / count * channels;
+        each_vector(channels, [&](int64_t c, auto lanes) {
+            store(shift + c, load(shift + c, lanes) + load(pixel + c, lanes), lanes);
+        });
+    }
+    for (int64_t g = 0; g < channels; g += per_group) {
+        float total = 0.0f;
+        for (int64_t c = g; c < g + per_group; ++c) total += shift[c];
+        for (int64_t c = g; c < g + per_group; ++c) shift[c] = total / static_cast<float>(count * per_group);
+    }
+}
+
+template <int count>
+struct Pixels {
+    static constexpr int n = count;
+};
 
 // Moments of each group over n pixels. work holds 3 C floats.
 template <class T>
 inline void measure(const T* x, int64_t n, int64_t channels, int64_t groups, float* work, Moments* out) {
     const int64_t per_group = channels / groups;
     float *const shift = work, *const sums = work + channels, *const squares = work + 2 * channels;
-    clear(work, 3 * channels);
-    add_pixels(x, n, channels, AddSums{sums});
-    const float count = static_cast<float>(n * per_group);
-    for (int64_t g = 0; g < groups; ++g) {
-        float total = 0.0f;
-        for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) total += sums[c];
-        for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) shift[c] = total / count;
-    }
-    clear(sums, channels);
-    add_pixels(x, n, channels, AddDeviations{shift, sums, squares});
+    near_means(x, n, channels, groups, shift);
+    clear(sums, 2 * channels);
+    const auto add = [&](int64_t first, auto pixels) {  // several pixels to each access of the sums
+        each_vector(channels, [&](int64_t c, auto lanes) {
+            const F m = load(shift + c, lanes);
+            F s = load(sums + c, lanes), t = load(squares + c, lanes);
+            for (int64_t i = first; i < first + pixels.n; ++i) {
+                const F d = load(x + i * channels + c, lanes) - m;
+                s += d;
+                t = fma(d, d, t);
+            }
+            store(sums + c, s, lanes), store(squares + c, t, lanes);
+        });
+    };
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) add(i, Pixels<4>{});
+    for (; i < n; ++i) add(i, Pixels<1>{});
     for (int64_t g = 0; g < groups; ++g) {
         double s = 0, t = 0;
         for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) s += sums[c], t += squares[c];
-        out[g] = moments(count, shift[g * per_group], s, t);
+        out[g] = moments(static_cast<double>(n * per_group), shift[g * per_group], s, t);
     }
 }
 
@@ -105,36 +97,32 @@ bool forward(const GroupNormSilu& a) {
     Scratch<float> work(units * slabs.per_unit * 3 * C);  // while measuring; then mean, p and q of each channel
     if (!measured.data || !work.data) return false;
 
-    const auto first = [&](int64_t unit, int64_t slab) {
+    const auto first = [&](int64_t unit, int64_t slab, int) {
+        if (a.phases == Phases::apply) return;
         const int64_t begin = slabs.begin(slab), i = unit * slabs.per_unit + slab;
         measure(x + unit * per_sample + begin * C, slabs.end(slab) - begin, C, a.groups, work.data + i * 3 * C,
                 measured.data + i * a.groups);
     };
     const auto between = [&](int64_t unit) {
         float* const mean = work.data + unit * slabs.per_unit * 3 * C;
+        const Moments* const of_unit = measured.data + unit * slabs.per_unit * a.groups;
         for (int64_t g = 0; g < a.groups; ++g) {
-            Moments total = measured.data[unit * slabs.per_unit * a.groups + g];
-            for (int64_t slab = 1; slab < slabs.per_unit; ++slab)
-                total.merge(measured.data[(unit * slabs.per_unit + slab) * a.groups + g]);
-            const float rounded = static_cast<float>(total.mean), rstd = reciprocal_std(total, a.eps);
-            const float rest = static_cast<float>(total.mean - rounded) * rstd;  // see contiguous::forward
-            a.mean[unit * a.groups + g] = rounded, a.rstd[unit * a.groups + g] = rstd;
+            const Centre group = conclude(a, unit * a.groups + g, of_unit + g, slabs.per_unit, a.groups);
             for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
                 const Affine f = affine(a, unit, c);
-                mean[c] = rounded, mean[C + c] = rstd * f.p, mean[2 * C + c] = f.q - rest * f.p;
+                mean[c] = group.mean, mean[C + c] = group.rstd * f.p, mean[2 * C + c] = f.q - group.rest * f.p;
             }
         }
     };
-    const auto last = [&](int64_t unit, int64_t slab) {
-        const float* const mean = work.data + unit * slabs.per_unit * 3 * C;
-        for (int64_t pixel = slabs.begin(slab); pixel < slabs.end(slab); ++pixel) {
-            const int64_t at = unit * per_sample + pixel * C;
-            each_vector(C, [&](int64_t c, auto lanes) {
-                const F centred = load(x + at + c, lanes) - load(mean + c, lanes);
-                const F h = fma(centred, load(mean + C + c, lanes), load(mean + 2 * C + c, lanes));
-                store(y + at + c, activate<silu>(h), lanes);
-            });
-        }
+    const auto last = [&](int64_t unit, int64_t slab, int) {
+        if (a.phases == Phases::measure) return;
+        const float* const rows = work.data + unit * slabs.per_unit * 3 * C;
+        const int64_t begin = slabs.begin(slab), from = unit * per_sample + begin * C;
+        each_pixel(slabs.end(slab) - begin, C, [&](int64_t c, int64_t at, auto lanes) {
+            const F mean = load(rows + c, lanes), p = load(rows + C + c, lanes), q = load(rows + 2 * C + c, lanes);
+            const int64_t i = from + at;
+            store(y + i, activate<T, silu>(fma(load(x + i, lanes) - mean, p, q)), lanes);
+        });
     };
     run_phases(units, slabs.per_unit, team(a), first, between, last);
     return true;
@@ -155,69 +143,87 @@ inline void write_coefficients(const GroupNormSiluBackward& a, int64_t unit, flo
     }
 }
 
+// The rows of means from the sums of dh and dh·x̂ over the pixels of each channel.
+inline void write_means(const GroupNormSiluBackward& a, int64_t unit, const float* s, const float* t, float* rows) {
+    const int64_t C = a.channels, per_group = C / a.groups;
+    for (int64_t g = 0; g < a.groups; ++g) {
+        double sum_g = 0, sum_g_x = 0;
+        const int64_t begin = g * per_group, end = begin + per_group;
+        for (int64_t c = begin; c < end; ++c)
+            sum_g += double{rows[P * C + c]} * s[c], sum_g_x += double{rows[P * C + c]} * t[c];
+        const double factor = -a.rstd[unit * a.groups + g] / static_cast<double>(per_group * a.spatial);
+        for (int64_t c = begin; c < end; ++c) {
+            rows[MEAN_G * C + c] = static_cast<float>(sum_g * factor);
+            rows[MEAN_G_X * C + c] = static_cast<float>(sum_g_x * factor);
+        }
+    }
+}
+
+// Adds dh and dh·x̂ of n pixels to sums (2, C); dh goes to `kept` if that is not null.
+template <class T, bool silu>
+inline void add_pixels(const T* x, const T* grad, int64_t n, int64_t C, const float* rows, float* kept, float* sums) {
+    each_pixel(n, C, [&](int64_t c, int64_t i, auto lanes) {
+        const F x_hat = (load(x + i, lanes) - load(rows + c, lanes)) * load(rows + RSTD * C + c, lanes);
+        const F h = fma(x_hat, load(rows + P * C + c, lanes), load(rows + Q * C + c, lanes));
+        const F d = through_activation<T, silu>(load(grad + i, lanes), h);
+        store(sums + c, load(sums + c, lanes) + d, lanes);
+        store(sums + C + c, fma(d, x_hat, load(sums + C + c, lanes)), lanes);
+        if (kept) store(kept + i, d, lanes);
+    });
+}
+
+// dx of n pixels from dh, kept or computed again. dx and kept may be the same memory.
+template <class T, bool silu>
+inline void apply_pixels(const T* x, const T* grad, const float* kept, T* dx, int64_t n, int64_t C, const float* rows) {
+    each_pixel(n, C, [&](int64_t c, int64_t i, auto lanes) {
+        const F rstd = load(rows + RSTD * C + c, lanes), p = load(rows + P * C + c, lanes);
+        const F x_hat = (load(x + i, lanes) - load(rows + c, lanes)) * rstd;
+        const F means = fma(x_hat, load(rows + MEAN_G_X * C + c, lanes), load(rows + MEAN_G * C + c, lanes));
+        const F d =
+            kept ? load(kept + i, lanes)
+                 : through_activation<T, silu>(load(grad + i, lanes), fma(x_hat, p, load(rows + Q * C + c, lanes)));
+        store(dx + i, fma(d, p * rstd, means), lanes);
+    });
+}
+
 template <class T, bool silu>
 bool backward(const GroupNormSiluBackward& a) {
     const Slabs slabs(a.channels, a.spatial);
-    const int64_t units = a.batch, C = a.channels, per_group = C / a.groups, per_sample = C * a.spatial;
+    const int64_t units = a.batch, C = a.channels, per_sample = C * a.spatial;
     const T *const x = static_cast<const T*>(a.x), *const grad = static_cast<const T*>(a.grad);
     T* const dx = static_cast<T*>(a.dx);
+    const int threads = team(a);
     Scratch<float> coefficients(units * ROWS * C), sums(units * slabs.per_unit * 2 * C);
     Scratch<float> dh(units * C), dh_x(units * C);
-    if (!coefficients.data || !sums.data || !dh.data || !dh_x.data) return false;
-    parallel_for(units, units / (4 * a.threads), team(a), [&](int64_t begin, int64_t end, int) {
+    Kept<T> kept(dx, per_sample, unit_by_unit(units, slabs.per_unit, threads), threads);
+    if (!coefficients.data || !sums.data || !dh.data || !dh_x.data || !kept.scratch.data) return false;
+    parallel_for(units, units / (4 * a.threads), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t unit = begin; unit < end; ++unit) write_coefficients(a, unit, coefficients.data + unit * ROWS * C);
     });
 
-    const auto first = [&](int64_t unit, int64_t slab) {
-        const float* const rows = coefficients.data + unit * ROWS * C;
-        float* const s = sums.data + (unit * slabs.per_unit + slab) * 2 * C;
+    const auto first = [&](int64_t unit, int64_t slab, int slot) {
+        float *const s = sums.data + (unit * slabs.per_unit + slab) * 2 * C, *const keep = kept.at(unit, slot);
+        const int64_t begin = slabs.begin(slab), at = unit * per_sample + begin * C;
         clear(s, 2 * C);
-        for (int64_t pixel = slabs.begin(slab); pixel < slabs.end(slab); ++pixel) {
-            const int64_t at = unit * per_sample + pixel * C;
-            each_vector(C, [&](int64_t c, auto lanes) {
-                const F x_hat = (load(x + at + c, lanes) - load(rows + c, lanes)) * load(rows + RSTD * C + c, lanes);
-                const F h = fma(x_hat, load(rows + P * C + c, lanes), load(rows + Q * C + c, lanes));
-                const F d = through_activation<silu>(load(grad + at + c, lanes), h);
-                store(s + c, load(s + c, lanes) + d, lanes);
-                store(s + C + c, fma(d, x_hat, load(s + C + c, lanes)), lanes);
-            });
-        }
+        add_pixels<T, silu>(x + at, grad + at, slabs.end(slab) - begin, C, coefficients.data + unit * ROWS * C,
+                            keep ? keep + begin * C : nullptr, s);
     };
     const auto between = [&](int64_t unit) {
-        float *const rows = coefficients.data + unit * ROWS * C, *const s = dh.data + unit * C;
-        float* const t = dh_x.data + unit * C;
+        float *const s = dh.data + unit * C, *const t = dh_x.data + unit * C;
         clear(s, C), clear(t, C);
         for (int64_t slab = 0; slab < slabs.per_unit; ++slab) {
             const float* const from = sums.data + (unit * slabs.per_unit + slab) * 2 * C;
             for (int64_t c = 0; c < C; ++c) s[c] += from[c], t[c] += from[C + c];
         }
-        for (int64_t g = 0; g < a.groups; ++g) {
-            double sum_g = 0, sum_g_x = 0;
-            const int64_t begin = g * per_group, end = begin + per_group;
-            for (int64_t c = begin; c < end; ++c)
-                sum_g += double{rows[P * C + c]} * s[c], sum_g_x += double{rows[P * C + c]} * t[c];
-            const double factor = -a.rstd[unit * a.groups + g] / static_cast<double>(per_group * a.spatial);
-            for (int64_t c = begin; c < end; ++c) {
-                rows[MEAN_G * C + c] = static_cast<float>(sum_g * factor);
-                rows[MEAN_G_X * C + c] = static_cast<float>(sum_g_x * factor);
-            }
-        }
+        write_means(a, unit, s, t, coefficients.data + unit * ROWS * C);
     };
-    const auto last = [&](int64_t unit, int64_t slab) {
-        const float* const rows = coefficients.data + unit * ROWS * C;
-        for (int64_t pixel = slabs.begin(slab); pixel < slabs.end(slab); ++pixel) {
-            const int64_t at = unit * per_sample + pixel * C;
-            each_vector(C, [&](int64_t c, auto lanes) {
-                const F rstd = load(rows + RSTD * C + c, lanes), p = load(rows + P * C + c, lanes);
-                const F x_hat = (load(x + at + c, lanes) - load(rows + c, lanes)) * rstd;
-                const F d =
-                    through_activation<silu>(load(grad + at + c, lanes), fma(x_hat, p, load(rows + Q * C + c, lanes)));
-                const F means = fma(x_hat, load(rows + MEAN_G_X * C + c, lanes), load(rows + MEAN_G * C + c, lanes));
-                store(dx + at + c, fma(d, p * rstd, means), lanes);
-            });
-        }
+    const auto last = [&](int64_t unit, int64_t slab, int slot) {
+        const float* const keep = kept.at(unit, slot);
+        const int64_t begin = slabs.begin(slab), at = unit * per_sample + begin * C;
+        apply_pixels<T, silu>(x + at, grad + at, keep ? keep + begin * C : nullptr, dx + at, slabs.end(slab) - begin, C,
+                              coefficients.data + unit * ROWS * C);
     };
-    run_phases(units, slabs.per_unit, team(a), first, between, last);
+    run_phases(units, slabs.per_unit, threads, first, between, last);
     parameter_gradients(a, dh.data, dh_x.data);
     return true;
 }

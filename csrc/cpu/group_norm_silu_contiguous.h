@@ -6,37 +6,51 @@
 
 namespace ldm::LDM_ISA::contiguous {
 
-constexpr int64_t CHUNK = 4096;  // numbers whose mean is taken before their squares: half an L1 cache in float32
+constexpr int64_t CHUNK = 8192;   // numbers whose deviations are added up in float32
+constexpr int64_t SAMPLE = 16;    // vectors of a chunk that say what the deviations are from
+constexpr int64_t ONCE = 64 * W;  // below this every number is sampled
 
-// Sum of term(vector of x, lanes) over n numbers, four chains of additions at a time.
-template <class T, class Term>
-inline F sum_of(const T* x, int64_t n, const Term& term) {
-    F a = zero(), b = zero(), c = zero(), d = zero();
-    int64_t i = 0;
-    for (; i + 4 * W <= n; i += 4 * W) {
-        a = term(load(x + i, Full{}), a, Full{});
-        b = term(load(x + i + W, Full{}), b, Full{});
-        c = term(load(x + i + 2 * W, Full{}), c, Full{});
-        d = term(load(x + i + 3 * W, Full{}), d, Full{});
+// Near the mean of n numbers: the mean of all of them, or of SAMPLE vectors spread over them.
+template <class T>
+inline float near_mean(const T* x, int64_t n) {
+    F s = zero();
+    if (n < ONCE) {
+        each_vector(n, [&](int64_t i, auto lanes) { s += load(x + i, lanes); });
+        return sum(s) / static_cast<float>(n);
     }
-    each_vector(n - i, [&](int64_t j, auto lanes) { a = term(load(x + i + j, lanes), a, lanes); });
-    return (a + b) + (c + d);
+    const int64_t step = (n - W) / (SAMPLE - 1);
+    for (int64_t k = 0; k < SAMPLE; ++k) s += load(x + k * step, Full{});
+    return sum(s) / static_cast<float>(SAMPLE * W);
 }
+
+struct Deviations {
+    F sum, squares;
+
+    template <class T, class Lanes>
+    void add(const T* x, F shift, Lanes lanes) {
+        const F d = only(load(x, lanes) - shift, lanes);
+        sum += d;
+        squares = fma(d, d, squares);
+    }
+};
 
 template <class T>
 inline Moments measure(const T* x, int64_t n) {
     Moments total{0, 0, 0};
     for (int64_t begin = 0; begin < n; begin += CHUNK) {
-        const T* chunk = x + begin;
+        const T* const chunk = x + begin;
         const int64_t count = n - begin < CHUNK ? n - begin : CHUNK;
-        const float mean = sum(sum_of(chunk, count, [](F v, F s, auto) { return s + v; })) / static_cast<float>(count);
-        F first = zero();
-        const F squares = sum_of(chunk, count, [&](F v, F s, auto lanes) {
-            const F d = only(v - mean, lanes);
-            first += d;
-            return fma(d, d, s);
-        });
-        total.merge(moments(static_cast<double>(count), mean, sum(first), sum(squares)));
+        const float near = near_mean(chunk, count);
+        const F shift = set(near);
+        Deviations a{}, b{}, c{}, d{};  // four chains of additions at a time
+        int64_t i = 0;
+        for (; i + 4 * W <= count; i += 4 * W) {
+            a.add(chunk + i, shift, Full{}), b.add(chunk + i + W, shift, Full{});
+            c.add(chunk + i + 2 * W, shift, Full{}), d.add(chunk + i + 3 * W, shift, Full{});
+        }
+        each_vector(count - i, [&](int64_t j, auto lanes) { a.add(chunk + i + j, shift, lanes); });
+        const F s = (a.sum + b.sum) + (c.sum + d.sum), t = (a.squares + b.squares) + (c.squares + d.squares);
+        merge(total, moments(static_cast<double>(count), near, sum(s), sum(t)));
     }
     return total;
 }
@@ -63,34 +77,33 @@ bool forward(const GroupNormSilu& a) {
     const T* const x = static_cast<const T*>(a.x);
     T* const y = static_cast<T*>(a.y);
     Scratch<Moments> measured(units * slabs.per_unit);
-    Scratch<double> means(units);
-    if (!measured.data || !means.data) return false;
+    Scratch<Centre> centres(units);
+    if (!measured.data || !centres.data) return false;
+    // The next group comes nearer while this one is computed, which takes longer; a large one would not stay.
+    const int64_t group = slabs.channels_per_group * a.spatial, ahead = group <= SLAB_ELEMENTS ? group : 0;
 
-    const auto first = [&](int64_t unit, int64_t slab) {
+    const auto first = [&](int64_t unit, int64_t slab, int) {
+        if (a.phases == Phases::apply) return;
         const int64_t begin = slabs.begin(slab), n = (slabs.end(slab) - begin) * a.spatial;
         const int64_t channel = unit * slabs.channels_per_group + begin;
         measured.data[unit * slabs.per_unit + slab] = measure(x + channel * a.spatial, n);
     };
     const auto between = [&](int64_t unit) {
-        Moments total = measured.data[unit * slabs.per_unit];
-        for (int64_t slab = 1; slab < slabs.per_unit; ++slab) total.merge(measured.data[unit * slabs.per_unit + slab]);
-        means.data[unit] = total.mean;
-        a.mean[unit] = static_cast<float>(total.mean);
-        a.rstd[unit] = reciprocal_std(total, a.eps);
+        centres.data[unit] = conclude(a, unit, measured.data + unit * slabs.per_unit, slabs.per_unit, 1);
     };
-    const auto last = [&](int64_t unit, int64_t slab) {
-        // What rounding the mean to float32 loses goes into q: with mean 1e3 and std 1 that is 3e-5 of the result.
+    const auto last = [&](int64_t unit, int64_t slab, int) {
+        if (a.phases == Phases::measure) return;
         const int64_t sample = unit / a.groups;
-        const float mean = a.mean[unit], rstd = a.rstd[unit];
-        const float rest = static_cast<float>(means.data[unit] - mean) * rstd;
+        const Centre centre = centres.data[unit];
         for (int64_t k = slabs.begin(slab); k < slabs.end(slab); ++k) {
             const int64_t channel = unit * slabs.channels_per_group + k;  // of all B * C
             const Affine f = affine(a, sample, channel - sample * a.channels);
-            const float p = rstd * f.p, q = f.q - rest * f.p;
+            const F mean = set(centre.mean), p = set(centre.rstd * f.p), q = set(f.q - centre.rest * f.p);
             const T* const from = x + channel * a.spatial;
             T* const to = y + channel * a.spatial;
             each_vector(a.spatial, [&](int64_t i, auto lanes) {
-                store(to + i, activate<silu>(fma(load(from + i, lanes) - mean, set(p), set(q))), lanes);
+                __builtin_prefetch(from + i + ahead, 0, 2);
+                store(to + i, activate<T, silu>(fma(load(from + i, lanes) - mean, p, q)), lanes);
             });
         }
     };
@@ -98,68 +111,89 @@ bool forward(const GroupNormSilu& a) {
     return true;
 }
 
+// Σ dh and Σ dh·x̂ over one channel; dh goes to `kept` if that is not null.
+template <class T, bool silu>
+inline void add_channel(const T* x, const T* grad, int64_t n, Centre group, Affine f, float* kept, double* sums) {
+    const F mean = set(group.mean), rstd = set(group.rstd), p = set(f.p), q = set(f.q);
+    for (int64_t begin = 0; begin < n; begin += SLAB_ELEMENTS) {
+        const int64_t count = n - begin < SLAB_ELEMENTS ? n - begin : SLAB_ELEMENTS;
+        F s = zero(), t = zero();
+        each_vector(count, [&](int64_t j, auto lanes) {
+            const int64_t i = begin + j;
+            const F x_hat = (load(x + i, lanes) - mean) * rstd;
+            // A lane behind the end has grad = 0, but 0 times an overflow would be NaN.
+            const F d = only(through_activation<T, silu>(load(grad + i, lanes), fma(x_hat, p, q)), lanes);
+            s += d;
+            t = fma(d, only(x_hat, lanes), t);
+            if (kept) store(kept + i, d, lanes);
+        });
+        sums[0] += sum(s), sums[1] += sum(t);
+    }
+}
+
+// What is subtracted from dL/dx̂ · rstd: rstd mean(g) + x̂ rstd mean(g x̂), with g = dL/dx̂.
+struct Means {
+    float g, g_x;
+};
+
+// dx of one channel from dh, kept or computed again. dx and kept may be the same memory.
+template <class T, bool silu>
+inline void apply_channel(const T* x, const T* grad, const float* kept, T* dx, int64_t n, Centre group, Affine f,
+                          Means means) {
+    const F mean = set(group.mean), rstd = set(group.rstd), p = set(f.p), q = set(f.q), gain = set(f.p * group.rstd);
+    const F minus_g = set(-means.g), minus_g_x = set(-means.g_x);
+    each_vector(n, [&](int64_t i, auto lanes) {
+        const F x_hat = (load(x + i, lanes) - mean) * rstd;
+        const F d = kept ? load(kept + i, lanes) : through_activation<T, silu>(load(grad + i, lanes), fma(x_hat, p, q));
+        store(dx + i, fma(d, gain, fma(x_hat, minus_g_x, minus_g)), lanes);
+    });
+}
+
 template <class T, bool silu>
 bool backward(const GroupNormSiluBackward& a) {
     const Slabs slabs(a.channels, a.groups, a.spatial);
-    const int64_t units = a.batch * a.groups, channels_per_group = slabs.channels_per_group;
+    const int64_t units = a.batch * a.groups, per_group = slabs.channels_per_group, S = a.spatial;
     const T *const x = static_cast<const T*>(a.x), *const grad = static_cast<const T*>(a.grad);
     T* const dx = static_cast<T*>(a.dx);
-    Scratch<float> dh(a.batch * a.channels), dh_x(a.batch * a.channels);  // Σ dL/dh and Σ dL/dh · x̂ of each channel
-    Scratch<float> mean_g(units), mean_g_x(units);                        // means over a group of g = dL/dx̂ and g · x̂
-    if (!dh.data || !dh_x.data || !mean_g.data || !mean_g_x.data) return false;
+    const int threads = team(a);
+    Scratch<float> dh(a.batch * a.channels), dh_x(a.batch * a.channels);  // sums over the pixels of a channel
+    Scratch<Means> means(units);
+    Kept<T> kept(dx, per_group * S, unit_by_unit(units, slabs.per_unit, threads), threads);
+    if (!dh.data || !dh_x.data || !means.data || !kept.scratch.data) return false;
 
-    const auto first = [&](int64_t unit, int64_t slab) {
+    const auto affine_of = [&](int64_t unit, int64_t channel) {
         const int64_t sample = unit / a.groups;
-        const float mean = a.mean[unit], rstd = a.rstd[unit];
+        return affine(a, sample, channel - sample * a.channels);
+    };
+    const auto centre_of = [&](int64_t unit) { return Centre{a.mean[unit], a.rstd[unit], 0.0f}; };
+    const auto first = [&](int64_t unit, int64_t slab, int slot) {
+        float* const keep = kept.at(unit, slot);
         for (int64_t k = slabs.begin(slab); k < slabs.end(slab); ++k) {
-            const int64_t channel = unit * channels_per_group + k;
-            const Affine f = affine(a, sample, channel - sample * a.channels);
-            double sum_dh = 0, sum_dh_x = 0;
-            for (int64_t begin = 0; begin < a.spatial; begin += SLAB_ELEMENTS) {
-                const int64_t n = a.spatial - begin < SLAB_ELEMENTS ? a.spatial - begin : SLAB_ELEMENTS;
-                const T *const from = x + channel * a.spatial + begin, *const g = grad + channel * a.spatial + begin;
-                F s = zero(), t = zero();
-                each_vector(n, [&](int64_t i, auto lanes) {
-                    const F x_hat = (load(from + i, lanes) - mean) * rstd;
-                    // A lane behind the end has grad = 0, but 0 times an overflow would be NaN.
-                    const F d =
-                        only(through_activation<silu>(load(g + i, lanes), fma(x_hat, set(f.p), set(f.q))), lanes);
-                    s += d;
-                    t = fma(d, only(x_hat, lanes), t);
-                });
-                sum_dh += sum(s), sum_dh_x += sum(t);
-            }
-            dh.data[channel] = static_cast<float>(sum_dh), dh_x.data[channel] = static_cast<float>(sum_dh_x);
+            const int64_t channel = unit * per_group + k;
+            double sums[2] = {0, 0};
+            add_channel<T, silu>(x + channel * S, grad + channel * S, S, centre_of(unit), affine_of(unit, channel),
+                                 keep ? keep + k * S : nullptr, sums);
+            dh.data[channel] = static_cast<float>(sums[0]), dh_x.data[channel] = static_cast<float>(sums[1]);
         }
     };
     const auto between = [&](int64_t unit) {
-        const int64_t sample = unit / a.groups;
         double s = 0, t = 0;
-        for (int64_t k = 0; k < channels_per_group; ++k) {
-            const int64_t channel = unit * channels_per_group + k;
-            const float p = affine(a, sample, channel - sample * a.channels).p;
+        for (int64_t channel = unit * per_group; channel < (unit + 1) * per_group; ++channel) {
+            const float p = affine_of(unit, channel).p;
             s += double{p} * dh.data[channel], t += double{p} * dh_x.data[channel];
         }
-        const double count = static_cast<double>(channels_per_group * a.spatial);
-        mean_g.data[unit] = static_cast<float>(s / count), mean_g_x.data[unit] = static_cast<float>(t / count);
+        const double factor = a.rstd[unit] / static_cast<double>(per_group * S);
+        means.data[unit] = {static_cast<float>(s * factor), static_cast<float>(t * factor)};
     };
-    const auto last = [&](int64_t unit, int64_t slab) {
-        const int64_t sample = unit / a.groups;
-        const float mean = a.mean[unit], rstd = a.rstd[unit];
-        const F mg = set(-mean_g.data[unit] * rstd), mgx = set(-mean_g_x.data[unit] * rstd);
+    const auto last = [&](int64_t unit, int64_t slab, int slot) {
+        const float* const keep = kept.at(unit, slot);
         for (int64_t k = slabs.begin(slab); k < slabs.end(slab); ++k) {
-            const int64_t channel = unit * channels_per_group + k;
-            const Affine f = affine(a, sample, channel - sample * a.channels);
-            const T *const from = x + channel * a.spatial, *const g = grad + channel * a.spatial;
-            T* const to = dx + channel * a.spatial;
-            each_vector(a.spatial, [&](int64_t i, auto lanes) {
-                const F x_hat = (load(from + i, lanes) - mean) * rstd;
-                const F d = through_activation<silu>(load(g + i, lanes), fma(x_hat, set(f.p), set(f.q)));
-                store(to + i, fma(d, set(f.p * rstd), fma(x_hat, mgx, mg)), lanes);
-            });
+            const int64_t channel = unit * per_group + k;
+            apply_channel<T, silu>(x + channel * S, grad + channel * S, keep ? keep + k * S : nullptr, dx + channel * S,
+                                   S, centre_of(unit), affine_of(unit, channel), means.data[unit]);
         }
     };
-    run_phases(units, slabs.per_unit, team(a), first, between, last);
+    run_phases(units, slabs.per_unit, threads, first, between, last);
     parameter_gradients(a, dh.data, dh_x.data);
     return true;
 }

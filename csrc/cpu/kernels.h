@@ -12,16 +12,26 @@
 
 namespace ldm {
 
+// Count, mean and sum of squared deviations of a group's numbers.
+struct Moments {
+    double count, mean, m2;
+};
+
+// The op in one go, or in two for an image in tiles: what the groups of each tile measure, then y from merged moments.
+enum class Phases { whole, measure, apply };
+
 // x and y (B, C, S) contiguous, or (B, S, C) if channels_last. weight and bias (C), scale and shift (B, C) in float32,
-// null where absent. mean and rstd (B, G).
+// null where absent. mean and rstd (B, G), of `whole` alone; moments (B, G), written by `measure`, read by `apply`.
 struct GroupNormSilu {
     Dtype dtype;
+    Phases phases;
     bool channels_last, silu;
     int64_t batch, channels, spatial, groups;
     const void* x;
     const float *weight, *bias, *scale, *shift;
     void* y;
     float *mean, *rstd;
+    Moments* moments;
     float eps;
     int threads;
 };

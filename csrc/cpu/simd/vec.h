@@ -236,9 +236,24 @@ inline F fused(F a, F b, F c) {
 #endif
 }
 
-// 2^t for every float: 0 at -inf, inf from 128 on, NaN at NaN; relative error below 1.2e-7. With t = n + f and n =
-// floor(t), 2^f is a minimax polynomial of degree 6 on [0, 1) (relative error 2e-9), exactly 1 at 0.
-inline F exp2(F t) {
+// Minimax polynomials of 2^f on [0, 1), relative errors 7.5e-5, 2.6e-6, 7.5e-8 and 2e-9; the last is exactly 1 at 0.
+template <int degree>
+[[gnu::always_inline]] inline F exp2_polynomial(F f) {
+    constexpr float c[4][7] = {
+        {0.07802452332f, 0.226067159f, 0.6958335367f, 0.9999252192f},
+        {0.013534168f, 0.05201146108f, 0.2414427561f, 0.6930038348f, 1.000002593f},
+        {1.877576683e-3f, 8.989340141e-3f, 5.582631793e-2f, 2.401536171e-1f, 6.931530732e-1f, 9.999999251e-1f},
+        {2.161291512e-4f, 1.246784639e-3f, 9.675451574e-3f, 5.548528061e-2f, 2.402293056e-1f, 6.931470444e-1f, 1.0f},
+    };
+    F p = set(c[degree - 3][0]);
+    for (int i = 1; i <= degree; ++i) p = fma(p, f, set(c[degree - 3][i]));
+    return p;
+}
+
+// 2^t for every float: 0 at -inf, inf from 128 on, NaN at NaN; relative error below 1.2e-7 with degree 6. With t = n +
+// f and n = floor(t), 2^f is a polynomial.
+template <int degree = 6>
+[[gnu::always_inline]] inline F exp2(F t) {
 #if defined(__AVX512F__)
     const F f = (F)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
@@ -251,12 +266,7 @@ inline F exp2(F t) {
 #endif
     const F f = t - n;
 #endif
-    F p = fma(set(2.161291512e-4f), f, set(1.246784639e-3f));
-    p = fma(p, f, set(9.675451574e-3f));
-    p = fma(p, f, set(5.548528061e-2f));
-    p = fma(p, f, set(2.402293056e-1f));
-    p = fma(p, f, set(6.931470444e-1f));
-    p = fma(p, f, set(1.0f));
+    const F p = exp2_polynomial<degree>(f);
 #if defined(__AVX512F__)
     return (F)_mm512_scalef_ps((__m512)p, (__m512)t);  // takes floor(t) itself
 #else
@@ -270,7 +280,5 @@ constexpr float LOG2_E = 0x1.715476p0f;
 
 // Rounding x log2(e) adds a relative error of |x| 7.5e-8, which no sum of exponentials and no sigmoid can notice.
 inline F exp(F x) { return exp2(x * LOG2_E); }
-
-inline F sigmoid(F x) { return 1.0f / (1.0f + exp(-x)); }
 
 }  // namespace ldm::LDM_ISA
