@@ -77,6 +77,13 @@ def run_group_norm(shape, groups, channels_last, dtype=torch.float32):
     return [y, mean, rstd, *gradients]
 
 
+def run_split_group_norm(shape, groups, channels_last, dtype=torch.float32):
+    """Statistics and what they are applied to."""
+    x, groups, *rest = group_norm_arguments(shape, groups, channels_last, dtype)
+    stats = cpu.group_norm_stats(x, groups)
+    return [stats, cpu.group_norm_apply(x, stats, groups, *rest)]
+
+
 # Shapes on both sides of every decision the kernels take: one slab or several, more units than threads or fewer, full
 # vectors or a rest.
 RUNS = {
@@ -85,6 +92,9 @@ RUNS = {
     "group_norm few units": lambda: run_group_norm((1, 6, 300, 301), 1, False),
     "group_norm channels_last": lambda: run_group_norm((3, 320, 16, 16), 32, True),
     "group_norm channels_last many slabs": lambda: run_group_norm((1, 37, 90, 70), 1, True),
+    "group_norm bfloat16 one slab": lambda: run_group_norm((2, 64, 33, 17), 4, False, torch.bfloat16),
+    "group_norm split": lambda: run_split_group_norm((1, 64, 70, 65), 2, False),
+    "group_norm split channels_last": lambda: run_split_group_norm((1, 37, 90, 70), 1, True),
     "group_norm bfloat16": lambda: run_group_norm((5, 64, 33, 17), 32, True, torch.bfloat16),
     "attention few keys": lambda: run_attention((2, 4, 130, 77, 40)),
     "attention many keys": lambda: run_attention((2, 4, 70, 150, 24)),
@@ -146,6 +156,9 @@ def test_group_norm_with_mean_far_above_std(isa, channels_last):
         x.double(), groups, weight.double(), bias.double(), 1e-5, "silu", None, None
     )
     assert (y.double() - expected).abs().max() < 1e-5
+    stats = cpu.group_norm_stats(x, groups)
+    again = cpu.group_norm_apply(x, stats, groups, weight, bias, 1e-5, "silu", None, None)
+    assert torch.equal(again, y), "the two halves are the whole"
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
