@@ -85,6 +85,30 @@ def off_by_little(op: str) -> Callable[..., torch.Tensor]:
     return wrong
 
 
+def test_first_stage_compares_time_and_memory() -> None:
+    command = [
+        sys.executable,
+        str(FOLDER / "first_stage.py"),
+        "--quick",
+        "--threads",
+        "1",
+        "--size",
+        "64",
+        "--tile",
+        "8",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = last_line(done.stdout)
+    assert record["benchmark"] == "first_stage" and record["wrong"] == []
+    assert {"in bands", "whole"} <= set(record["rows"]) <= {"in bands", "whole", "diffusers"}
+    for row in record["rows"].values():
+        assert row["error"] <= 1e-4 and row["median_s"] > 0 and row["peak_mb"] >= row["before_mb"] > 0
+    wrong = [*command, "--dtype", "bfloat16", "--allow", "1e-9"]
+    done = subprocess.run(wrong, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "WRONG" in done.stdout and "in bands" in last_line(done.stdout)["wrong"]
+
+
 @pytest.mark.parametrize(
     ("name", "op"),
     [(op, op) for op in ops.IMPLEMENTATIONS if op in BENCHMARKS] + [("unet", "group_norm_silu"), ("unet", "attention")],

@@ -1,12 +1,14 @@
 // group_norm_silu, forward and backward: chooses the loops for the layout, the dtype and the activation.
 #include "group_norm_silu_channels_last.h"
 #include "group_norm_silu_contiguous.h"
+#include "huge_pages.h"
 
 namespace ldm::LDM_ISA {
 namespace {
 
 template <class T>
 bool forward(const GroupNormSilu& a) {
+    if (a.y) prefer_huge_pages(a.y, a.batch * a.channels * a.spatial * static_cast<int64_t>(sizeof(T)));
     // With one pixel both layouts are the same memory, and vectors should run over channels.
     if (a.channels_last || a.spatial == 1)
         return a.silu ? channels_last::forward<T, true>(a) : channels_last::forward<T, false>(a);
@@ -15,6 +17,7 @@ bool forward(const GroupNormSilu& a) {
 
 template <class T>
 bool backward(const GroupNormSiluBackward& a) {
+    prefer_huge_pages(a.dx, a.batch * a.channels * a.spatial * static_cast<int64_t>(sizeof(T)));
     if (a.channels_last || a.spatial == 1)
         return a.silu ? channels_last::backward<T, true>(a) : channels_last::backward<T, false>(a);
     return a.silu ? contiguous::backward<T, true>(a) : contiguous::backward<T, false>(a);
