@@ -2,9 +2,9 @@
 
     python benchmarks/first_stage.py [--size 1024] [--tile 64] [--dtype float32]
 
-The first stage is kl-f8 at its full size, with random weights. Each contender runs in a process of its own, so that the
-memory is what that process had at most. Right is a result within 1e-4 (bfloat16: 5e-2) of that of the whole, relative to
-its largest element.
+The first stage is kl-f8 at its full size, with random weights. Each contender runs in a process of its own, so that
+the memory is what that process had at most. Right is a result within 1e-4 (bfloat16: 5e-2) of that of the whole,
+relative to its largest element.
 """
 
 from __future__ import annotations
