@@ -22,7 +22,7 @@ from ldm_fast import ops
 from ldm_fast.coders import Decoder, DecoderBlock, Encoder, EncoderBlock
 from ldm_fast.layers import Downsample, GroupNorm, ResBlock, Upsample, upsample_nearest
 
-BANDS_PER_TILE = 4  # what a layer needs beside the maps that are kept is a few bands: together about a tile
+BANDS_PER_TILE = 8  # beside the maps that are kept a layer needs a few bands: together less than a tile
 
 
 def decode_in_bands(decoder: Decoder, z: Tensor, pixels: int) -> Tensor:
