@@ -27,7 +27,7 @@ from ldm_fast.training.ema import Ema, decay_at
 from ldm_fast.training.first_stage import FirstStage
 from ldm_fast.training.loop import DataOrder, learning_rate_factor, seeded
 from ldm_fast.training.recipe import LoopConfig
-from ldm_fast.training.second_stage import SecondStage
+from ldm_fast.training.second_stage import SecondStage, multiscale_error
 
 CPU = torch.device("cpu")
 TINY = load_recipe("tiny")
@@ -330,6 +330,32 @@ def test_learning_rate_restarts():
         alone = dataclasses.replace(loop, steps=end - start, lr_restarts=())
         for step in range(start, end):
             assert learning_rate_factor(step, loop) == learning_rate_factor(step - start, alone)
+
+
+def test_multiscale_error():
+    """One level is the mean square. What averages out counts as there; what is constant, 4^l times on level l."""
+    difference = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = difference.square().flatten(1).mean(1)
+    assert torch.equal(multiscale_error(difference, 1), plain)
+    means = difference.unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean((3, 5))  # (3, 2, 4, 4)
+    torch.testing.assert_close(multiscale_error(difference, 2), (plain + 4 * means.square().flatten(1).mean(1)) / 2)
+    assert multiscale_error(torch.ones(1, 1, 8, 8), 3).item() == pytest.approx((1 + 4 + 16) / 3)
+    checkers = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(4, 4)[None, None]
+    assert multiscale_error(checkers, 3).item() == pytest.approx(1 / 3)
+
+
+def test_the_loss_takes_more_scales_from_its_step_on(tmp_path):
+    plain = change(TINY, "second_stage", loop={"steps": 4})
+    scales = change(TINY, "second_stage", loop={"steps": 4}, loss_levels=2, loss_levels_from=3)
+    losses = []
+    for name, recipe in (("plain", plain), ("scales", scales)):
+        train(recipe, tmp_path / name, progress=False)
+        lines = (tmp_path / name / "second_stage" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)])
+    assert losses[0][0] == losses[1][0] and losses[0][-1] != losses[1][-1]  # means of steps 0-1 and 2-3
+    coarse = change(TINY, "second_stage", loss_levels=9)
+    with pytest.raises(DataError, match="second_stage.loss_levels is 9"):
+        train(coarse, tmp_path / "plain", progress=False)
 
 
 def test_ema_follows_the_formula():

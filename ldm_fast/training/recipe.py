@@ -127,6 +127,8 @@ class SecondStageRecipe:
     min_snr_gamma: float | None = None
     stratified_timesteps: bool = False
     timestep_shift: float = 1.0  # above 1: more of the noisy ones (arXiv:2403.03206, 5.3.2)
+    loss_levels: int = 1  # scales the loss is taken at: 1 is the mean square, 3 adds those of 2×2 and 4×4 means …
+    loss_levels_from: int = 0  # … from this step on
     horizontal_flip: bool = False
     sampling: Defaults = free(Defaults())  # how the exported model, and the grids while it trains, are sampled
     grid_prompts: tuple[str, ...] = free(())  # of the sample grids; where empty, spread over the data
@@ -137,6 +139,8 @@ class SecondStageRecipe:
             raise ValueError('condition "text" needs the section text')
         if not 0 <= self.condition_dropout <= 1:
             raise ValueError(f"condition_dropout must be in [0, 1], got {self.condition_dropout}")
+        if self.loss_levels < 1:
+            raise ValueError(f"loss_levels must be at least 1, got {self.loss_levels}")
         if not self.timestep_shift > 0:
             raise ValueError(f"timestep_shift must be positive, got {self.timestep_shift}")
 

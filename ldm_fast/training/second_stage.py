@@ -57,6 +57,7 @@ class SecondStage:
         self.ema = Ema(self.model, self.loop.ema_decay)
         self._check_shapes()
         self.latents = Latents(self.first_stage, self.data, recipe.horizontal_flip)
+        self._check_levels()
         self.held_out_latents = Latents(self.first_stage, self.held_out)
         self.conditions = condition_inputs(recipe, self.model, self.data)
         self.scaling_factor = torch.tensor(self._scaling_factor(), dtype=torch.float64)
@@ -67,6 +68,15 @@ class SecondStage:
             raise DataError(
                 f"second_stage.unet has {unet.in_channels} input and {unet.out_channels} output channels; "
                 f"the first stage's latents have {channels}"
+            )
+
+    def _check_levels(self) -> None:
+        """The coarsest scale of the loss is one that the latents have."""
+        levels, side = self.recipe.loss_levels, min(self.latents.mean.shape[-2:])
+        if 2 ** (levels - 1) > side:
+            raise DataError(
+                f"second_stage.loss_levels is {levels}: means over {2 ** (levels - 1)} × {2 ** (levels - 1)} cells; "
+                f"the latents have {side} a side"
             )
 
     def _scaling_factor(self) -> float:
@@ -97,7 +107,8 @@ class SecondStage:
         total = 0.0
         for index in batches:
             condition = self._dropped(self.conditions, index, generator)
-            loss = self._loss(self.model, self.latents.take(index, generator), condition, generator)
+            levels = self.recipe.loss_levels if number >= self.recipe.loss_levels_from else 1
+            loss = self._loss(self.model, self.latents.take(index, generator), condition, generator, levels)
             (loss / len(batches)).backward()
             total += float(loss.detach()) / len(batches)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -123,7 +134,9 @@ class SecondStage:
         shifted = shift * uniform / (1 + (shift - 1) * uniform)
         return (shifted * steps).long().clamp(max=steps - 1)
 
-    def _loss(self, model: nn.ModuleDict, z: Tensor, condition: Tensor | None, generator: torch.Generator) -> Tensor:
+    def _loss(
+        self, model: nn.ModuleDict, z: Tensor, condition: Tensor | None, generator: torch.Generator, levels: int = 1
+    ) -> Tensor:
         z_0 = z * float(self.scaling_factor)  # (B, C, h, w)
         t = self._timesteps(len(z), generator)
         noise = torch.randn(z.shape, generator=generator).to(self.device)
@@ -133,7 +146,7 @@ class SecondStage:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.loop.precision == "bf16"):
             context = None if condition is None else encode_condition(model, condition.to(self.device))  # (B, L, d)
             output = model["unet"](z_t, t.to(self.device), encoder_hidden_states=context).sample
-        error = F.mse_loss(output.float(), self.schedule.target(z_0, noise, t), reduction="none").flatten(1).mean(1)
+        error = multiscale_error(output.float() - self.schedule.target(z_0, noise, t), levels)
         if self.recipe.min_snr_gamma is not None:
             error = error * self.schedule.min_snr_weight(t, self.recipe.min_snr_gamma).to(error)
         return error.mean()
@@ -170,6 +183,20 @@ class SecondStage:
         if self.recipe.condition == "class":
             return [int(self.data.labels[i]) for i in spread]
         return [self.data.captions[i] for i in spread]
+
+
+def multiscale_error(difference: Tensor, levels: int) -> Tensor:
+    """Mean squares (B,) of a difference (B, C, h, w), averaged over scales: level l sees means over 2^l × 2^l cells,
+    and weighs them by the 4^l cells that they stand for.
+
+    What averages out counts on every level as it does in the plain mean square (one level); what is the same over a
+    region, a slightly wrong colour say, counts 4^l times. After Hoogeboom et al., arXiv:2301.11093, section 3.4.
+    """
+    total = difference.square().flatten(1).mean(1)
+    for level in range(1, levels):
+        difference = F.avg_pool2d(difference, 2)
+        total = total + 4**level * difference.square().flatten(1).mean(1)
+    return total / levels
 
 
 class Latents:
