@@ -260,8 +260,8 @@ def _attention_backward(
 ):
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
+    # torch.compile lays out what forward saved as it likes
+    grad, q, k, v, out = (t if t.stride(-1) == 1 else t.contiguous() for t in (grad, q, k, v, out))
     gradients = _run_backward("attention", impl, (q, k, v, mask, scale), (grad, q, k, v, mask, scale, out, lse))
     return tuple(gradient.contiguous() for gradient in gradients)
 

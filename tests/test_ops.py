@@ -864,3 +864,21 @@ def test_triton_in_the_interpreter() -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert f"{len(tests)} passed" in done.stdout and "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_attention_backward_takes_any_layout_of_what_was_saved(impl):
+    """torch.compile keeps q, k, v and the result in layouts of its own, with heads last, say."""
+    q, k, v, grad = torch.randn(4, 2, 2, 9, 8, generator=torch.Generator().manual_seed(0))
+    try:
+        out, lse = torch.ops.ldm_fast.attention(q, k, v, None, 0.3, impl)
+    except ValueError as error:
+        pytest.skip(str(error))
+    wanted = torch.ops.ldm_fast.attention_backward(grad, q, k, v, None, 0.3, out, lse, impl)
+    heads_last = (t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for t in (grad, q, k, v))
+    grad, q, k, v = heads_last
+    out = out.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert q.stride(-1) != 1
+    got = torch.ops.ldm_fast.attention_backward(grad, q, k, v, None, 0.3, out, lse, impl)
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
