@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -99,6 +99,7 @@ class VQConfig(AutoencoderConfig):
     """First stage with a codebook of `num_vq_embeddings` codes. The defaults are LDM's vq-f4.
 
     `commitment_weight` is β of the VQ loss; `legacy` puts it on the codebook term instead, as the published code does.
+    With `codebook_ema_decay` the codebook follows moving averages of its vectors while it is trained, not a gradient.
     With `lookup_from_codebook`, `decode` takes indices of codes where it is told not to quantize.
     """
 
@@ -107,6 +108,7 @@ class VQConfig(AutoencoderConfig):
     num_vq_embeddings: int = 8192
     commitment_weight: float = 0.25
     legacy: bool = False
+    codebook_ema_decay: float | None = None
     sample_size: int | tuple[int, int] = _free(256)
     scaling_factor: float = _free(1.0)
     force_upcast: bool = _free(False)
@@ -116,6 +118,11 @@ class VQConfig(AutoencoderConfig):
     def vq_embed_dim(self) -> int:
         """diffusers' name for the width of z; its `latent_channels` are `z_channels` here."""
         return self.latent_channels
+
+    @property
+    def trained(self) -> VQConfig:
+        """The model once nothing more is to be trained: without the state that only its training needs."""
+        return replace(self, codebook_ema_decay=None)
 
 
 class Output:
@@ -132,7 +139,7 @@ class Output:
 @dataclass
 class DecoderOutput(Output):
     sample: Tensor  # (B, out_channels, H, W)
-    commit_loss: Tensor | None = None  # VQ-reg: codebook + commitment loss
+    commit_loss: Tensor | None = None  # VQ-reg: the quantizer's loss
     regulariser: DiagonalGaussian | QuantizerOutput | None = None  # of `forward`: what training regularises
 
 
@@ -330,7 +337,11 @@ class VQModel(_FirstStage):
     def __init__(self, config: VQConfig):
         super().__init__(config, moments=1)
         self.quantize = VectorQuantizer(
-            config.num_vq_embeddings, config.latent_channels, config.commitment_weight, config.legacy
+            config.num_vq_embeddings,
+            config.latent_channels,
+            config.commitment_weight,
+            config.legacy,
+            config.codebook_ema_decay,
         )
 
     @_after_offloading

@@ -78,13 +78,13 @@ class Pretrained(nn.Module):
         from ldm_fast.files import write_atomically
         from ldm_fast.tensor_files import write_tensors
         from ldm_fast.unet import UNet
-        from ldm_fast.weights import UNET_PREFIX
+        from ldm_fast.weights import UNET_PREFIX, without_training_state
 
         if layout not in SAVED_LAYOUTS:
             raise ValueError(f"save_pretrained: layout must be one of {', '.join(SAVED_LAYOUTS)}, got {layout!r}")
         config = self._own_config()
         if layout == "diffusers":
-            name, tensors = f"{WEIGHTS}.safetensors", self.state_dict()
+            name, tensors = f"{WEIGHTS}.safetensors", without_training_state(self.state_dict())
         else:
             prefix = UNET_PREFIX if isinstance(self, UNet) else ""
             name, tensors = COMPVIS_WEIGHTS, {prefix + key: tensor for key, tensor in self.to_compvis().items()}

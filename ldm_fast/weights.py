@@ -205,6 +205,15 @@ class Entry:
     transposed: bool = False
 
 
+# What only goes on with the training of a model needs: no other program's layout has a place for it.
+TRAINING_STATE = frozenset({"quantize.ema_counts"})
+
+
+def without_training_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that a trained model needs."""
+    return {name: tensor for name, tensor in state_dict.items() if name not in TRAINING_STATE}
+
+
 def layout(config: Config) -> tuple[Entry, ...]:
     """Every tensor of the model that `config` describes, in both layouts. Allocates no weights."""
     if type(config) not in LAYOUTS:
@@ -215,6 +224,8 @@ def layout(config: Config) -> tuple[Entry, ...]:
 @functools.lru_cache(maxsize=32)
 def _layout(config: Config) -> tuple[Entry, ...]:
     build, names = LAYOUTS[type(config)]
+    if isinstance(config, VQConfig):
+        config = config.trained
     with torch.device("meta"):
         model = build(config)
     renames = dict(names(config))
@@ -282,13 +293,14 @@ def compvis_to_ours(state_dict: Mapping[str, Tensor], config: Config) -> dict[st
 
 
 def ours_to_compvis(state_dict: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The inverse of `compvis_to_ours`.
+    """The inverse of `compvis_to_ours`. Training state is left out.
 
     Raises:
         CheckpointError (a ValueError): names every key that is missing, unexpected or of the wrong shape.
     """
     entries = layout(config)
     ours = {name: e.our_shape for e in entries for name in e.ours}
+    state_dict = without_training_state(state_dict)
     check_names(state_dict, ours, f"ldm_fast state dict of this {_name(config)}")
     like = next(iter(state_dict.values()))
     theirs: dict[str, Tensor] = {}

@@ -236,6 +236,7 @@ def test_quantizer_takes_the_nearest_codes():
     assert out.indices.shape == (1, 1, 4) and out.indices.dtype == torch.int64
     assert out.indices.flatten().tolist() == [0, 1, 0, 2]
     torch.testing.assert_close(out.z_q, vectors([0.0, 0.0], [2.0, 0.0], [0.0, 0.0], [0.0, 4.0]))
+    assert out.counts.tolist() == [2, 1, 1, 0] and float(out.usage) == 0.75
     assert float(out.perplexity) == pytest.approx(math.exp(0.5 * math.log(2) + 0.5 * math.log(4)))  # p = 1/2, 1/4, 1/4
 
 
@@ -264,6 +265,102 @@ def test_losses_by_hand(legacy, weight):
     of_code_0 = differences[0] + differences[2]
     wanted = torch.stack([of_code_0, differences[1], torch.zeros(2), torch.zeros(2)])
     torch.testing.assert_close(module.embedding.weight.grad, -on_codebook * 2 / 6 * wanted)
+
+
+def test_moving_averages_by_hand():
+    """van den Oord et al., appendix A.1: e = m / N, both exponential moving averages; one vector to a code at first."""
+    module, decay = quantizer(CODES, ema_decay=0.75), 0.75
+    steps = ([[0.4, 0.1], [1.5, -1.0], [0.5, 0.0]], [[2.5, 1.0], [0.0, 5.0], [0.0, 3.0]], [[0.0, 3.5]])
+    means, counts = torch.tensor(CODES, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    for rows in steps:
+        shown = torch.tensor(rows, dtype=torch.float64)
+        codes = module.embedding.weight.detach().clone()
+        chosen = torch.cdist(shown, codes.double()).argmin(1)
+        out = module(vectors(*rows))
+        assert out.indices.flatten().tolist() == chosen.tolist()
+        torch.testing.assert_close(out.z_q[0, :, 0].T, codes[chosen])  # those before the step
+        one_hot = torch.nn.functional.one_hot(chosen, 4).double()
+        means = decay * means + (1 - decay) * one_hot.T @ shown
+        counts = decay * counts + (1 - decay) * one_hot.sum(0)
+        torch.testing.assert_close(module.embedding.weight.double(), means / counts[:, None], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(module.ema_counts.double(), counts, rtol=1e-6, atol=0)
+    assert module.embedding.weight[3].tolist() == CODES[3]  # nothing chose it
+
+
+def test_moving_averages_learn_in_training_mode_alone():
+    module, z = quantizer(CODES, ema_decay=0.5).eval(), vectors([0.4, 0.1], [1.5, -1.0])
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert before.keys() == {"embedding.weight", "ema_counts"}
+    evaluated = module(z)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    trained = module.train()(z)
+    assert torch.equal(trained.z_q, evaluated.z_q)
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize(("legacy", "on_encoder"), [(False, 2.0), (True, 1.0)])
+def test_moving_averages_leave_the_commitment_loss(legacy, on_encoder):
+    module = quantizer(CODES, legacy=legacy, commitment_weight=2.0, ema_decay=0.99)
+    z = vectors([0.4, 0.1], [1.5, -1.0], [0.5, 0.0]).requires_grad_()
+    loss = module(z).loss
+    loss.backward()
+    differences = torch.tensor([[0.4, 0.1], [-0.5, -1.0], [0.5, 0.0]])
+    assert float(loss.detach()) == pytest.approx(on_encoder * float(differences.square().sum()) / 6)
+    torch.testing.assert_close(z.grad[0, :, 0].T, on_encoder * 2 / 6 * differences)
+    assert module.embedding.weight.grad is None and not module.embedding.weight.requires_grad
+
+
+def test_moving_averages_find_the_clusters():
+    """A code that is chosen goes to the mean of its vectors, however long it was not."""
+    module, z = quantizer([[1.0, 1.0], [9.0, 1.0], [1.0, 9.0], [99.0, 99.0]], ema_decay=0.9), clusters()
+    for _ in range(100):
+        module(z.T[None, :, None])
+    codes = module.embedding.weight
+    assert codes[3].tolist() == [99.0, 99.0] and float(module.ema_counts[3]) == pytest.approx(0.9**100)
+    assert (
+        module.revive_dead_codes(torch.tensor([[11.0, 9.0]]), module(z.T[None, :, None]).counts, torch.Generator()) == 1
+    )
+    assert float(module.ema_counts[3]) == 1
+    for _ in range(100):
+        out = module(z.T[None, :, None])
+    assert float(out.usage) == 1
+    for code in range(4):
+        torch.testing.assert_close(codes[code], z[out.indices.flatten() == code].mean(0), rtol=0, atol=1e-3)
+
+
+def test_moving_averages_start_at_k_means():
+    module, z = quantizer([[0.0, 0.0]] * 4, ema_decay=0.9), clusters()
+    module.ema_counts.fill_(7)
+    module.init_from_data(z, torch.Generator().manual_seed(0))
+    assert module.ema_counts.tolist() == [1] * 4
+    settled = module.embedding.weight.clone()
+    module(z.T[None, :, None])
+    torch.testing.assert_close(module.embedding.weight, settled, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])
+def test_a_decay_that_is_none(decay):
+    with pytest.raises(ValueError, match=f"ema_decay must be in \\[0, 1\\), got {decay}"):
+        VectorQuantizer(4, 2, ema_decay=decay)
+
+
+def _one_of_two(rank, folder):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    module = quantizer(CODES, ema_decay=0.75)
+    module(vectors([0.4, 0.1], [1.5, -1.0]) if rank == 0 else vectors([0.5, 0.0]))
+    torch.save(module.state_dict(), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+def test_moving_averages_are_those_of_all_processes(tmp_path):
+    torch.multiprocessing.spawn(_one_of_two, (tmp_path,), nprocs=2)
+    whole = quantizer(CODES, ema_decay=0.75)
+    whole(vectors([0.4, 0.1], [1.5, -1.0], [0.5, 0.0]))
+    for rank in range(2):
+        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, tensor in whole.state_dict().items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-6, atol=1e-7)
 
 
 def test_dead_codes_restart_at_data():

@@ -768,6 +768,18 @@ def test_first_stages_from_config():
         VQModel.from_config(config_to_diffusers(KL))
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "compvis"])
+def test_saved_without_what_only_training_needs(tmp_path, layout):
+    """Other programs have no place for the moving counts of a codebook that is still being trained."""
+    model = VQModel(replace(VQ, codebook_ema_decay=0.99))
+    assert "quantize.ema_counts" in model.state_dict()
+    model.save_pretrained(tmp_path, layout=layout)
+    read = VQModel.from_pretrained(tmp_path)
+    assert read.config.codebook_ema_decay is None and "codebook_ema_decay" not in (tmp_path / "config.json").read_text()
+    assert read.state_dict().keys() == model.state_dict().keys() - {"quantize.ema_counts"}
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in read.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", ["UNet2DConditionModel", "UNet2DModel", "AutoencoderKL", "VQModel"])
 def test_from_diffusers_shares_the_weights(kind):
     diffusers = pytest.importorskip("diffusers")

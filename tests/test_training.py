@@ -425,6 +425,27 @@ def test_dead_codes_start_anew_in_the_average_too():
     assert float(stage.optimizer.state[parameter]["exp_avg"][5:].abs().max()) == 0
 
 
+def test_a_codebook_of_moving_averages(tmp_path):
+    """It goes on where it stood, starts dead codes anew, and leaves nothing of its training in the model."""
+    vq = dataclasses.replace(TINY.first_stage.vq, codebook_ema_decay=0.9)
+    loop = {"checkpoint_every": 1}
+    short, long = (change(TINY, "first_stage", loop={**loop, "steps": n}, vq=vq, revive_every=2) for n in (4, 7))
+    train(short, tmp_path / "two parts", stage="first", progress=False)
+    train(long, tmp_path / "two parts", stage="first", progress=False)
+    train(long, tmp_path / "one part", stage="first", progress=False)
+    mine, theirs = (
+        newest_checkpoint(tmp_path / n / "first_stage" / "checkpoints")[0] for n in ("one part", "two parts")
+    )
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert 0 < float(mine["weights/model/quantize.ema_counts"].min())
+    assert not torch.equal(mine["weights/model/quantize.ema_counts"], torch.ones(vq.num_vq_embeddings))
+    long = change(long, "second_stage", loop={"steps": 1})
+    model = LatentDiffusion.load(train(long, tmp_path / "one part", progress=False)).first_stage
+    assert torch.equal(model.quantize.embedding.weight, mine["weights/ema/quantize.embedding.weight"].half().float())
+    assert model.config == dataclasses.replace(vq, codebook_ema_decay=None)
+    assert not any("ema" in name for name in model.state_dict())
+
+
 def test_kl_loss_by_hand():
     kl = AutoencoderConfig(
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False

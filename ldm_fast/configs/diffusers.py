@@ -65,6 +65,8 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> DiffusionConfig:
 
 def config_to_diffusers(config: UNetConfig | AutoencoderConfig | VQConfig) -> dict[str, Any]:
     """The inverse. What none of diffusers' classes can be is written field by field, under the name of our class."""
+    if isinstance(config, VQConfig):
+        config = config.trained
     values = asdict(config)
     if isinstance(config, UNetConfig):
         candidates = [_as_conditional_unet(config), _as_unconditional_unet(config)]
@@ -230,7 +232,7 @@ def _vq_model(params: Parameters) -> VQConfig:
 
 def _as_vq_model(config: VQConfig) -> dict[str, Any]:
     hidden = ("attention_levels", "z_channels", "use_quant_conv", "use_post_quant_conv")
-    hidden += ("shift_factor", "latents_mean", "latents_std")
+    hidden += ("shift_factor", "latents_mean", "latents_std", "codebook_ema_decay")
     # The loss is not part of diffusers' configuration; the one of its class is this.
     loss = {"legacy": True, "commitment_weight": VQConfig.commitment_weight}.items()
     values = {key: v for key, v in asdict(config).items() if key not in hidden and (key, v) not in loss}

@@ -220,7 +220,7 @@ class FirstStage:
             self.model.quantize.revive_dead_codes(vectors, self.counts.to(self.device), generator)
             codebook = self.model.quantize.embedding.weight
             self.ema.module.quantize.embedding.weight[dead] = codebook[dead]
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in ("exp_avg", "exp_avg_sq") if codebook in self.optimizer.state else ():
                 self.optimizer.state[codebook][name][dead] = 0
         self.counts.zero_()
 

@@ -23,6 +23,7 @@ from ldm_fast.training.first_stage import FirstStage
 from ldm_fast.training.loop import run_stage
 from ldm_fast.training.recipe import Fingerprint, FirstStageRecipe, Recipe, load_recipe, to_dict
 from ldm_fast.training.second_stage import SecondStage, assemble, build_model
+from ldm_fast.weights import without_training_state
 
 
 def train(
@@ -113,7 +114,7 @@ def load_first_stage(recipe: FirstStageRecipe, source: str | Path) -> nn.Module:
     found = newest_checkpoint(source / "first_stage" / "checkpoints")
     if found is None:
         raise CheckpointError(f"there is no first stage in {source}: train it first, or give one")
-    model = VQModel(recipe.vq) if recipe.vq is not None else AutoencoderKL(recipe.kl)
+    model = AutoencoderKL(recipe.kl) if recipe.vq is None else VQModel(recipe.vq.trained)
     _load(model, found[0], "weights/ema/", f"the first stage in {source}")
     return model.eval().requires_grad_(False)
 
@@ -138,7 +139,7 @@ def _first_stage_facts(run_dir: Path) -> dict[str, Any]:
 def _load(model: nn.Module, tensors: dict[str, Tensor], prefix: str, what: str) -> None:
     weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(without_training_state(weights))
     except RuntimeError as error:
         raise CheckpointError(f"{what} does not fit the recipe: {error}") from error
 
