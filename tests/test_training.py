@@ -26,7 +26,7 @@ from ldm_fast.training.discriminator import PatchDiscriminator, adaptive_weight,
 from ldm_fast.training.ema import Ema, decay_at
 from ldm_fast.training.first_stage import FirstStage
 from ldm_fast.training.loop import DataOrder, learning_rate_factor, seeded
-from ldm_fast.training.recipe import LoopConfig
+from ldm_fast.training.recipe import LoopConfig, Phase
 from ldm_fast.training.second_stage import SecondStage, multiscale_error
 
 CPU = torch.device("cpu")
@@ -203,12 +203,17 @@ def test_a_finished_cosine_may_be_followed_by_another(tmp_path, whole):
     """Trained on after its end, a run becomes the one whose recipe said so from the start."""
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
-    longer = change(TINY, "second_stage", loop={"steps": 18, "lr_restarts": (12,)})
+    phases = (Phase(12, timestep_shift=4.0, loss_levels=2), Phase(15, condition_dropout=0.0))
+    longer = change(TINY, "second_stage", loop={"steps": 18, "lr_restarts": (12,)}, phases=phases)
     train(longer, run_dir, progress=False)
     train(longer, tmp_path / "at once", progress=False)
     assert_same_run(run_dir, tmp_path / "at once")
     with pytest.raises(CheckpointError, match=r"second_stage\.loop\.steps: 12 -> 18"):
         train(change(TINY, "second_stage", loop={"steps": 18}), whole, progress=False)
+    with pytest.raises(CheckpointError, match=r"second_stage\.phases: .* -> "):
+        train(change(longer, "second_stage", phases=phases[:1]), run_dir, progress=False)
+    with pytest.raises(CheckpointError, match=r"second_stage\.phases: \[\] -> "):
+        train(change(TINY, "second_stage", phases=(Phase(11, loss_levels=2),)), whole, progress=False)
 
 
 def test_another_first_stage_is_refused(tmp_path, whole):
@@ -344,18 +349,40 @@ def test_multiscale_error():
     assert multiscale_error(checkers, 3).item() == pytest.approx(1 / 3)
 
 
-def test_the_loss_takes_more_scales_from_its_step_on(tmp_path):
-    plain = change(TINY, "second_stage", loop={"steps": 4})
-    scales = change(TINY, "second_stage", loop={"steps": 4}, loss_levels=2, loss_levels_from=3)
+def test_phases_follow_one_another():
+    recipe = change(
+        TINY, "second_stage", phases=(Phase(3, loss_levels=2), Phase(7, condition_dropout=0.5, loss_levels=3))
+    ).second_stage
+    for step, levels, dropout in ((0, 1, 0.1), (2, 1, 0.1), (3, 2, 0.1), (6, 2, 0.1), (7, 3, 0.5), (99, 3, 0.5)):
+        now = recipe.at(step)
+        assert (now.loss_levels, now.condition_dropout, now.phases) == (levels, dropout, ())
+        assert now.timestep_shift == recipe.timestep_shift
+    for wrong in ((Phase(0),), (Phase(4), Phase(4)), (Phase(4), Phase(3))):
+        with pytest.raises(ValueError, match="phases must start one after the other"):
+            change(TINY, "second_stage", phases=wrong)
+    with pytest.raises(ValueError, match=r"condition_dropout must be in \[0, 1\], got 1.5"):
+        change(TINY, "second_stage", phases=(Phase(4, condition_dropout=1.5),))
+
+
+@pytest.mark.parametrize("field", [{"loss_levels": 2}, {"timestep_shift": 9.0}, {"condition_dropout": 1.0}], ids=str)
+def test_a_phase_changes_the_loss_from_its_step_on(field):
+    first = FirstStage(TINY.first_stage, synthetic_images(16), 0, CPU).ema.module
     losses = []
-    for name, recipe in (("plain", plain), ("scales", scales)):
-        train(recipe, tmp_path / name, progress=False)
-        lines = (tmp_path / name / "second_stage" / "metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)])
-    assert losses[0][0] == losses[1][0] and losses[0][-1] != losses[1][-1]  # means of steps 0-1 and 2-3
-    coarse = change(TINY, "second_stage", loss_levels=9)
+    for phases in ((), (Phase(3, **field),)):
+        recipe = change(TINY, "second_stage", phases=phases).second_stage
+        stage = SecondStage(recipe, first, synthetic_images(16), 0, CPU)
+        losses.append([])
+        for n in range(4):
+            torch.manual_seed(n)  # dropout
+            losses[-1].append(stage.step(n, [torch.arange(4)], seeded(n))["loss"])
+    assert losses[0][:3] == losses[1][:3] and losses[0][3] != losses[1][3]
+
+
+def test_more_scales_than_the_latents_have():
+    first = FirstStage(TINY.first_stage, synthetic_images(16), 0, CPU).ema.module
+    recipe = change(TINY, "second_stage", phases=(Phase(4, loss_levels=9),)).second_stage
     with pytest.raises(DataError, match="second_stage.loss_levels is 9"):
-        train(coarse, tmp_path / "plain", progress=False)
+        SecondStage(recipe, first, synthetic_images(16), 0, CPU)
 
 
 def test_ema_follows_the_formula():
@@ -494,21 +521,20 @@ def test_scaling_factor_is_one_over_the_first_batchs_deviation(second_stage):
 
 
 def test_stratified_timesteps_cover_the_range(second_stage):
-    t = second_stage._timesteps(10, seeded(0))
+    t = second_stage._timesteps(10, seeded(0), shift=1.0)
     assert (t // 100).tolist() == list(range(10))
 
 
-def test_shifted_timesteps(second_stage, monkeypatch):
+def test_shifted_timesteps(second_stage):
     """A shift of 3 puts three quarters of the timesteps where half of the uniform ones are: t' = 3 t / (1 + 2 t)."""
-    monkeypatch.setattr(second_stage, "recipe", dataclasses.replace(second_stage.recipe, timestep_shift=3.0))
-    t = second_stage._timesteps(1000, seeded(0))
+    t = second_stage._timesteps(1000, seeded(0), shift=3.0)
     assert abs(int((t >= 750).sum()) - 500) <= 1
     assert int(t.max()) == 999
 
 
 def test_dropped_conditions_are_the_empty_caption(second_stage):
     kept = second_stage.conditions.clone()
-    dropped = second_stage._dropped(second_stage.conditions, torch.zeros(2000, dtype=torch.int64), seeded(0))
+    dropped = second_stage._dropped(second_stage.conditions, torch.zeros(2000, dtype=torch.int64), seeded(0), 0.1)
     empty = (dropped == second_stage.model["condition"].tokenizer("")).all(dim=1)
     assert 0.05 < float(empty.float().mean()) < 0.15
     assert torch.equal(dropped[~empty], kept[:1].expand(int((~empty).sum()), -1))
@@ -519,9 +545,9 @@ def test_second_stage_loss_by_hand(second_stage):
     index = torch.arange(4)
     z = second_stage.latents.take(index, seeded(0))
     second_stage.model.eval()
-    loss = second_stage._loss(second_stage.model, z, second_stage.conditions[index], seeded(7))
+    loss = second_stage._loss(second_stage.model, z, second_stage.conditions[index], seeded(7), second_stage.recipe)
     generator, schedule = seeded(7), second_stage.schedule
-    t = second_stage._timesteps(4, generator)
+    t = second_stage._timesteps(4, generator, second_stage.recipe.timestep_shift)
     noise = torch.randn(z.shape, generator=generator)
     z_0 = z * float(second_stage.scaling_factor)
     alpha = schedule.alphas_cumprod[t].float()[:, None, None, None]

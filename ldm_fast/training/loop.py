@@ -144,7 +144,8 @@ def _check_unchanged(
     saved: dict[str, Any], fingerprint: Fingerprint, config: LoopConfig, stage: str, folder: Path
 ) -> None:
     """Training goes on only as it began. How long it lasts may change where the steps already run keep their learning
-    rates: a constant one goes on, a cosine that has ended may be followed by another."""
+    rates: a constant one goes on, a cosine that has ended may be followed by another. And phases that are still to come
+    may change."""
     before = saved["fingerprint"]
     changes = fingerprint.changes(before)
     schedule = {name: f"{stage}.loop.{name}" for name in ("steps", "lr_restarts")}
@@ -154,11 +155,20 @@ def _check_unchanged(
         then = dataclasses.replace(config, **was)
         if all(learning_rate_factor(n, then) == learning_rate_factor(n, config) for n in range(saved["step"])):
             changes = {name: change for name, change in changes.items() if name not in schedule.values()}
+    phases = f"{stage}.phases"
+    if phases in changes:
+        then, now = before.get(phases, []), fingerprint.fields[phases]
+        if _begun(then, saved["step"]) == _begun(now, saved["step"]):
+            del changes[phases]
     if changes:
         raise CheckpointError(
             f"{folder} was trained with another recipe ({'; '.join(list(changes.values())[:5])}): "
             "restore the recipe, train in another folder or start again without resuming"
         )
+
+
+def _begun(phases: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    return [phase for phase in phases if phase["start"] < step]
 
 
 class _Loop:

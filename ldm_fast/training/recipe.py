@@ -114,6 +114,16 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """What is different from step `start` on, until a later phase says otherwise; what is not given stays as it was."""
+
+    start: int
+    condition_dropout: float | None = None
+    timestep_shift: float | None = None
+    loss_levels: int | None = None
+
+
+@dataclass(frozen=True)
 class SecondStageRecipe:
     """The UNet, its condition and the diffusion loss."""
 
@@ -127,8 +137,8 @@ class SecondStageRecipe:
     min_snr_gamma: float | None = None
     stratified_timesteps: bool = False
     timestep_shift: float = 1.0  # above 1: more of the noisy ones (arXiv:2403.03206, 5.3.2)
-    loss_levels: int = 1  # scales the loss is taken at: 1 is the mean square, 3 adds those of 2×2 and 4×4 means …
-    loss_levels_from: int = 0  # … from this step on
+    loss_levels: int = 1  # scales the loss is taken at: 1 is the mean square, 3 adds those of 2×2 and 4×4 means
+    phases: tuple[Phase, ...] = ()  # what changes on the way
     horizontal_flip: bool = False
     sampling: Defaults = free(Defaults())  # how the exported model, and the grids while it trains, are sampled
     grid_prompts: tuple[str, ...] = free(())  # of the sample grids; where empty, spread over the data
@@ -141,8 +151,21 @@ class SecondStageRecipe:
             raise ValueError(f"condition_dropout must be in [0, 1], got {self.condition_dropout}")
         if self.loss_levels < 1:
             raise ValueError(f"loss_levels must be at least 1, got {self.loss_levels}")
+        starts = [phase.start for phase in self.phases]
+        if any(b <= a for a, b in itertools.pairwise([0, *starts])):
+            raise ValueError(f"phases must start one after the other, the first above 0, got {starts}")
+        for start in starts:
+            self.at(start)
         if not self.timestep_shift > 0:
             raise ValueError(f"timestep_shift must be positive, got {self.timestep_shift}")
+
+    def at(self, step: int) -> SecondStageRecipe:
+        """The recipe in the phase of `step` (from 0), itself without phases."""
+        given: dict[str, Any] = {}
+        for phase in self.phases:
+            if phase.start <= step:
+                given |= {name: value for name, value in vars(phase).items() if name != "start" and value is not None}
+        return dataclasses.replace(self, phases=(), **given) if self.phases else self
 
 
 @dataclass(frozen=True)

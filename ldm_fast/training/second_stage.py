@@ -8,6 +8,7 @@ stage never changes, so every image is encoded once, before the first step.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,7 +73,8 @@ class SecondStage:
 
     def _check_levels(self) -> None:
         """The coarsest scale of the loss is one that the latents have."""
-        levels, side = self.recipe.loss_levels, min(self.latents.mean.shape[-2:])
+        phases = [0, *(phase.start for phase in self.recipe.phases)]
+        levels, side = max(self.recipe.at(step).loss_levels for step in phases), min(self.latents.mean.shape[-2:])
         if 2 ** (levels - 1) > side:
             raise DataError(
                 f"second_stage.loss_levels is {levels}: means over {2 ** (levels - 1)} × {2 ** (levels - 1)} cells; "
@@ -104,11 +106,10 @@ class SecondStage:
     # One step
 
     def step(self, number: int, batches: list[Tensor], generator: torch.Generator) -> dict[str, float]:
-        total = 0.0
+        total, recipe = 0.0, self.recipe.at(number)
         for index in batches:
-            condition = self._dropped(self.conditions, index, generator)
-            levels = self.recipe.loss_levels if number >= self.recipe.loss_levels_from else 1
-            loss = self._loss(self.model, self.latents.take(index, generator), condition, generator, levels)
+            condition = self._dropped(self.conditions, index, generator, recipe.condition_dropout)
+            loss = self._loss(self.model, self.latents.take(index, generator), condition, generator, recipe)
             (loss / len(batches)).backward()
             total += float(loss.detach()) / len(batches)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -116,29 +117,36 @@ class SecondStage:
         self.ema.update(number)
         return {"loss": total, "gradient_norm": float(norm)}
 
-    def _dropped(self, conditions: Tensor | None, index: Tensor, generator: torch.Generator) -> Tensor | None:
-        """The examples' conditions, each one replaced by "no condition" with the recipe's probability."""
+    def _dropped(
+        self, conditions: Tensor | None, index: Tensor, generator: torch.Generator, probability: float
+    ) -> Tensor | None:
+        """The examples' conditions, each one replaced by "no condition" with this probability."""
         if conditions is None:
             return None
         inputs = conditions[index]
-        drop = torch.rand(len(index), generator=generator) < self.recipe.condition_dropout
+        drop = torch.rand(len(index), generator=generator) < probability
         inputs[drop] = no_condition(self.model)
         return inputs
 
-    def _timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+    def _timesteps(self, count: int, generator: torch.Generator, shift: float) -> Tensor:
         """(count,) random timesteps: uniform or shifted towards noise, stratified over the whole range or not."""
         uniform = torch.rand(count, generator=generator, dtype=torch.float64)
         if self.recipe.stratified_timesteps:
             uniform = (torch.arange(count) + uniform) / count
-        steps, shift = self.schedule.num_train_timesteps, self.recipe.timestep_shift
+        steps = self.schedule.num_train_timesteps
         shifted = shift * uniform / (1 + (shift - 1) * uniform)
         return (shifted * steps).long().clamp(max=steps - 1)
 
     def _loss(
-        self, model: nn.ModuleDict, z: Tensor, condition: Tensor | None, generator: torch.Generator, levels: int = 1
+        self,
+        model: nn.ModuleDict,
+        z: Tensor,
+        condition: Tensor | None,
+        generator: torch.Generator,
+        recipe: SecondStageRecipe,
     ) -> Tensor:
         z_0 = z * float(self.scaling_factor)  # (B, C, h, w)
-        t = self._timesteps(len(z), generator)
+        t = self._timesteps(len(z), generator, recipe.timestep_shift)
         noise = torch.randn(z.shape, generator=generator).to(self.device)
         z_t = self.schedule.add_noise(z_0, noise, t)
         if self.loop.channels_last:
@@ -146,21 +154,24 @@ class SecondStage:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.loop.precision == "bf16"):
             context = None if condition is None else encode_condition(model, condition.to(self.device))  # (B, L, d)
             output = model["unet"](z_t, t.to(self.device), encoder_hidden_states=context).sample
-        error = multiscale_error(output.float() - self.schedule.target(z_0, noise, t), levels)
-        if self.recipe.min_snr_gamma is not None:
-            error = error * self.schedule.min_snr_weight(t, self.recipe.min_snr_gamma).to(error)
+        error = multiscale_error(output.float() - self.schedule.target(z_0, noise, t), recipe.loss_levels)
+        if recipe.min_snr_gamma is not None:
+            error = error * self.schedule.min_snr_weight(t, recipe.min_snr_gamma).to(error)
         return error.mean()
 
     # What one looks at
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The EMA weights' loss on held-out images, always with the same noise and timesteps."""
+        """The EMA weights' loss on held-out images, the mean square at the first phase's timesteps, with the same noise
+        every time."""
+        recipe = replace(self.recipe, loss_levels=1)
         generator, total = seeded(self.seed, self.name, "evaluate"), 0.0
         conditions = condition_inputs(self.recipe, self.model, self.held_out)
         for index in torch.arange(len(self.held_out)).split(self.loop.batch_size):
             condition = None if conditions is None else conditions[index]
-            loss = self._loss(self.ema.module, self.held_out_latents.take(index, generator), condition, generator)
+            z = self.held_out_latents.take(index, generator)
+            loss = self._loss(self.ema.module, z, condition, generator, recipe)
             total += float(loss) * len(index)
         return {"held_out_loss": total / len(self.held_out)}
 
