@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm_fast import ops
+from ldm_fast import dispatch
 from ldm_fast.testing import CASES, Case
 
 OURS = "ldm_fast"  # a contender whose name begins with it is ours as well, and no peer
@@ -57,7 +57,7 @@ def parser(description: str, *, dtypes: tuple[str, ...]) -> argparse.ArgumentPar
 
 
 def add_impl_option(p: argparse.ArgumentParser, op: str) -> None:
-    p.add_argument("--impl", choices=tuple(ops.IMPLEMENTATIONS[op]), help="time this one, not the best one")
+    p.add_argument("--impl", choices=tuple(dispatch.IMPLEMENTATIONS[op]), help="time this one, not the best one")
 
 
 def _positive(text: str) -> int:
@@ -262,7 +262,7 @@ def describe(device: torch.device) -> str:
 
 def implementation(op: str, impl: str | None, *arguments: Any) -> str:
     """Who will run these inputs (the op's arguments in order, defaults filled in)."""
-    return ops._choose(op, impl or "", arguments)
+    return dispatch.choose(op, impl or "", arguments)
 
 
 def too_large(needed: int, device: torch.device) -> str | None:

@@ -11,9 +11,9 @@ from ldm_fast import ops
 from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQModel
 from ldm_fast.checkpoints import inspect, load
 from ldm_fast.diffusion import NoiseSchedule
+from ldm_fast.dispatch import use_impl
 from ldm_fast.drop_in import accelerate
 from ldm_fast.explain import explain
-from ldm_fast.ops import use_impl
 from ldm_fast.pipeline import LatentDiffusion
 from ldm_fast.unet import UNet, UNetConfig
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ldm_fast import ops
+from ldm_fast.dispatch import BACKWARD, IMPLEMENTATIONS, why_not
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,19 @@ def explain(dtype: torch.dtype = torch.float32) -> Explanation:
     Returns an object that prints as a table; `.choices` holds one `Choice` for each op and device.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    return Explanation(tuple(_choice(op, device, dtype) for device in devices for op in ops.IMPLEMENTATIONS))
+    return Explanation(tuple(_choice(op, device, dtype) for device in devices for op in IMPLEMENTATIONS))
 
 
 def _choice(op: str, device: str, dtype: torch.dtype) -> Choice:
     arguments = _ordinary_arguments(op, device, dtype)
     passed_over = []
-    for name in ops.IMPLEMENTATIONS[op]:
-        reason = ops._why_not(op, name, arguments)
+    for name in IMPLEMENTATIONS[op]:
+        reason = why_not(op, name, arguments)
         if reason is None:
             break
         passed_over.append((name, reason))
     has_backward = op in ("attention", "group_norm_silu")
-    backward = ops.BACKWARD.get((op, name), name) if has_backward else None
+    backward = BACKWARD.get((op, name), name) if has_backward else None
     return Choice(op, device, name, backward, tuple(passed_over))
 
 

@@ -1,166 +1,14 @@
-"""The public ops: check the arguments, choose an implementation, register with PyTorch.
-
-Every op is registered with `torch.library` (define, impl, fake, autograd), so `torch.compile(fullgraph=True)` sees one
-opaque node. Which implementation runs is decided inside that node, by the one table below.
-"""
+"""The public ops: check the arguments, then leave the rest to whoever `ldm_fast.dispatch` chooses."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib
-from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Who can compute each op, best first. impl=None takes the first that supports the inputs.
-IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "attention": {
-        "triton": "ldm_fast.kernels.attention",
-        "cpu": "ldm_fast.cpu",
-        "reference": "ldm_fast.reference",
-    },
-    "group_norm_silu": {
-        "triton": "ldm_fast.kernels.group_norm_silu",
-        "cpu": "ldm_fast.cpu",
-        "reference": "ldm_fast.reference",
-    },
-    # group_norm_silu in two: of the parts of an image that is never in memory as a whole
-    "group_norm_stats": {
-        "triton": "ldm_fast.kernels.group_norm_silu",
-        "cpu": "ldm_fast.cpu",
-        "reference": "ldm_fast.reference",
-    },
-    "group_norm_apply": {
-        "triton": "ldm_fast.kernels.group_norm_silu",
-        "cpu": "ldm_fast.cpu",
-        "reference": "ldm_fast.reference",
-    },
-    "nearest_codebook": {
-        "cuda": "ldm_fast.cuda",
-        "cpu": "ldm_fast.cpu",
-        "reference": "ldm_fast.reference",
-    },
-    "nearest_codebook_stats": {
-        "cuda": "ldm_fast.cuda",
-        "cpu": "ldm_fast.cpu",
-        "reference": "ldm_fast.reference",
-    },
-}
-
-# Backward passes that are not written by the implementation of the forward pass itself.
-BACKWARD: dict[tuple[str, str], str] = {}
-
-IMPLEMENTATION_NAMES = ("triton", "cuda", "cpu", "reference")
-
-_forced: str | None = None
-
-
-@contextlib.contextmanager
-def use_impl(name: str | None) -> Iterator[None]:
-    """Inside the `with` block every op with `impl=None` runs `name`: "triton", "cuda", "cpu" or "reference".
-
-    An op that has no implementation of that name (nearest_codebook has no "triton") chooses as usual; one that has it
-    but cannot run it here raises, as an explicit `impl=` would. A backward pass obeys the setting of the moment it runs
-    in. The setting is one per process, not one per thread.
-    """
-    global _forced
-    if name is not None and name not in IMPLEMENTATION_NAMES:
-        raise ValueError(f"use_impl: name must be one of {', '.join(IMPLEMENTATION_NAMES)}, got {name!r}")
-    previous, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = previous
-
-
-@functools.cache
-def _module(op: str, impl: str) -> ModuleType | str:
-    """The module that implements `op`, or the reason why it can run nothing in this process.
-
-    A package is asked before what is in it: the Triton kernels are not imported where none could run.
-    """
-    path = IMPLEMENTATIONS[op][impl]
-    try:
-        for name in (path.rpartition(".")[0], path):
-            module = importlib.import_module(name)
-            reason = module.unavailable() if hasattr(module, "unavailable") else None
-            if reason is not None:
-                return reason
-    except ImportError as error:
-        return f"cannot be imported: {error}"
-    return module
-
-
-def _why_not(op: str, impl: str, args: tuple[Any, ...]) -> str | None:
-    module = _module(op, impl)
-    if isinstance(module, str):
-        return module
-    if not hasattr(module, op):
-        return f"{module.__name__} does not compute {op}"
-    return getattr(module, f"{op}_unsupported")(*args)
-
-
-def _choose(op: str, impl: str, args: tuple[Any, ...]) -> str:
-    """The name of the implementation to run: `impl` where it is given, else the best one for these arguments."""
-    wanted = impl or (_forced if _forced in IMPLEMENTATIONS[op] else None)
-    if wanted is None:
-        return next(name for name in IMPLEMENTATIONS[op] if _why_not(op, name, args) is None)
-    reason = _why_not(op, wanted, args)
-    if reason is not None:
-        raise ValueError(f"{op}: impl={wanted!r} cannot run here: {reason}")
-    return wanted
-
-
-def _run(op: str, impl: str, args: tuple[Any, ...]) -> Any:
-    return getattr(_module(op, _choose(op, impl, args)), op)(*args)
-
-
-def _run_backward(op: str, impl: str, forward_args: tuple[Any, ...], backward_args: tuple[Any, ...]) -> Any:
-    name = _choose(op, impl, forward_args)
-    name = BACKWARD.get((op, name), name)
-    return getattr(_module(op, name), f"{op}_backward")(*backward_args)
-
-
-def _check_impl(op: str, impl: str | None) -> str:
-    if impl is not None and impl not in IMPLEMENTATIONS[op]:
-        raise ValueError(f"{op}: impl must be None or one of {', '.join(IMPLEMENTATIONS[op])}, got {impl!r}")
-    return impl or ""
-
-
-def _check_floating(op: str, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: {name} must have a floating-point dtype, got {tensor.dtype}")
-
-
-_library = torch.library.Library("ldm_fast", "DEF")
-
-
-def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    name = schema.split("(", 1)[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, run, device)
-    torch.library.register_fake(f"ldm_fast::{name}", fake, lib=_library)
-
-
-def _register_autograd(op: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-    torch.library.register_autograd(f"ldm_fast::{op}", backward, setup_context=setup, lib=_library)
-
-    def second(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"{op}: has no second derivative (for a gradient penalty, write it out in PyTorch's own ops)"
-        )
-
-    # without this, PyTorch would take the backward pass for a constant: a warning and zeros
-    torch.library.register_autograd(f"ldm_fast::{op}_backward", second, lib=_library)
-
+from ldm_fast.dispatch import check_floating, check_impl, define, refuse_gradient, register_autograd, run, run_backward
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
@@ -192,8 +40,8 @@ def attention(
         TypeError: an argument is not a floating-point tensor, or dtypes differ.
         ValueError: shapes or devices do not fit, or the implementation named cannot run these inputs.
     """
-    impl = _check_impl("attention", impl)
-    _check_floating("attention", q=q, k=k, v=v)
+    impl = check_impl("attention", impl)
+    check_floating("attention", q=q, k=k, v=v)
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(
             f"attention: q, k, v must be (B, H, N, D); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -238,7 +86,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     if q.numel() == 0 or k.numel() == 0:
         out, lse = _attention_fake(q, k, v, mask, scale, impl)
         return out.zero_(), lse.fill_(float("-inf"))
-    return _run("attention", impl, (q, k, v, mask, scale))
+    return run("attention", impl, (q, k, v, mask, scale))
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, impl: str):
@@ -262,7 +110,7 @@ def _attention_backward(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     # torch.compile lays out what forward saved as it likes
     grad, q, k, v, out = (t if t.stride(-1) == 1 else t.contiguous() for t in (grad, q, k, v, out))
-    gradients = _run_backward("attention", impl, (q, k, v, mask, scale), (grad, q, k, v, mask, scale, out, lse))
+    gradients = run_backward("attention", impl, (q, k, v, mask, scale), (grad, q, k, v, mask, scale, out, lse))
     return tuple(gradient.contiguous() for gradient in gradients)
 
 
@@ -286,18 +134,18 @@ def _attention_autograd(ctx: Any, grad: Tensor, _grad_lse: Tensor):
     return (*gradients, None, None, None)
 
 
-_define(
+define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str impl) -> (Tensor, Tensor)",
     _attention,
     _attention_fake,
 )
-_define(
+define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, Tensor out, Tensor lse, "
     "str impl) -> (Tensor, Tensor, Tensor)",
     _attention_backward,
     _attention_backward_fake,
 )
-_register_autograd("attention", _attention_autograd, _attention_setup)
+register_autograd("attention", _attention_autograd, _attention_setup)
 
 
 # ---- group_norm_silu -------------------------------------------------------------------------------------------------
@@ -334,7 +182,7 @@ def group_norm_silu(
         TypeError: an argument is not a floating-point tensor.
         ValueError: shapes do not fit, or the implementation named cannot run these inputs.
     """
-    impl = _check_impl("group_norm_silu", impl)
+    impl = check_impl("group_norm_silu", impl)
     _check_group_norm("group_norm_silu", x, num_groups)
     _check_affine("group_norm_silu", x, weight, bias, eps, activation, scale, shift)
     x = x if _is_dense(x) else x.contiguous()
@@ -344,7 +192,7 @@ def group_norm_silu(
 
 
 def _check_group_norm(op: str, x: Tensor, num_groups: int) -> None:
-    _check_floating(op, x=x)
+    check_floating(op, x=x)
     if not 2 <= x.ndim <= 5:
         raise ValueError(f"{op}: x must be (B, C, *spatial) with 0 to 3 spatial dims, got {tuple(x.shape)}")
     if not isinstance(num_groups, int):
@@ -377,7 +225,7 @@ def _check_affine(
     ):
         if tensor is None:
             continue
-        _check_floating(op, **{name: tensor})
+        check_floating(op, **{name: tensor})
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.device != x.device:
@@ -395,7 +243,7 @@ def _is_dense(x: Tensor) -> bool:
 def _group_norm_silu(x, num_groups, weight, bias, eps, activation, scale, shift, impl):
     if x.numel() == 0:
         return _group_norm_silu_fake(x, num_groups, weight, bias, eps, activation, scale, shift, impl)
-    return _run("group_norm_silu", impl, (x, num_groups, weight, bias, eps, activation or None, scale, shift))
+    return run("group_norm_silu", impl, (x, num_groups, weight, bias, eps, activation or None, scale, shift))
 
 
 def _group_norm_silu_fake(x, num_groups, weight, bias, eps, activation, scale, shift, impl):
@@ -414,7 +262,7 @@ def _group_norm_silu_backward(
     if grad.stride() != x.stride():
         grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
     activation = activation or None
-    gradients = _run_backward(
+    gradients = run_backward(
         "group_norm_silu",
         impl,
         (x, num_groups, weight, bias, eps, activation, scale, shift),
@@ -449,20 +297,20 @@ def _group_norm_silu_autograd(ctx: Any, grad: Tensor, *_: Tensor):
     return dx, None, dweight, dbias, None, None, dscale, dshift, None
 
 
-_define(
+define(
     "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, str activation, Tensor? scale, "
     "Tensor? shift, str impl) -> (Tensor, Tensor, Tensor)",
     _group_norm_silu,
     _group_norm_silu_fake,
 )
-_define(
+define(
     "group_norm_silu_backward(Tensor grad, Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, "
     "str activation, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _group_norm_silu_backward,
     _group_norm_silu_backward_fake,
 )
-_register_autograd("group_norm_silu", _group_norm_silu_autograd, _group_norm_silu_setup)
+register_autograd("group_norm_silu", _group_norm_silu_autograd, _group_norm_silu_setup)
 
 
 # ---- group_norm_silu in two ------------------------------------------------------------------------------------------
@@ -484,7 +332,7 @@ def group_norm_stats(x: Tensor, num_groups: int, *, impl: str | None = None) -> 
         TypeError: x is not a floating-point tensor.
         ValueError: shapes do not fit, or the implementation named cannot run these inputs.
     """
-    impl = _check_impl("group_norm_stats", impl)
+    impl = check_impl("group_norm_stats", impl)
     _check_group_norm("group_norm_stats", x, num_groups)
     return torch.ops.ldm_fast.group_norm_stats(x if _is_dense(x) else x.contiguous(), num_groups, impl)
 
@@ -543,9 +391,9 @@ def group_norm_apply(
         TypeError: an argument is not a floating-point tensor.
         ValueError: shapes do not fit, or the implementation named cannot run these inputs.
     """
-    impl = _check_impl("group_norm_apply", impl)
+    impl = check_impl("group_norm_apply", impl)
     _check_group_norm("group_norm_apply", x, num_groups)
-    _check_floating("group_norm_apply", stats=stats)
+    check_floating("group_norm_apply", stats=stats)
     shape = (x.shape[0], num_groups, 3)
     if tuple(stats.shape) != shape or stats.dtype != torch.float64:
         raise ValueError(
@@ -563,7 +411,7 @@ def group_norm_apply(
 def _group_norm_stats(x: Tensor, num_groups: int, impl: str) -> Tensor:
     if x.numel() == 0:
         return _group_norm_stats_fake(x, num_groups, impl).zero_()
-    return _run("group_norm_stats", impl, (x, num_groups))
+    return run("group_norm_stats", impl, (x, num_groups))
 
 
 def _group_norm_stats_fake(x: Tensor, num_groups: int, impl: str) -> Tensor:
@@ -573,31 +421,22 @@ def _group_norm_stats_fake(x: Tensor, num_groups: int, impl: str) -> Tensor:
 def _group_norm_apply(x, stats, num_groups, weight, bias, eps, activation, scale, shift, impl) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
-    return _run("group_norm_apply", impl, (x, stats, num_groups, weight, bias, eps, activation or None, scale, shift))
+    return run("group_norm_apply", impl, (x, stats, num_groups, weight, bias, eps, activation or None, scale, shift))
 
 
 def _group_norm_apply_fake(x, stats, num_groups, weight, bias, eps, activation, scale, shift, impl) -> Tensor:
     return torch.empty_like(x)
 
 
-def _refuse_gradient(op: str) -> None:
-    """A backward pass that says so: without one, PyTorch would take the result for a constant."""
-
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"{op}: has no gradient; group_norm_silu, of the whole image, has one")
-
-    torch.library.register_autograd(f"ldm_fast::{op}", backward, lib=_library)
-
-
-_define("group_norm_stats(Tensor x, int num_groups, str impl) -> Tensor", _group_norm_stats, _group_norm_stats_fake)
-_define(
+define("group_norm_stats(Tensor x, int num_groups, str impl) -> Tensor", _group_norm_stats, _group_norm_stats_fake)
+define(
     "group_norm_apply(Tensor x, Tensor stats, int num_groups, Tensor? weight, Tensor? bias, float eps, str activation, "
     "Tensor? scale, Tensor? shift, str impl) -> Tensor",
     _group_norm_apply,
     _group_norm_apply_fake,
 )
-_refuse_gradient("group_norm_stats")
-_refuse_gradient("group_norm_apply")
+for _op in ("group_norm_stats", "group_norm_apply"):
+    refuse_gradient(_op, "group_norm_silu, of the whole image, has one")
 
 
 # ---- nearest_codebook ------------------------------------------------------------------------------------------------
@@ -658,8 +497,8 @@ def nearest_codebook_stats(z: Tensor, codebook: Tensor, *, impl: str | None = No
 
 
 def _check_codebook_search(op: str, z: Tensor, codebook: Tensor, impl: str | None) -> str:
-    impl = _check_impl(op, impl)
-    _check_floating(op, z=z, codebook=codebook)
+    impl = check_impl(op, impl)
+    check_floating(op, z=z, codebook=codebook)
     if z.ndim not in (2, 4):
         raise ValueError(f"{op}: z must be (N, d) or (B, d, H, W), got {tuple(z.shape)}")
     if codebook.ndim != 2 or codebook.shape[0] < 1 or codebook.shape[1] < 1:
@@ -690,7 +529,7 @@ def _index_shape(z: Tensor) -> tuple[int, ...]:
 def _nearest_codebook(z: Tensor, codebook: Tensor, impl: str) -> Tensor:
     if z.numel() == 0:
         return _nearest_codebook_fake(z, codebook, impl)
-    return _run("nearest_codebook", impl, (z, codebook))
+    return run("nearest_codebook", impl, (z, codebook))
 
 
 def _nearest_codebook_fake(z: Tensor, codebook: Tensor, impl: str) -> Tensor:
@@ -701,7 +540,7 @@ def _nearest_codebook_stats(z: Tensor, codebook: Tensor, impl: str) -> tuple[Ten
     if z.numel() == 0:
         index, counts, sums = _nearest_codebook_stats_fake(z, codebook, impl)
         return index, counts.zero_(), sums.zero_()
-    return _run("nearest_codebook_stats", impl, (z, codebook))
+    return run("nearest_codebook_stats", impl, (z, codebook))
 
 
 def _nearest_codebook_stats_fake(z: Tensor, codebook: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -710,8 +549,8 @@ def _nearest_codebook_stats_fake(z: Tensor, codebook: Tensor, impl: str) -> tupl
     return _nearest_codebook_fake(z, codebook, impl), counts, sums
 
 
-_define("nearest_codebook(Tensor z, Tensor codebook, str impl) -> Tensor", _nearest_codebook, _nearest_codebook_fake)
-_define(
+define("nearest_codebook(Tensor z, Tensor codebook, str impl) -> Tensor", _nearest_codebook, _nearest_codebook_fake)
+define(
     "nearest_codebook_stats(Tensor z, Tensor codebook, str impl) -> (Tensor, Tensor, Tensor)",
     _nearest_codebook_stats,
     _nearest_codebook_stats_fake,

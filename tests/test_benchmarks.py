@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_fast import cpu, ops
+from ldm_fast import cpu, dispatch, ops
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 # brute force by the native kernels is a row of its own where they are built
@@ -77,7 +77,7 @@ def off_by_little(op: str) -> Callable[..., torch.Tensor]:
 
     def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
         out = right(*args, **kwargs)
-        if ops._forced == "reference":
+        if dispatch._forced == "reference":
             return out
         one = (torch.arange(out.numel(), device=out.device) == out.numel() // 2).reshape(out.shape).to(out.dtype)
         return out + one if op == "nearest_codebook" else out + one * out  # the gradient is wrong as well
@@ -111,7 +111,8 @@ def test_first_stage_compares_time_and_memory() -> None:
 
 @pytest.mark.parametrize(
     ("name", "op"),
-    [(op, op) for op in ops.IMPLEMENTATIONS if op in BENCHMARKS] + [("unet", "group_norm_silu"), ("unet", "attention")],
+    [(op, op) for op in dispatch.IMPLEMENTATIONS if op in BENCHMARKS]
+    + [("unet", "group_norm_silu"), ("unet", "attention")],
 )
 def test_refuses_a_wrong_result(
     name: str, op: str, load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: Any

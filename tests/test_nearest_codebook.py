@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_fast import cpu, ops, reference
+from ldm_fast import cpu, dispatch, ops, reference
 from ldm_fast.testing import wrong_codes
 
 NAN, INF = float("nan"), float("inf")
@@ -288,11 +288,11 @@ MAPS = {
 COPIED = ("crop", "transposed")  # no one stride leads through their pixels
 
 
-@pytest.mark.parametrize("impl", ops.IMPLEMENTATIONS["nearest_codebook"])
+@pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS["nearest_codebook"])
 @pytest.mark.parametrize("layout", MAPS)
 @pytest.mark.parametrize("width", (3, 8, 40))
 def test_maps_in_any_layout(width: int, layout: str, impl: str) -> None:
-    if ops._why_not("nearest_codebook", impl, (torch.zeros(1, 1, 1), torch.zeros(1, 1))) is not None:
+    if dispatch.why_not("nearest_codebook", impl, (torch.zeros(1, 1, 1), torch.zeros(1, 1))) is not None:
         pytest.skip(f"{impl} takes no CPU tensors here")
     z, codebook = data("kmeans", width, 2 * 9 * 13, 300)
     z = MAPS[layout](z.view(2, 9, 13, width).permute(0, 3, 1, 2))
@@ -426,8 +426,8 @@ def test_stats_compile(dynamic: bool) -> None:
 
 
 def test_a_module_without_an_op_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, without = ops._module, SimpleNamespace(__name__="ldm_fast.cuda")
-    monkeypatch.setattr(ops, "_module", lambda op, impl: without if impl == "cuda" else module(op, impl))
+    module, without = dispatch.module_of, SimpleNamespace(__name__="ldm_fast.cuda")
+    monkeypatch.setattr(dispatch, "module_of", lambda op, impl: without if impl == "cuda" else module(op, impl))
     z, codebook = data("normal", 4, 20, 30)
     assert len(ops.nearest_codebook_stats(z, codebook)) == 3
     with pytest.raises(ValueError, match="ldm_fast.cuda does not compute nearest_codebook_stats"):

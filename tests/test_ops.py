@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm_fast import cpu, ops, use_impl
+from ldm_fast import cpu, dispatch, ops, use_impl
 from ldm_fast.explain import explain
 from ldm_fast.testing import CASES, TOLERANCE, Attention, GroupNormSilu, NearestCodebook, make_inputs, wrong_codes
 
@@ -65,7 +65,7 @@ def why_not(op: str, impl: str, dtype: torch.dtype = torch.float32) -> str | Non
         "nearest_codebook": NearestCodebook(16, 32, 4),
         "nearest_codebook_stats": NearestCodebook(16, 32, 4),
     }[op]
-    return ops._why_not(op, impl, positional(op, make_inputs(op, ordinary, dtype, device_of(impl))))
+    return dispatch.why_not(op, impl, positional(op, make_inputs(op, ordinary, dtype, device_of(impl))))
 
 
 def positional(op: str, inputs: dict[str, Any]) -> tuple[Any, ...]:
@@ -80,7 +80,7 @@ def positional(op: str, inputs: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def impls(op: str) -> list[str]:
-    return list(ops.IMPLEMENTATIONS[op])
+    return list(dispatch.IMPLEMENTATIONS[op])
 
 
 def table(cases: dict[str, Any]) -> list[Any]:
@@ -617,7 +617,7 @@ def test_opcheck(op: str, impl: str, case: Any) -> None:
         torch.library.opcheck(backward, given, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("op", ops.IMPLEMENTATIONS)
+@pytest.mark.parametrize("op", dispatch.IMPLEMENTATIONS)
 def test_compile(op: str) -> None:
     """One opaque node, forward and backward, whatever chooses the implementation."""
     inputs = make_inputs(op, SOME[op][1], torch.float32)
@@ -649,8 +649,8 @@ def test_compile(op: str) -> None:
 def test_use_impl(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs("nearest_codebook", NearestCodebook(3, 5, 4), torch.float32)
     ran: list[str] = []
-    choose = ops._choose
-    monkeypatch.setattr(ops, "_choose", lambda *args: ran.append(choose(*args)) or ran[-1])
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *args: ran.append(choose(*args)) or ran[-1])
 
     def chosen(**kwargs: Any) -> str:
         ops.nearest_codebook(**inputs, **kwargs)
@@ -688,10 +688,10 @@ def test_backward_runs_what_forward_ran(op: str) -> None:
     torch.testing.assert_close(inside, outside, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("op", "impl"), [(op, impl) for op in ops.IMPLEMENTATIONS for impl in impls(op)])
+@pytest.mark.parametrize(("op", "impl"), [(op, impl) for op in dispatch.IMPLEMENTATIONS for impl in impls(op)])
 def test_explicit_impl_runs_or_says_why(op: str, impl: str) -> None:
     inputs = make_inputs(op, SOME[op][0], torch.float32)
-    reason = ops._why_not(op, impl, positional(op, inputs))
+    reason = dispatch.why_not(op, impl, positional(op, inputs))
     told = {c.op: {"": c.chosen, **dict(c.passed_over)} for c in explain().choices if c.device == "cpu"}[op]
     if reason is None:
         getattr(ops, op)(**inputs, impl=impl)
@@ -705,7 +705,7 @@ def test_explicit_impl_runs_or_says_why(op: str, impl: str) -> None:
         getattr(ops, op)(**inputs)
 
 
-@pytest.mark.parametrize("op", ops.IMPLEMENTATIONS)
+@pytest.mark.parametrize("op", dispatch.IMPLEMENTATIONS)
 def test_float64_is_for_the_reference(op: str) -> None:
     inputs = make_inputs(op, SOME[op][0], torch.float64)
     ours, theirs = getattr(ops, op)(**inputs), getattr(ops, op)(**inputs, impl="reference")
@@ -722,7 +722,7 @@ def test_float64_is_for_the_reference(op: str) -> None:
 
 def test_explain_is_a_table() -> None:
     explanation = explain()
-    assert {c.op for c in explanation.choices} == set(ops.IMPLEMENTATIONS)
+    assert {c.op for c in explanation.choices} == set(dispatch.IMPLEMENTATIONS)
     for choice in explanation.choices:
         assert f"{choice.op} on {choice.device}: {choice.chosen}" in str(explanation)
         order = impls(choice.op)
