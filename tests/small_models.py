@@ -1,0 +1,43 @@
+"""Configurations of small models, and checkpoints of them as the original code names things."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldm_fast.autoencoder import AutoencoderConfig, VQConfig
+from ldm_fast.conditioning import ClassEmbedderConfig
+from ldm_fast.unet import UNetConfig
+from ldm_fast.weights import layout
+
+UNET = UNetConfig(
+    sample_size=8,
+    block_out_channels=(32, 64),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    cross_attention_dim=8,
+    num_attention_heads=2,
+    layers_per_block=1,
+)
+KL = AutoencoderConfig(block_out_channels=(32, 32), layers_per_block=1, z_channels=4)
+VQ = VQConfig(
+    block_out_channels=(32, 32),
+    layers_per_block=1,
+    z_channels=3,
+    num_vq_embeddings=7,
+    attention_levels=(1,),
+    legacy=True,
+)
+CLASSES = ClassEmbedderConfig(num_classes=5, width=8)
+
+
+def compvis(config, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
+    """Random numbers under the original's names; none at all on the meta device."""
+    generator = torch.Generator().manual_seed(0)
+    if device == "meta":
+        return {prefix + e.theirs: torch.empty(e.their_shape, device=device) for e in layout(config)}
+    return {prefix + e.theirs: torch.randn(e.their_shape, generator=generator) for e in layout(config)}
+
+
+def same(model: torch.nn.Module, tensors: dict[str, Tensor]) -> bool:
+    ours = model.state_dict()
+    return ours.keys() == tensors.keys() and all(torch.equal(ours[name], tensors[name]) for name in ours)
