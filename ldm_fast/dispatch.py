@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Who can compute each op, best first. impl=None takes the first that supports the inputs.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
@@ -140,6 +141,15 @@ def check_floating(op: str, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} must have a floating-point dtype, got {tensor.dtype}")
+
+
+def check_no_tangent(op: str, **tensors: Tensor | None) -> None:
+    """There are no forward-mode derivatives, and PyTorch would take the result's tangent for zero."""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{op}: has no forward-mode derivative, but {name} has a tangent")
 
 
 _library = torch.library.Library("ldm_fast", "DEF")

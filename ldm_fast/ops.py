@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_fast.dispatch import check_floating, check_impl, define, refuse_gradient, register_autograd, run, run_backward
+from ldm_fast.dispatch import (
+    check_floating,
+    check_impl,
+    check_no_tangent,
+    define,
+    refuse_gradient,
+    register_autograd,
+    run,
+    run_backward,
+)
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
@@ -61,6 +70,7 @@ def attention(
         raise TypeError(f"attention: scale must be a number, got {type(scale).__name__}")
     if mask is not None:
         mask = _check_mask(mask, q, k)
+    check_no_tangent("attention", q=q, k=k, v=v)
     q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
     return torch.ops.ldm_fast.attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else float(scale), impl)[0]
 
@@ -230,6 +240,7 @@ def _check_affine(
             raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} must be on the device of x ({x.device}), got {tensor.device}")
+    check_no_tangent(op, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -334,6 +345,7 @@ def group_norm_stats(x: Tensor, num_groups: int, *, impl: str | None = None) -> 
     """
     impl = check_impl("group_norm_stats", impl)
     _check_group_norm("group_norm_stats", x, num_groups)
+    check_no_tangent("group_norm_stats", x=x)
     return torch.ops.ldm_fast.group_norm_stats(x if _is_dense(x) else x.contiguous(), num_groups, impl)
 
 

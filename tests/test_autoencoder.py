@@ -363,6 +363,18 @@ def test_moving_averages_are_those_of_all_processes(tmp_path):
             torch.testing.assert_close(state[name], tensor, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_a_quantizer_compiles(decay):
+    """In one graph, with the same result."""
+    modules = [quantizer(CODES, ema_decay=decay) for _ in range(2)]
+    compiled = torch.compile(modules[1], fullgraph=True, backend="aot_eager")
+    for rows in ([[0.4, 0.1], [1.5, -1.0]], [[2.5, 1.0], [0.0, 5.0]]):
+        z = vectors(*rows).requires_grad_()
+        wanted, got = modules[0](z), compiled(z)
+        assert torch.equal(wanted.indices, got.indices) and torch.equal(wanted.loss, got.loss)
+        torch.testing.assert_close(modules[0].embedding.weight, modules[1].embedding.weight)
+
+
 def test_dead_codes_restart_at_data():
     module = quantizer(CODES)
     z = torch.tensor([[5.0, 6.0], [7.0, 8.0], [1.0, 1.0]])

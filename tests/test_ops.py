@@ -399,6 +399,16 @@ def test_second_derivatives_raise(op: str) -> None:
         gradient.square().sum().backward()
 
 
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_forward_mode_raises(op: str) -> None:
+    """There is none; its users must not get silent zeros."""
+    inputs = make_inputs(op, SOME[op][1], torch.float32)
+    for key in ("q", "k", "v") if op == "attention" else ("x", "weight", "bias"):
+        x = inputs[key].detach()
+        with pytest.raises(NotImplementedError, match=f"{op}: has no forward-mode derivative, but {key} has a tangent"):
+            torch.func.jvp(lambda x, key=key: getattr(ops, op)(**{**inputs, key: x}), (x,), (torch.ones_like(x),))
+
+
 # ---- group_norm_silu in two ----
 
 
