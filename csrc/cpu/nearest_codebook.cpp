@@ -14,7 +14,6 @@ constexpr double PRODUCTS_WORTH_A_THREAD = 1 << 16;
 constexpr int64_t FEWEST_GROUPS = 4;
 // Sorting the codes into groups costs about what brute force takes for this many rows of one number.
 constexpr int64_t ROWS_WORTH_GROUPS = 36864;
-constexpr int64_t FEWEST_CODES_BF16 = 128, FEWEST_ROWS_BF16 = 32, NARROWEST_BF16 = 16;
 
 struct Searched {
     const NearestCodebook& args;

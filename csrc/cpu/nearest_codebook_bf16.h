@@ -29,10 +29,11 @@ namespace {
 
 #if defined(__AVX512BF16__)
 
-constexpr int64_t WIDEST_BF16 = 1 << 13;
-constexpr int BF16_ROWS = 8, BF16_VECTORS = 2;  // of a tile
-constexpr int CANDIDATES = 32;                  // vectors of codes remembered for a row
-constexpr int CHECKED_TOGETHER = 8;             // exact distances of as many (row, vector) pairs, to hide latency
+constexpr int64_t NARROWEST_BF16 = 16, WIDEST_BF16 = 1 << 13;
+constexpr int64_t FEWEST_CODES_BF16 = 128, FEWEST_ROWS_BF16 = 32;  // with which it pays
+constexpr int BF16_ROWS = 8, BF16_VECTORS = 2;                     // of a tile
+constexpr int CANDIDATES = 32;                                     // vectors of codes remembered for a row
+constexpr int CHECKED_TOGETHER = 8;  // exact distances of as many (row, vector) pairs, to hide latency
 static_assert(BLOCK_ROWS % BF16_ROWS == 0 && STEP % (BF16_VECTORS * W) == 0);
 
 // pairs: coordinates 2p and 2p + 1 of the codes [k, k + W) at pairs + (k * half + p * W). For each code: base = ½‖e‖²
