@@ -79,7 +79,8 @@ def _specialise(launch: Launch) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     names = launch.kernel.arg_names
     for index, (name, value) in enumerate(zip(names, launch.args, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
+        general = launch.kernel.params[index].do_not_specialize
+        if value is None or (isinstance(value, int) and value == 1 and not general):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -88,7 +89,7 @@ def _specialise(launch: Launch) -> ASTSource:
             signature[name], divisible = "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
         else:
             signature[name], divisible = "fp32", False
-        if divisible:
+        if divisible and not general:
             attributes[(index,)] = [["tt.divisibility", 16]]
     for name in names[len(launch.args) :]:
         signature[name], constants[name] = "constexpr", launch.options[name]

@@ -38,6 +38,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32
 INF = tl.constexpr(float("inf"))
+# Arguments of which a kernel needs to know nothing in advance: what matters of strides is in UNIT. So one compiled
+# kernel serves every number of images, heads, queries and keys that is divided alike.
+GENERAL = (
+    *("g_b", "g_h", "g_n", "q_b", "q_h", "q_n", "k_b", "k_h", "k_m", "v_b", "v_h", "v_m", "o_b", "o_h", "o_n"),
+    *("H", "N", "M", "width", "tiles", "groups"),
+)
 
 
 @triton.jit
@@ -141,18 +147,18 @@ def _probabilities(s, lse, mask_ptr):
     return tl.exp2(exponent)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def _forward_short(
     q, k, v, mask, out, lse,
     q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, mask_b, mask_h, mask_n, mask_m,
-    H, N, M, scale_log2,
+    H, N, M, tiles, scale_log2,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
+    BLOCK_N: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """TILES · BLOCK_N queries of one head over all of its keys; moves q, k, v and out once."""
-    groups = tl.cdiv(N, BLOCK_N * TILES)
+    """tiles · BLOCK_N queries of one head over all of its keys; moves q, k, v and out once."""
+    groups = tl.cdiv(N, BLOCK_N * tiles)
     b, h = _where(tl.program_id(0) // groups, H)
-    first = (tl.program_id(0) % groups) * (BLOCK_N * TILES)
+    first = (tl.program_id(0) % groups) * (BLOCK_N * tiles)
     q += (b * q_b + h * q_h) * UNIT
     k += (b * k_b + h * k_h) * UNIT
     v += (b * v_b + h * v_h) * UNIT
@@ -169,7 +175,7 @@ def _forward_short(
         k10, k11 = _load2(k, key1, M, k_m * UNIT, D, D0, D1)  # (M1, D0), (M1, D1)
         v10, v11 = _load2(v, key1, M, v_m * UNIT, D, D0, D1)
 
-    for tile in range(TILES):
+    for tile in range(tiles):
         row = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
         q0, q1 = _load2(q, row, N, q_n * UNIT, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
 
@@ -187,24 +193,26 @@ def _forward_short(
         p0 = tl.exp2(s0 - top[:, None])
         total = tl.sum(p0, 1)
         p0 = p0.to(v.dtype.element_ty)
-        acc0 = tl.dot(p0, v00, input_precision="ieee")  # (BLOCK_N, D0)
-        acc1 = acc0
-        if D1 > 0:
-            acc1 = tl.dot(p0, v01, input_precision="ieee")  # (BLOCK_N, D1)
         if M1 > 0:
             p1 = tl.exp2(s1 - top[:, None])
             total += tl.sum(p1, 1)
             p1 = p1.to(v.dtype.element_ty)
-            acc0 = _dot(p1, v10, acc0)
-            if D1 > 0:
-                acc1 = _dot(p1, v11, acc1)
-
         share = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-        _store2(out, row, N, H * D, D, D0, D1, acc0 * share, acc1 * share)
+
+        # one piece of the output after the other: together they may be more than the registers hold
+        acc = tl.dot(p0, v00, input_precision="ieee")  # (BLOCK_N, D0)
+        if M1 > 0:
+            acc = _dot(p1, v10, acc)
+        _store(out, row, N, H * D, tl.arange(0, D0), D, acc * share)
+        if D1 > 0:
+            acc = tl.dot(p0, v01, input_precision="ieee")  # (BLOCK_N, D1)
+            if M1 > 0:
+                acc = _dot(p1, v11, acc)
+            _store(out, row, N, H * D, D0 + tl.arange(0, D1), D, acc * share)
         tl.store(lse + row, (top + tl.log2(total)) * LN2, mask=row < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def _forward_long(
     q, k, v, mask, out, lse,
     q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, mask_b, mask_h, mask_n, mask_m,
@@ -266,25 +274,25 @@ def _forward_long(
     tl.store(lse + row, (tl.where(total == 0.0, 0.0, top) + tl.log2(total)) * LN2, mask=row < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def _backward_short(
     grad, q, k, v, mask, lse, dq, dk_parts, dv_parts,
     g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, mask_b, mask_h, mask_n, mask_m,
-    H, N, M, scale, scale_log2,
+    H, N, M, tiles, scale, scale_log2,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, KEYS: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
+    BLOCK_N: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """TILES · BLOCK_N queries of one head: their dq, and what they add to dk and dv.
+    """tiles · BLOCK_N queries of one head: their dq, and what they add to dk and dv.
 
     p = exp(s - lse);  dv = pᵀ g;  dp = g vᵀ;  ds = p (dp - Σ p dp);  dq = scale · ds k;  dk = scale · dsᵀ q
 
     Tiles are transposed, keys × queries, each warp with 16 keys of its own: keys and their gradients then take few
     registers, and p and ds are left operands as they come. So the keys are one padded piece here.
     """
-    groups = tl.cdiv(N, BLOCK_N * TILES)
+    groups = tl.cdiv(N, BLOCK_N * tiles)
     pid = tl.program_id(0)
     b, h = _where(pid // groups, H)
-    first = (pid % groups) * (BLOCK_N * TILES)
+    first = (pid % groups) * (BLOCK_N * tiles)
     grad += (b * g_b + h * g_h) * UNIT
     q += (b * q_b + h * q_h) * UNIT
     k += (b * k_b + h * k_h) * UNIT
@@ -304,7 +312,7 @@ def _backward_short(
     if D1 > 0:
         dk1 = tl.zeros((KEYS, D1), tl.float32)
         dv1 = tl.zeros((KEYS, D1), tl.float32)
-    for tile in range(TILES):
+    for tile in range(tiles):
         row = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
         q0, q1 = _load2(q, row, N, q_n * UNIT, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
         g0, g1 = _load2(grad, row, N, g_n * UNIT, D, D0, D1)
@@ -322,13 +330,18 @@ def _backward_short(
             dv1 = _dot(p, g1, dv1)
             dk1 = _dot(ds, q1, dk1)
 
-        # as right operands the keys come from the first-level cache again: they would fill the registers of every warp
-        right0, right1 = _load2(k, key, M, k_m * UNIT, D, D0, D1)
-        dq0 = tl.dot(tl.trans(ds), right0, input_precision="ieee")  # (BLOCK_N, D0)
-        dq1 = dq0
+        # In branches of their own: the compiler divides products that it sees together among the warps in one way, and
+        # keys times columns is not the way for queries times columns. As right operands the keys come from the
+        # first-level cache: they would fill the registers of every warp.
+        if first + tile * BLOCK_N < N:
+            right = _load(k, key, M, k_m * UNIT, tl.arange(0, D0), D)
+            part = tl.dot(tl.trans(ds), right, input_precision="ieee")  # (BLOCK_N, D0)
+            _store(dq, row, N, H * D, tl.arange(0, D0), D, part * scale)
         if D1 > 0:
-            dq1 = tl.dot(tl.trans(ds), right1, input_precision="ieee")  # (BLOCK_N, D1)
-        _store2(dq, row, N, H * D, D, D0, D1, dq0 * scale, dq1 * scale)
+            if first + tile * BLOCK_N < N:
+                right = _load(k, key, M, k_m * UNIT, D0 + tl.arange(0, D1), D)
+                part = tl.dot(tl.trans(ds), right, input_precision="ieee")  # (BLOCK_N, D1)
+                _store(dq, row, N, H * D, D0 + tl.arange(0, D1), D, part * scale)
 
     _store(dk_parts, key, M, D, tl.arange(0, D0), D, dk0 * scale)
     _store(dv_parts, key, M, D, tl.arange(0, D0), D, dv0)
@@ -337,7 +350,7 @@ def _backward_short(
         _store(dv_parts, key, M, D, D0 + tl.arange(0, D1), D, dv1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def _sum_parts(dk_parts, dv_parts, dk, dv, H, M, groups, D: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK elements of one head's dk and dv: the partial sums of its query groups, added in their order."""
     blocks = tl.cdiv(M * D, BLOCK)
@@ -357,7 +370,7 @@ def _sum_parts(dk_parts, dv_parts, dk, dv, H, M, groups, D: tl.constexpr, BLOCK:
     tl.store(dv + target, sum_v.to(dv.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def _backward_queries(
     grad, q, k, v, mask, out, lse, dq, delta,
     g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, o_b, o_h, o_n, mask_b, mask_h, mask_n, mask_m,
@@ -427,7 +440,7 @@ def _backward_queries(
         _store(dq, row, N, H * D, D0 + tl.arange(0, D1), D, dq1 * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def _backward_keys(
     grad, q, k, v, mask, lse, delta, dk, dv,
     g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, mask_b, mask_h, mask_n, mask_m,
@@ -561,11 +574,11 @@ def _plan(d: int, half: bool, masked: bool, backward: bool = False, keys: bool =
     if not half:
         own, step, warps = 32, 16 if keys else 32, 8
     elif pieces > 1:
-        own, step, warps = 64, 32, 8
+        own, step, warps = 64, 32, 4 if keys else 8
     elif backward:
-        own, step, warps = (64, 16 if keys and masked else 32, 4) if width <= 128 else (64, 16, 8)
+        own, step, warps = 64, 16 if width > 128 or (keys and masked) else 32, 4
     elif masked or width > 128:
-        own, step, warps = 64, 32, 4 if width <= 64 else 8
+        own, step, warps = 64, 32, 4
     else:
         own, step, warps = 128, 64, 4 if width <= 64 else 8
     return _Plan({"D0": d0, "D1": d1, "PIECES": pieces}, own, step, warps)
@@ -607,11 +620,12 @@ def forward_launches(
     tensors = (q, k, v, mask, out, lse, *_in_units(unit, q, k, v), *mask_strides)
     options = {"D": d, "UNIT": unit, "PER_QUERY": per_query, "num_stages": 2, "enable_fp_fusion": True}
     if half and _is_short(m, d, mask is not None):
-        (d0, d1), (m0, m1), block = _pieces(d), _pieces(m), 64
+        (d0, d1), (m0, m1) = _pieces(d), _pieces(m)
+        block, warps = (128, 8) if (d0, d1) == (128, 0) or d0 > 128 else (64, 4)
         # more tiles per program spread the loading of k and v, fewer leave programs for every processor
         tiles = max(1, min(4, n // (8 * block)))
-        options.update(D0=d0, D1=d1, M0=m0, M1=m1, BLOCK_N=block, TILES=tiles, num_warps=4 if d <= 96 else 8)
-        args = (*tensors, h, n, m, scale * LOG2E.value)
+        options.update(D0=d0, D1=d1, M0=m0, M1=m1, BLOCK_N=block, num_warps=warps)
+        args = (*tensors, h, n, m, tiles, scale * LOG2E.value)
         return [Launch(_forward_short, b * h * triton.cdiv(n, block * tiles), args, options)]
     columns, own, step, warps = _plan(d, half, mask is not None)
     options.update(columns, BLOCK_N=own, BLOCK_M=step, EVEN_M=m % step == 0, num_warps=warps)
@@ -641,12 +655,12 @@ def backward_launches(
     options = {"D": d, "UNIT": unit, "PER_QUERY": per_query, "num_stages": 1, "enable_fp_fusion": True}
     if m <= SHORT_KEYS and half and d <= SHORT_GRADIENT:
         (d0, d1), keys = _pieces(d), max(16, triton.next_power_of_2(m))
-        block = 16 if mask is not None and d > 64 else 32
+        block = 64 if d <= 48 else 16 if mask is not None and d > 64 else 32
         tiles = max(1, min(16, n // (8 * block)))
         groups = triton.cdiv(n, block * tiles)
         dk_parts, dv_parts = torch.empty((2, b * h * groups, m, d), dtype=torch.float32, device=q.device)
-        args = (grad, q, k, v, mask, lse, dq, dk_parts, dv_parts, *strides, *mask_strides, h, n, m, *scales)
-        options.update(D0=d0, D1=d1, KEYS=keys, BLOCK_N=block, TILES=tiles, num_warps=8 if keys > 64 else 4)
+        args = (grad, q, k, v, mask, lse, dq, dk_parts, dv_parts, *strides, *mask_strides, h, n, m, tiles, *scales)
+        options.update(D0=d0, D1=d1, KEYS=keys, BLOCK_N=block, num_warps=8 if keys > 64 else 4)
         add = {"D": d, "BLOCK": 256, "num_warps": 2, "enable_fp_fusion": True}
         return [
             Launch(_backward_short, b * h * groups, args, options),

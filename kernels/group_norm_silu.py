@@ -15,7 +15,8 @@ Deviations are taken from a mean already known, never E[x²] - E[x]²: mean 1000
 work is divided depends on C, S and the layout alone, never on B.
 """
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,6 +39,12 @@ ON_CHIP = 16384  # padded elements of a group that one program keeps; its backwa
 TILE = 4096  # elements of a tile of the split form
 ROW_BYTES = 128  # least that is read in a row of a channels_last tensor
 CHUNKS = 256  # most partial results per channel
+SPREAD = 1024  # programs of an image from which on each of them applies several tiles, at most STEPS
+STEPS = 8
+MOST_CHANNELS = 1 << 20  # for which `_group_of` is exact
+# Arguments of which a kernel needs to know nothing in advance: how rows are aligned is in UNIT. So one compiled kernel
+# serves every size of image and number of channels that is divided alike.
+GENERAL = ("B", "C", "S", "G", "width", "per_width", "chunks", "pixels", "steps")
 
 
 @triton.jit
@@ -78,26 +85,45 @@ def _silu_gradient(grad, h):
 
 
 @triton.jit
-def _tile(channel, pixel, C, S, stride_c, stride_s):
-    """Offsets of a tile in one image, and which of them exist.  # (CHANNELS, PIXELS)"""
-    offsets = channel.to(tl.int64)[:, None] * stride_c + pixel.to(tl.int64)[None, :] * stride_s
-    return offsets, (channel < C)[:, None] & (pixel < S)[None, :]
+def _aligned(C, S, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """C and S; the compiler learns that UNIT elements, at most 16 bytes, divide whichever lies in a row."""
+    if CHANNELS_LAST:
+        C = C // UNIT * UNIT
+    else:
+        S = S // UNIT * UNIT
+    return C, S
 
 
 @triton.jit
-def _forward_group(
-    x, weight, bias, scale, shift, y, mean, rstd, C, S, stride_c, stride_s, G, eps,
-    width: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
-    """One group of one image, kept on chip; grid (B · G). Moves x and y once.
+def _tile(channel, pixel, end, C, S, CHANNELS_LAST: tl.constexpr):
+    """Offsets of a tile in one image, and which of them exist (channels up to `end`).  # (CHANNELS, PIXELS)"""
+    if CHANNELS_LAST:
+        offsets = channel[:, None] + pixel.to(tl.int64)[None, :] * C
+    else:
+        offsets = channel.to(tl.int64)[:, None] * S + pixel[None, :]
+    return offsets, (channel < end)[:, None] & (pixel < S)[None, :]
 
-    width is known to the compiler because groups of 40 channels start at multiples of 8: so it reads 16 bytes at once.
-    """
+
+@triton.jit
+def _group_of(channel, per_width):
+    """channel // width as a product; per_width is 2⁴⁰ / width, rounded up."""
+    return (channel.to(tl.int64) * per_width) >> 40
+
+
+@triton.jit(do_not_specialize=GENERAL)
+def _forward_group(
+    x, weight, bias, scale, shift, y, mean, rstd, C, S, G, width, eps,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """One group of one image, kept on chip; grid (B · G). Moves x and y once."""
+    C, S = _aligned(C, S, UNIT, CHANNELS_LAST)
+    width, _ = _aligned(width, S, UNIT, CHANNELS_LAST)
     pid = tl.program_id(0)
     b = (pid // G).to(tl.int64)
     last = (pid % G + 1) * width
     channel = pid % G * width + tl.arange(0, CHANNELS)
-    offsets, inside = _tile(channel, tl.arange(0, PIXELS), last, S, stride_c, stride_s)
+    offsets, inside = _tile(channel, tl.arange(0, PIXELS), last, C, S, CHANNELS_LAST)
     value = tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
 
     count = 1.0 * width * S
@@ -113,15 +139,16 @@ def _forward_group(
     tl.store(y + b * C * S + offsets, h.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def _stats(
-    x, means, deviations, C, S, stride_c, stride_s, chunks,
-    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr,
+    x, means, deviations, C, S, chunks, steps,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Mean and squared deviation of CHANNELS channels over STEPS · PIXELS pixels; grid (chunks · channel tiles · B).
+    """Mean and squared deviation of CHANNELS channels over steps · PIXELS pixels; grid (chunks · channel tiles · B).
 
     Every element of the tile follows its own mean (Welford 1962); they are joined once, at the end.
     """
+    C, S = _aligned(C, S, UNIT, CHANNELS_LAST)
     pid = tl.program_id(0)
     tiles = tl.cdiv(C, CHANNELS)
     chunk = pid % chunks
@@ -131,12 +158,12 @@ def _stats(
     center = tl.zeros((CHANNELS, PIXELS), tl.float32)
     deviation = tl.zeros((CHANNELS, PIXELS), tl.float32)
     count = tl.zeros((PIXELS,), tl.float32)
-    for step in range(STEPS):
-        pixel = (chunk * STEPS + step) * PIXELS + tl.arange(0, PIXELS)
-        offsets, inside = _tile(channel, pixel, C, S, stride_c, stride_s)
+    for step in range(steps):
+        pixel = (chunk * steps + step) * PIXELS + tl.arange(0, PIXELS)
+        offsets, inside = _tile(channel, pixel, C, C, S, CHANNELS_LAST)
         value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
         off = tl.where(inside, value - center, 0.0)
-        center += off / (step + 1)
+        center += off * (1.0 / (step + 1))
         deviation += off * tl.where(inside, value - center, 0.0)
         count += tl.where(pixel < S, 1.0, 0.0)
 
@@ -150,7 +177,7 @@ def _stats(
     tl.store(deviations + place, squares, mask=channel < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def _merge(means, deviations, mean, rstd, S, G, width, chunks, pixels, eps, BLOCK: tl.constexpr):
     """mean and rstd of one group from its channels' partial results of `pixels` pixels each; grid (B · G)."""
     pid = tl.program_id(0)
@@ -176,39 +203,51 @@ def _merge(means, deviations, mean, rstd, S, G, width, chunks, pixels, eps, BLOC
     tl.store(rstd + pid, tl.rsqrt(tl.sum(acc, 0) / total + eps))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def _apply(
-    x, weight, bias, scale, shift, mean, rstd, y, C, S, stride_c, stride_s, G, width, chunks,
-    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr,
+    x, weight, bias, scale, shift, mean, rstd, y, C, S, G, per_width, chunks, steps,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y from known statistics; grid (chunks · channel tiles · B). Moves x and y once."""
+    """y of CHANNELS channels and steps · PIXELS pixels from known statistics; grid (chunks · channel tiles · B).
+
+    Moves x and y once; what belongs to a channel is read and worked out once, before the loop.
+    """
+    C, S = _aligned(C, S, UNIT, CHANNELS_LAST)
     pid = tl.program_id(0)
     tiles = tl.cdiv(C, CHANNELS)
-    pixel = pid % chunks * PIXELS + tl.arange(0, PIXELS)
+    chunk = pid % chunks
     channel = pid // chunks % tiles * CHANNELS + tl.arange(0, CHANNELS)
     b = (pid // chunks // tiles).to(tl.int64)
-    offsets, inside = _tile(channel, pixel, C, S, stride_c, stride_s)
-    value = tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
-    center = tl.load(mean + b * G + channel // width, mask=channel < C, other=0.0)  # (CHANNELS,)
-    inverse = tl.load(rstd + b * G + channel // width, mask=channel < C, other=0.0)
+    group = b * G + _group_of(channel, per_width)
+    center = tl.load(mean + group, mask=channel < C, other=0.0)[:, None]  # (CHANNELS, 1)
+    inverse = tl.load(rstd + group, mask=channel < C, other=0.0)
     factor, offset, _ = _affine(weight, bias, scale, shift, b * C, channel, channel < C)
-    h = (value - center[:, None]) * (inverse * factor)[:, None] + offset[:, None]
-    if SILU:
-        h *= tl.sigmoid(h)
-    tl.store(y + b * C * S + offsets, h.to(y.dtype.element_ty), mask=inside)
+    factor, offset = (inverse * factor)[:, None], offset[:, None]
+    for step in range(steps):
+        pixel = (chunk * steps + step) * PIXELS + tl.arange(0, PIXELS)
+        offsets, inside = _tile(channel, pixel, C, C, S, CHANNELS_LAST)
+        value = tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
+        h = (value - center) * factor + offset
+        if SILU:
+            h *= tl.sigmoid(h)
+        tl.store(y + b * C * S + offsets, h.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def _backward_group(
-    grad, x, weight, bias, scale, shift, mean, rstd, dx, sums, sums_hat, C, S, stride_c, stride_s, G,
-    width: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr,
+    grad, x, weight, bias, scale, shift, mean, rstd, dx, sums, sums_hat, C, S, G, width,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """dx of one group of one image kept on chip, and its channels' Σ dh and Σ dh · x̂; grid (B · G)."""
+    C, S = _aligned(C, S, UNIT, CHANNELS_LAST)
+    width, _ = _aligned(width, S, UNIT, CHANNELS_LAST)
     pid = tl.program_id(0)
     b = (pid // G).to(tl.int64)
     last = (pid % G + 1) * width
     channel = pid % G * width + tl.arange(0, CHANNELS)
-    offsets, inside = _tile(channel, tl.arange(0, PIXELS), last, S, stride_c, stride_s)
+    offsets, inside = _tile(channel, tl.arange(0, PIXELS), last, C, S, CHANNELS_LAST)
     inverse = tl.load(rstd + pid)
     hat = (tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32) - tl.load(mean + pid)) * inverse
     dh = tl.load(grad + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
@@ -227,25 +266,28 @@ def _backward_group(
     tl.store(dx + b * C * S + offsets, result.to(dx.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def _grad_sums(
-    grad, x, weight, bias, scale, shift, mean, rstd, parts, parts_hat, C, S, stride_c, stride_s, G, width, chunks,
-    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr, SILU: tl.constexpr,
+    grad, x, weight, bias, scale, shift, mean, rstd, parts, parts_hat, C, S, G, per_width, chunks, steps,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Σ dh and Σ dh · x̂ of CHANNELS channels over STEPS · PIXELS pixels; grid (chunks · channel tiles · B)."""
+    """Σ dh and Σ dh · x̂ of CHANNELS channels over steps · PIXELS pixels; grid (chunks · channel tiles · B)."""
+    C, S = _aligned(C, S, UNIT, CHANNELS_LAST)
     pid = tl.program_id(0)
     tiles = tl.cdiv(C, CHANNELS)
     chunk = pid % chunks
     channel = pid // chunks % tiles * CHANNELS + tl.arange(0, CHANNELS)
     b = (pid // chunks // tiles).to(tl.int64)
-    center = tl.load(mean + b * G + channel // width, mask=channel < C, other=0.0)[:, None]
-    inverse = tl.load(rstd + b * G + channel // width, mask=channel < C, other=0.0)[:, None]
+    group = b * G + _group_of(channel, per_width)
+    center = tl.load(mean + group, mask=channel < C, other=0.0)[:, None]
+    inverse = tl.load(rstd + group, mask=channel < C, other=0.0)[:, None]
     factor, offset, _ = _affine(weight, bias, scale, shift, b * C, channel, channel < C)
     total = tl.zeros((CHANNELS, PIXELS), tl.float32)
     total_hat = tl.zeros((CHANNELS, PIXELS), tl.float32)
-    for step in range(STEPS):
-        pixel = (chunk * STEPS + step) * PIXELS + tl.arange(0, PIXELS)
-        offsets, inside = _tile(channel, pixel, C, S, stride_c, stride_s)
+    for step in range(steps):
+        pixel = (chunk * steps + step) * PIXELS + tl.arange(0, PIXELS)
+        offsets, inside = _tile(channel, pixel, C, C, S, CHANNELS_LAST)
         hat = (tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32) - center) * inverse
         dh = tl.load(grad + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)
         if SILU:
@@ -257,7 +299,7 @@ def _grad_sums(
     tl.store(parts_hat + place, tl.sum(total_hat, 1), mask=channel < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def _merge_grads(
     parts, parts_hat, weight, scale, sums, sums_hat, levels, slopes, C, S, G, width, chunks,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -273,7 +315,7 @@ def _merge_grads(
         total = tl.zeros((CHANNELS, BLOCK), tl.float32)
         total_hat = tl.zeros((CHANNELS, BLOCK), tl.float32)
         for start in range(0, chunks, BLOCK):
-            place, inside = _tile(channel, start + tl.arange(0, BLOCK), last, chunks, chunks, 1)
+            place, inside = _tile(channel, start + tl.arange(0, BLOCK), last, C, chunks, False)
             total += tl.load(parts + b * C * chunks + place, mask=inside, other=0.0)
             total_hat += tl.load(parts_hat + b * C * chunks + place, mask=inside, other=0.0)
         sum_, sum_hat = tl.sum(total, 1), tl.sum(total_hat, 1)
@@ -287,34 +329,42 @@ def _merge_grads(
     tl.store(slopes + pid, tl.sum(slope, 0) / count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def _grad_apply(
-    grad, x, weight, bias, scale, shift, mean, rstd, levels, slopes, dx,
-    C, S, stride_c, stride_s, G, width, chunks,
-    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr,
+    grad, x, weight, bias, scale, shift, mean, rstd, levels, slopes, dx, C, S, G, per_width, chunks, steps,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dx from known sums; grid (chunks · channel tiles · B). Moves grad, x and dx once."""
+    """dx of CHANNELS channels and steps · PIXELS pixels from known sums; grid (chunks · channel tiles · B).
+
+    Moves grad, x and dx once.
+    """
+    C, S = _aligned(C, S, UNIT, CHANNELS_LAST)
     pid = tl.program_id(0)
     tiles = tl.cdiv(C, CHANNELS)
-    pixel = pid % chunks * PIXELS + tl.arange(0, PIXELS)
+    chunk = pid % chunks
     channel = pid // chunks % tiles * CHANNELS + tl.arange(0, CHANNELS)
     b = (pid // chunks // tiles).to(tl.int64)
-    offsets, inside = _tile(channel, pixel, C, S, stride_c, stride_s)
-    group = b * G + channel // width
-    center = tl.load(mean + group, mask=channel < C, other=0.0)[:, None]
+    group = b * G + _group_of(channel, per_width)
+    center = tl.load(mean + group, mask=channel < C, other=0.0)[:, None]  # (CHANNELS, 1)
     inverse = tl.load(rstd + group, mask=channel < C, other=0.0)[:, None]
     level = tl.load(levels + group, mask=channel < C, other=0.0)[:, None]
     slope = tl.load(slopes + group, mask=channel < C, other=0.0)[:, None]
-    hat = (tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32) - center) * inverse
-    dh = tl.load(grad + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
     factor, offset, _ = _affine(weight, bias, scale, shift, b * C, channel, channel < C)
-    if SILU:
-        dh = _silu_gradient(dh, hat * factor[:, None] + offset[:, None])
-    result = inverse * (dh * factor[:, None] - level - hat * slope)
-    tl.store(dx + b * C * S + offsets, result.to(dx.dtype.element_ty), mask=inside)
+    factor, offset = factor[:, None], offset[:, None]
+    for step in range(steps):
+        pixel = (chunk * steps + step) * PIXELS + tl.arange(0, PIXELS)
+        offsets, inside = _tile(channel, pixel, C, C, S, CHANNELS_LAST)
+        value = tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
+        dh = tl.load(grad + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)
+        hat = (value - center) * inverse
+        if SILU:
+            dh = _silu_gradient(dh, hat * factor + offset)
+        result = inverse * (dh * factor - level - hat * slope)
+        tl.store(dx + b * C * S + offsets, result.to(dx.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def _grad_parameters(
     sums, sums_hat, weight, bias, scale, dweight, dbias, dscale, dshift, B, C, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -341,33 +391,48 @@ def _grad_parameters(
         tl.store(dbias + channel, total.to(dbias.dtype.element_ty), mask=inside)
 
 
-def _layout(x: torch.Tensor) -> tuple[int, int, int, bool]:
-    """S, the strides of channels and of pixels, and whether channels are the ones in a row."""
-    channels, pixels = x.shape[1], x[0, 0].numel()
-    if pixels == 1 or not x.is_contiguous():
-        return pixels, 1, channels, True
-    return pixels, pixels, 1, False
+def _layout(x: torch.Tensor) -> tuple[int, bool]:
+    """S, and whether channels are what lies in a row."""
+    pixels = x[0, 0].numel()
+    return pixels, pixels == 1 or not x.is_contiguous()
+
+
+def _unit(x: torch.Tensor, width: int = 0) -> dict[str, Any]:
+    """How many elements, at most 16 bytes, divide a row, and each group's part of it if groups have programs."""
+    pixels, channels_last = _layout(x)
+    row = math.gcd(x.shape[1], width) if channels_last else pixels
+    return {"UNIT": math.gcd(16 // x.element_size(), row), "CHANNELS_LAST": channels_last}
 
 
 def _on_chip(x: torch.Tensor, width: int, limit: int) -> tuple[int, int] | None:
     """The tile that holds a group, or None where the group is split."""
-    pixels, _, _, channels_in_row = _layout(x)
+    pixels, channels_last = _layout(x)
     tile = triton.next_power_of_2(width), triton.next_power_of_2(pixels)
     # a narrow group of a channels_last tensor would be read in crumbs of a few bytes per pixel
-    crumbs = channels_in_row and pixels > 1 and width * x.element_size() < ROW_BYTES // 2
+    crumbs = channels_last and pixels > 1 and width * x.element_size() < ROW_BYTES // 2
     return None if tile[0] * tile[1] > limit or crumbs else tile
 
 
-def _split(x: torch.Tensor) -> tuple[int, int, int]:
-    """Channels and pixels of a tile, and the steps that keep the partial results of a channel below CHUNKS."""
-    pixels, _, _, channels_in_row = _layout(x)
-    if channels_in_row:
+class _Split(NamedTuple):
+    """How a group too large for a program is divided; a chunk of pixels has `steps` tiles."""
+
+    channels: int  # of a tile
+    pixels: int
+    steps: int  # that keep the partial results of a channel below CHUNKS
+    steps_apply: int
+
+
+def _split(x: torch.Tensor) -> _Split:
+    pixels, channels_last = _layout(x)
+    if channels_last:
         channel_tile = min(triton.next_power_of_2(x.shape[1]), ROW_BYTES // x.element_size())
         pixel_tile = min(triton.next_power_of_2(pixels), TILE // channel_tile)
     else:
         pixel_tile = min(triton.next_power_of_2(pixels), TILE // 4)
         channel_tile = min(triton.next_power_of_2(x.shape[1]), TILE // pixel_tile)
-    return channel_tile, pixel_tile, triton.cdiv(triton.cdiv(pixels, pixel_tile), CHUNKS)
+    along = triton.cdiv(pixels, pixel_tile)
+    tiles = along * triton.cdiv(x.shape[1], channel_tile)
+    return _Split(channel_tile, pixel_tile, triton.cdiv(along, CHUNKS), max(1, min(STEPS, tiles // SPREAD)))
 
 
 def group_norm_silu_unsupported(
@@ -386,6 +451,8 @@ def group_norm_silu_unsupported(
             return f"the Triton kernel takes a float16, bfloat16 or float32 {name}, not {tensor.dtype}"
     if not x.is_contiguous() and not x.movedim(1, -1).is_contiguous():
         return "the Triton kernel needs x contiguous or channels_last: call .contiguous() first"
+    if x.shape[1] > MOST_CHANNELS:
+        return f"the Triton kernel takes at most {MOST_CHANNELS} channels, not {x.shape[1]}"
     return refuse(x)
 
 
@@ -404,39 +471,36 @@ def forward_launches(
 ) -> list[Launch]:
     """What `group_norm_silu` launches, in this order, to fill y, mean and rstd."""
     b, c = x.shape[:2]
-    width = c // num_groups
-    s, stride_c, stride_s, _ = _layout(x)
-    fusion = {"enable_fp_fusion": True}
-    silu = {"SILU": activation == "silu", **fusion}
+    width, (s, _) = c // num_groups, _layout(x)
     if tile := _on_chip(x, width, ON_CHIP):
-        args = (x, weight, bias, scale, shift, y, mean, rstd, c, s, stride_c, stride_s, num_groups, eps)
-        options = {"width": width, "CHANNELS": tile[0], "PIXELS": tile[1], "num_warps": _warps(tile, 16), **silu}
+        args = (x, weight, bias, scale, shift, y, mean, rstd, c, s, num_groups, width, eps)
+        options = {**_block(*tile, 16), **_unit(x, width), "SILU": activation == "silu"}
         return [Launch(_forward_group, b * num_groups, args, options)]
     stats, means, deviations, pixels = stats_launch(x)
     merge = (means, deviations, mean, rstd, s, num_groups, width, means.shape[-1], pixels, eps)
     return [
         stats,
-        Launch(_merge, b * num_groups, merge, {"BLOCK": 1024, "num_warps": 4, **fusion}),
+        Launch(_merge, b * num_groups, merge, {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}),
         apply_launch(x, num_groups, weight, bias, activation, scale, shift, mean, rstd, y),
     ]
 
 
-def _block(channels: int, pixels: int) -> dict[str, Any]:
-    """What the two halves of the split form have in common."""
-    warps = _warps((channels, pixels), 32)
+def _block(channels: int, pixels: int, elements: int) -> dict[str, Any]:
+    """A tile, and warps that give a thread about `elements` elements of it."""
+    warps = max(1, min(16, channels * pixels // (32 * elements)))
     return {"CHANNELS": channels, "PIXELS": pixels, "num_warps": warps, "enable_fp_fusion": True}
 
 
 def stats_launch(x: torch.Tensor) -> tuple[Launch, torch.Tensor, torch.Tensor, int]:
     """The first half of the split form, the (B, C, chunks) means and squared deviations it fills, pixels per chunk."""
     b, c = x.shape[:2]
-    s, stride_c, stride_s, _ = _layout(x)
-    channels, pixels, steps = _split(x)
-    chunks = triton.cdiv(s, pixels * steps)
+    s, split = _layout(x)[0], _split(x)
+    chunks = triton.cdiv(s, split.pixels * split.steps)
     means, deviations = torch.empty((2, b, c, chunks), dtype=torch.float32, device=x.device)
-    args = (x, means, deviations, c, s, stride_c, stride_s, chunks)
-    options = {**_block(channels, pixels), "STEPS": steps}
-    return Launch(_stats, chunks * triton.cdiv(c, channels) * b, args, options), means, deviations, pixels * steps
+    options = {**_block(split.channels, split.pixels, 32), **_unit(x)}
+    args = (x, means, deviations, c, s, chunks, split.steps)
+    launch = Launch(_stats, chunks * triton.cdiv(c, split.channels) * b, args, options)
+    return launch, means, deviations, split.pixels * split.steps
 
 
 def apply_launch(
@@ -453,18 +517,17 @@ def apply_launch(
 ) -> Launch:
     """The second half of the split form: fills y from mean and rstd (B, num_groups)."""
     b, c = x.shape[:2]
-    s, stride_c, stride_s, _ = _layout(x)
-    channels, pixels, _ = _split(x)
-    chunks = triton.cdiv(s, pixels)
-    width = c // num_groups
-    args = (x, weight, bias, scale, shift, mean, rstd, y, c, s, stride_c, stride_s, num_groups, width, chunks)
-    options = {**_block(channels, pixels), "SILU": activation == "silu"}
-    return Launch(_apply, chunks * triton.cdiv(c, channels) * b, args, options)
+    s, split = _layout(x)[0], _split(x)
+    chunks = triton.cdiv(s, split.pixels * split.steps_apply)
+    args = (x, weight, bias, scale, shift, mean, rstd, y, c, s, num_groups, _per_width(c // num_groups), chunks)
+    options = {**_block(split.channels, split.pixels, 32), **_unit(x), "SILU": activation == "silu"}
+    programs = chunks * triton.cdiv(c, split.channels) * b
+    return Launch(_apply, programs, (*args, split.steps_apply), options)
 
 
-def _warps(tile: tuple[int, int], elements: int) -> int:
-    """Warps that give a thread about `elements` elements of a tile."""
-    return max(1, min(16, tile[0] * tile[1] // (32 * elements)))
+def _per_width(width: int) -> int:
+    """What `_group_of` multiplies by."""
+    return triton.cdiv(1 << 40, width)
 
 
 def backward_launches(
@@ -486,30 +549,29 @@ def backward_launches(
 ) -> list[Launch]:
     """What `group_norm_silu_backward` launches, in this order, to fill dx and the gradients that are not None."""
     b, c = x.shape[:2]
-    width = c // num_groups
-    s, stride_c, stride_s, _ = _layout(x)
-    fusion = {"enable_fp_fusion": True}
-    silu = {"SILU": activation == "silu", **fusion}
+    width, (s, _) = c // num_groups, _layout(x)
+    fusion, silu = {"enable_fp_fusion": True}, {"SILU": activation == "silu"}
     sums, sums_hat = torch.empty((2, b, c), dtype=torch.float32, device=x.device)
     inputs = (grad, x, weight, bias, scale, shift, mean, rstd)
-    sizes = (c, s, stride_c, stride_s, num_groups)
     if tile := _on_chip(x, width, ON_CHIP // 2):
-        options = {"width": width, "CHANNELS": tile[0], "PIXELS": tile[1], "num_warps": _warps(tile, 16), **silu}
-        launches = [Launch(_backward_group, b * num_groups, (*inputs, dx, sums, sums_hat, *sizes), options)]
+        options = {**_block(*tile, 16), **_unit(x, width), **silu}
+        args = (*inputs, dx, sums, sums_hat, c, s, num_groups, width)
+        launches = [Launch(_backward_group, b * num_groups, args, options)]
     else:
-        channels, pixels, steps = _split(x)
-        tiles, chunks, steps_apply = triton.cdiv(c, channels), triton.cdiv(s, pixels * steps), triton.cdiv(s, pixels)
+        split, per_width = _split(x), _per_width(width)
+        tiles = triton.cdiv(c, split.channels) * b
+        chunks, chunks_apply = (triton.cdiv(s, split.pixels * n) for n in (split.steps, split.steps_apply))
         parts, parts_hat = torch.empty((2, b, c, chunks), dtype=torch.float32, device=x.device)
         levels, slopes = torch.empty((2, b, num_groups), dtype=torch.float32, device=x.device)
-        block: dict[str, Any] = {"CHANNELS": channels, "PIXELS": pixels, "num_warps": _warps((channels, pixels), 32)}
+        add = (*inputs, parts, parts_hat, c, s, num_groups, per_width, chunks, split.steps)
         merge = (parts, parts_hat, weight, scale, sums, sums_hat, levels, slopes, c, s, num_groups, width, chunks)
+        apply = (*inputs, levels, slopes, dx, c, s, num_groups, per_width, chunks_apply, split.steps_apply)
+        options = {**_block(split.channels, split.pixels, 32), **_unit(x), **silu}
         launches = [
-            Launch(_grad_sums, chunks * tiles * b, (*inputs, parts, parts_hat, *sizes, width, chunks),
-                   {**block, "STEPS": steps, **silu}),
+            Launch(_grad_sums, chunks * tiles, add, options),
             Launch(_merge_grads, b * num_groups, merge, {"CHANNELS": 32, "BLOCK": 32, "num_warps": 4, **fusion}),
-            Launch(_grad_apply, steps_apply * tiles * b, (*inputs, levels, slopes, dx, *sizes, width, steps_apply),
-                   {**block, **silu}),
-        ]  # fmt: skip
+            Launch(_grad_apply, chunks_apply * tiles, apply, options),
+        ]
     if any(gradient is not None for gradient in (dweight, dbias, dscale, dshift)):
         args = (sums, sums_hat, weight, bias, scale, dweight, dbias, dscale, dshift, b, c)
         launches.append(Launch(_grad_parameters, triton.cdiv(c, 64), args, {"BLOCK": 64, "num_warps": 1, **fusion}))
