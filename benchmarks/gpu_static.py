@@ -1,28 +1,48 @@
-"""What the compiler makes of the Triton kernels: registers, spills, shared memory and instructions, without a GPU.
+"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory and instructions.
 
     python benchmarks/gpu_static.py [--arch 80 90 100] [--op attention group_norm_silu] [--dtype float16] [--quick]
 
-Every launch is the one that the op would make, compiled ahead of time with what Triton would know of its arguments.
-Nothing here is run and no time on a GPU is claimed. Counts are of instructions in the machine code: the body of a loop
-counts once. The last line is JSON.
+The shapes are those of `model_shapes.py`, each launch is the one that the op would make, compiled ahead of time with
+what Triton would know of its arguments; launches that compile to the same kernel are compiled once. Nothing here is run
+and no time on a GPU is claimed. The last line is JSON.
+
+One table has a line for each compiled kernel and architecture. Counts are of instructions in the machine code:
+the body of a loop counts once. `matrix` is the matrix work that the instructions do, in units of what the tiles
+need: 1 where nothing is padded and nothing computed twice (on sm_100 also 2, where the compiler sets the first turn of
+a loop apart). `resident` are the programs that one multiprocessor can hold, of those that the plan means it to.
+
+The other has a line for each shape and pass: bytes (every tensor once for each kernel that takes it; what is read again
+comes from a cache), floating-point operations of the work itself, of our tiles, and of the tiles that FlashAttention-2
+would compute, and modelled times: the larger of bytes / bandwidth and operations / peak, both as published. No launch,
+latency, cache or exponential is in them.
+
+FlashAttention-2's tiles (Dao, arXiv:2307.08691; `flash_fwd_launch_template.h` and `flash_bwd_launch_template.h`) are
+counted as whole tiles of its block sizes for A100, with the head padded to the next width it is built for; heads wider
+than 256 it does not take.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from model_shapes import ATTENTION, GROUP_NORM_SILU, GROUPS, AttentionShape, GroupNormShape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ldm_fast.kernels import Launch, attention, group_norm_silu
+from ldm_fast.testing import Attention, GroupNormSilu, flops
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
@@ -31,26 +51,47 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.uint8: "*u8",
 }
-TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")  # Ampere's, Hopper's, Blackwell's
-SHAPES = {
-    "attention": [  # B, H, N, M, D
-        (2, 8, 4096, 77, 40),
-        (2, 8, 1024, 77, 80),
-        (2, 8, 256, 77, 160),
-        (2, 10, 4096, 77, 64),
-        (2, 8, 4096, 4096, 40),
-        (2, 8, 1024, 1024, 80),
-        (2, 8, 256, 256, 160),
-        (2, 20, 1024, 1024, 64),
-        (1, 1, 4096, 4096, 512),
-    ],
-    "group_norm_silu": [  # shape of x, 32 groups
-        (2, 320, 64, 64),
-        (2, 640, 32, 32),
-        (2, 1280, 16, 16),
-        (2, 2560, 8, 8),
-        (1, 128, 512, 512),
-    ],
+SHAPES = {"attention": ATTENTION, "group_norm_silu": GROUP_NORM_SILU}
+QUICK = {
+    "attention": AttentionShape(2, 8, 4096, 77, 40),
+    "group_norm_silu": GroupNormShape(2, 320, 64, 64, silu=True, modulated=False),
+}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+REGISTERS = 65536  # of a multiprocessor
+THREADS = 2048
+SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes of a multiprocessor; each program takes 1 KB more
+TENSOR_MEMORY = 512  # columns
+
+
+class Gpu(NamedTuple):
+    """Published peaks: dense float16 products in FLOP/s, memory in bytes/s."""
+
+    name: str
+    flops: float
+    bandwidth: float
+
+
+GPUS = (Gpu("A100", 312e12, 2.039e12), Gpu("H100", 989e12, 3.35e12), Gpu("B200", 2250e12, 8.0e12))
+# FlashAttention-2: head width: (queries, keys) of a tile, forward and backward
+FLASH = {
+    32: ((128, 128), (128, 128)),
+    64: ((128, 128), (128, 128)),
+    96: ((128, 64), (64, 128)),
+    128: ((128, 64), (64, 128)),
+    160: ((128, 32), (64, 64)),
+    192: ((128, 64), (64, 64)),
+    256: ((128, 64), (64, 64)),
+}
+
+# The products of one turn of each attention kernel: rows, columns and what is summed over, of q(ueries), k(eys) and
+# d (a head's columns). "D" is summed over piece by piece where a head is wider than a program keeps.
+PRODUCTS = {
+    "forward_short": ("qkD", "qdk"),
+    "forward_long": ("qkD", "qdk"),
+    "backward_short": ("kqD", "kqD", "kdq", "kdq", "qdk"),
+    "backward_queries": ("qkD", "qkD", "qdk"),
+    "backward_keys": ("kqD", "kqD", "kdq", "kdq"),
 }
 
 
@@ -63,18 +104,102 @@ class Static:
     warps: int
     registers: int
     shared: int
+    tensor_memory: int
+    resident: int  # programs that a multiprocessor can hold
+    declared: int  # that it is meant to hold
     stack: int
     local: int
     tensor_core: int
+    matrix: float  # multiply-adds of the matrix instructions, of those that the tiles need
     exp2: int
     atomics: int
     loads: int
     loads_128: int
     stores: int
     stores_128: int
+    tile_loads: int  # whole tiles read by one turn, and written
+    tile_stores: int
+    divisions: int  # of integers
+    loop_divisions: int  # of integers, inside loops
 
 
-def _specialise(launch: Launch) -> ASTSource:
+# ---- the launches ----
+
+
+def attention_launches(
+    shape: AttentionShape | tuple[int, ...], dtype: torch.dtype, mask: torch.Tensor | None = None
+) -> list[Launch]:
+    """Forward and backward of tensors as `ldm_fast.attention_layers` passes them, (B, N, H, D) in memory.
+
+    Without gradients q, k and v (or k and v of a context) are views of one product, see `ldm_fast.reuse`.
+    """
+    b, h, n, m, d = shape
+
+    def parts(length: int, count: int) -> tuple[torch.Tensor, ...]:
+        return torch.empty(b, length, count, h, d, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4).unbind()
+
+    lse = torch.empty(b, h, n, device="meta")
+    (out,), (grad,), (dq,), (q,) = (parts(n, 1) for _ in range(4))
+    (k,), (v,), (dk,), (dv,) = (parts(m, 1) for _ in range(4))
+    joined = parts(n, 3) if n == m else (q, *parts(m, 2))
+    forward = attention.forward_launches(*joined, mask, d**-0.5, out, lse)
+    return forward + attention.backward_launches(grad, q, k, v, mask, d**-0.5, out, lse, dq, dk, dv)
+
+
+def group_norm_silu_launches(
+    shape: GroupNormShape, dtype: torch.dtype, memory_format: torch.memory_format
+) -> list[Launch]:
+    """Forward with weights of x's dtype, backward with float32 ones, as training keeps them."""
+    x, y, grad, dx = (torch.empty(shape[:4], dtype=dtype, device="meta", memory_format=memory_format) for _ in range(4))
+    weight, bias, *of_training = (torch.empty(shape.C, dtype=d, device="meta") for d in (dtype,) * 2 + (None,) * 4)
+    scale, shift, dscale, dshift = (
+        torch.empty(shape[:2], dtype=dtype, device="meta") if shape.modulated else None for _ in range(4)
+    )
+    mean, rstd = (torch.empty(shape.B, GROUPS, device="meta") for _ in range(2))
+    silu = "silu" if shape.silu else None
+    forward = group_norm_silu.forward_launches(x, GROUPS, weight, bias, 1e-5, silu, scale, shift, y, mean, rstd)
+    weight, bias, dweight, dbias = of_training
+    inputs = (grad, x, GROUPS, weight, bias, silu, scale, shift, mean, rstd)
+    return forward + group_norm_silu.backward_launches(*inputs, dx, dweight, dbias, dscale, dshift)
+
+
+def works(ops: Iterable[str], dtype: torch.dtype, quick: bool = False) -> Iterator[tuple[str, list[Launch]]]:
+    """A label for people and the launches, of every shape; quick: of one for each op."""
+    for op in ops:
+        for shape in (QUICK[op],) if quick else SHAPES[op]:
+            if op == "attention":
+                yield f"attention {tuple(shape)}", attention_launches(shape, dtype)
+                continue
+            kind = ("", " silu")[shape.silu] + ("", " modulated")[shape.modulated]
+            for name, layout in LAYOUTS.items():
+                label = f"group_norm_silu {tuple(shape[:4])}{kind} {name}"
+                yield label, group_norm_silu_launches(shape, dtype, layout)
+
+
+class Variant(NamedTuple):
+    """A kernel to be compiled, the first work that needs it, and how many others do."""
+
+    launch: Launch
+    label: str
+    others: int
+
+
+def distinct(all_works: Iterable[tuple[str, list[Launch]]]) -> list[Variant]:
+    """What has to be compiled, each once."""
+    found: dict[str, Variant] = {}
+    for label, launches in all_works:
+        for launch in launches:
+            source = _source(launch)
+            what = launch.kernel.__name__, source.signature, source.constants, source.attrs, launch.options
+            before = found.get(repr(what), Variant(launch, label, -1))
+            found[repr(what)] = before._replace(others=before.others + 1)
+    return list(found.values())
+
+
+# ---- compiling ----
+
+
+def _source(launch: Launch) -> ASTSource:
     """The source with what a launch tells the compiler: types, ones, and which arguments 16 divides."""
     signature, constants, attributes = {}, {}, {}
     names = launch.kernel.arg_names
@@ -99,7 +224,7 @@ def _specialise(launch: Launch) -> ASTSource:
 def compile_launch(launch: Launch, arch: int) -> Static:
     """Compile one launch for sm_`arch` and read the machine code."""
     options = {name: value for name, value in launch.options.items() if name not in launch.kernel.arg_names}
-    built = triton.compile(_specialise(launch), target=GPUTarget("cuda", arch, 32), options=options)
+    built = triton.compile(_source(launch), target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(built.asm["cubin"])
         cubin.flush()
@@ -112,23 +237,35 @@ def compile_launch(launch: Launch, arch: int) -> Static:
         raise RuntimeError(f"gpu_static: no machine code of {launch.kernel.__name__} could be read")
     counts = Counter(name.split(".")[0] for name in names)
     wide = Counter(name.split(".")[0] for name in names if ".128" in name)
+    warps, tensor_memory = built.metadata.num_warps, getattr(built.metadata, "tmem_size", 0) or 0
+    done, needed = _matrix_work(names, built.asm["ptx"], warps), _matrix_need(launch, warps)
+    divisions, loop_divisions = _divisions(built.asm["ptx"])
+    tile_loads, tile_stores = _tile_accesses(built.asm["ttgir"], launch)
     # asynchronous copies from global to shared memory (LDGSTS) are loads as well; atomics on shared memory (ATOMS) are
     # how Blackwell hands out its tensor memory
     return Static(
         kernel=launch.kernel.__name__.lstrip("_"),
         arch=arch,
-        warps=built.metadata.num_warps,
+        warps=warps,
         registers=resources["REG"],
         shared=built.metadata.shared,
+        tensor_memory=tensor_memory,
+        resident=_resident(arch, warps, resources["REG"], built.metadata.shared, tensor_memory),
+        declared=launch.resident,
         stack=resources["STACK"],
         local=counts["LDL"] + counts["STL"] + resources["LOCAL"],
-        tensor_core=sum(counts[name] for name in TENSOR_CORE),
+        tensor_core=counts["HMMA"] + counts["HGMMA"] + counts["UTCHMMA"],
+        matrix=round(done / needed, 3) if needed else 0.0,
         exp2=sum(name.startswith("MUFU.EX2") for name in names),
         atomics=sum(counts[name] for name in ("ATOM", "ATOMG", "RED", "REDG")),
         loads=counts["LDG"] + counts["LDGSTS"],
         loads_128=wide["LDG"] + wide["LDGSTS"],
         stores=counts["STG"],
         stores_128=wide["STG"],
+        tile_loads=tile_loads,
+        tile_stores=tile_stores,
+        divisions=divisions,
+        loop_divisions=loop_divisions,
     )
 
 
@@ -136,43 +273,175 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def attention_launches(
-    shape: tuple[int, int, int, int, int], dtype: torch.dtype, mask: torch.Tensor | None = None
-) -> list[Launch]:
-    """Forward and backward of tensors as a transformer block passes them: (B, N, H, D) in memory."""
-    b, h, n, m, d = shape
-    q, out, dq, grad = (torch.empty(b, n, h, d, dtype=dtype, device="meta").transpose(1, 2) for _ in range(4))
-    k, v, dk, dv = (torch.empty(b, m, h, d, dtype=dtype, device="meta").transpose(1, 2) for _ in range(4))
-    lse = torch.empty(b, h, n, device="meta")
-    forward = attention.forward_launches(q, k, v, mask, d**-0.5, out, lse)
-    return forward + attention.backward_launches(grad, q, k, v, mask, d**-0.5, out, lse, dq, dk, dv)
+def _resident(arch: int, warps: int, registers: int, shared: int, tensor_memory: int) -> int:
+    """Programs that fit on one multiprocessor at a time; registers are given out 8 to a thread."""
+    fits = [REGISTERS // (32 * warps * (registers + 7 & ~7)), SHARED[arch] // (shared + 1024), THREADS // (32 * warps)]
+    if tensor_memory:
+        fits.append(TENSOR_MEMORY // tensor_memory)
+    return min(32, *fits)
 
 
-def group_norm_silu_launches(
-    shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format
-) -> list[Launch]:
-    """Forward and backward in 32 groups with float32 weight and bias, a modulation and SiLU."""
-    x, y, grad, dx = (torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format) for _ in range(4))
-    weight, bias, dweight, dbias = (torch.empty(shape[1], device="meta") for _ in range(4))
-    scale, shift, dscale, dshift = (torch.empty(shape[:2], dtype=dtype, device="meta") for _ in range(4))
-    mean, rstd = (torch.empty(shape[0], 32, device="meta") for _ in range(2))
-    inputs = (x, 32, weight, bias)
-    forward = group_norm_silu.forward_launches(*inputs, 1e-5, "silu", scale, shift, y, mean, rstd)
-    return forward + group_norm_silu.backward_launches(
-        grad, *inputs, "silu", scale, shift, mean, rstd, dx, dweight, dbias, dscale, dshift
-    )
+# ---- reading the code ----
 
 
-def table(ops: list[str], dtype: torch.dtype, quick: bool = False) -> Iterator[tuple[str, Launch]]:
-    """A label for people and a launch, for every kernel of every shape; quick: of each op's first shape."""
-    for op in ops:
-        for shape in SHAPES[op][: 1 if quick else None]:
-            if op == "attention":
-                yield from ((f"attention {shape}", launch) for launch in attention_launches(shape, dtype))
-                continue
-            for layout in (torch.contiguous_format, torch.channels_last):
-                label = f"group_norm_silu {shape} {str(layout).removeprefix('torch.').removesuffix('_format')}"
-                yield from ((label, launch) for launch in group_norm_silu_launches(shape, dtype, layout))
+def _lengths(launch: Launch) -> dict[str, list[int]]:
+    """The tile of one turn: its queries, keys and columns, in pieces."""
+    options = launch.options
+    keys = [options[name] for name in ("M0", "M1", "KEYS", "BLOCK_M") if options.get(name)]
+    columns = [options[name] for name in ("D0", "D1") if options.get(name)]
+    return {"q": [options["BLOCK_N"]], "k": keys, "d": columns, "D": columns}
+
+
+def _matrix_need(launch: Launch, warps: int) -> int:
+    """Multiply-adds of the tiles of one turn; of a small tile every warp computes one part of 16 × 8 at least."""
+    need = 0
+    if (name := launch.kernel.__name__.lstrip("_")) in PRODUCTS:
+        lengths = _lengths(launch)
+        for a, b, c in PRODUCTS[name]:
+            need += sum(
+                max(x * y, 16 * 8 * warps) * z for x in lengths[a] for y in lengths[b] for z in lengths[c]
+            )  # fmt: skip
+    return need
+
+
+def _matrix_work(names: list[str], ptx: str, warps: int) -> int:
+    """Multiply-adds of a program's matrix instructions, each once.
+
+    Ampere's are a warp's, Hopper's a group's of four warps, and their names say how large they are. Blackwell's are a
+    program's, their size is in a descriptor, a constant in the PTX: rows / 16 from bit 24, columns / 8 from bit 17.
+    """
+    work = 0
+    for name, count in Counter(names).items():
+        if match := re.match(r"HMMA\.(16)(8)(\d+)", name):
+            work += count * warps * math.prod(map(int, match.groups()))
+        elif match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
+            work += count * (warps // 4) * math.prod(map(int, match.groups()))
+    constants = dict(re.findall(r"mov\.b32\s+(%r\d+), (-?\d+);", ptx))
+    for register in re.findall(r"tcgen05\.mma\.\S+ \[ [^\]]+\], (?:%rd\d+|\[[^\]]+\]), %rd\d+, (%r\d+|\d+),", ptx):
+        descriptor = int(constants.get(register, register))
+        work += (descriptor >> 24 & 31) * 16 * (descriptor >> 17 & 63) * 8 * 16
+    return work
+
+
+def _divisions(ptx: str) -> tuple[int, int]:
+    """Integer divisions and remainders in the PTX, and those of them inside loops."""
+    lines = ptx.splitlines()
+    labels = {line[:-1]: number for number, line in enumerate(lines) if re.match(r"\$L\w+:", line)}
+    inside = set()
+    for number, line in enumerate(lines):
+        if (match := re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)) and labels.get(match[1], number) < number:
+            inside |= set(range(labels[match[1]], number))
+    places = [number for number, line in enumerate(lines) if re.search(r"\b(div|rem)\.[su](16|32|64)\b", line)]
+    return len(places), len(inside.intersection(places))
+
+
+def _tile_accesses(ttgir: str, launch: Launch) -> tuple[int, int]:
+    """How many whole tiles of group_norm_silu one turn reads and writes."""
+    if "CHANNELS" not in launch.options or "PIXELS" not in launch.options:
+        return 0, 0
+    tile = rf"tensor<{launch.options['CHANNELS']}x{launch.options['PIXELS']}x!tt\.ptr"
+    loads = len(re.findall(rf"(?:tt\.load|ttg\.async_copy_global_to_local) .*: {tile}", ttgir))
+    return loads, len(re.findall(rf"tt\.store .*: {tile}", ttgir))
+
+
+# ---- work and modelled times ----
+
+
+class Work(NamedTuple):
+    """One pass of an op; operations of tiles include what is padded and what is computed again."""
+
+    label: str
+    bytes: int
+    needed: int
+    ours: int
+    flash: int | None
+
+    def modelled(self, gpu: Gpu) -> float:
+        """Seconds: a bound from published peaks, not a measurement."""
+        return max(self.bytes / gpu.bandwidth, self.ours / gpu.flops)
+
+
+def attention_work(shape: AttentionShape, dtype: torch.dtype) -> list[Work]:
+    """The forward and the backward pass."""
+    launches = attention_launches(shape, dtype)
+    cut = next(i for i, launch in enumerate(launches) if "backward" in launch.kernel.__name__)
+    needed, result = flops("attention", Attention(*shape)), []
+    for name, part, times in (("forward", launches[:cut], 1.0), ("backward", launches[cut:], 2.5)):
+        ours = sum(_attention_flops(launch, shape) for launch in part)
+        flash = _flash_flops(shape, name == "backward")
+        label = f"attention {tuple(shape)} {name}"
+        result.append(Work(label, _bytes(part), int(times * needed), ours, flash))
+    return result
+
+
+def _attention_flops(launch: Launch, shape: AttentionShape) -> int:
+    """Of all turns of all programs."""
+    name = launch.kernel.__name__.lstrip("_")
+    if name not in PRODUCTS:
+        return 0
+    lengths = {axis: sum(pieces) for axis, pieces in _lengths(launch).items()}
+    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    lengths["D"] *= triton.cdiv(shape.D, lengths["d"])
+    if "tiles" in arguments:
+        turns = arguments["tiles"]
+    else:
+        turns = triton.cdiv(shape.N, lengths["q"]) if name == "backward_keys" else triton.cdiv(shape.M, lengths["k"])
+    return 2 * launch.programs * turns * sum(math.prod(lengths[axis] for axis in product) for product in PRODUCTS[name])
+
+
+def _flash_flops(shape: AttentionShape, backward: bool) -> int | None:
+    width = next((width for width in FLASH if width >= shape.D), None)
+    if width is None:
+        return None
+    queries, keys = FLASH[width][backward]
+    scores = triton.cdiv(shape.N, queries) * queries * triton.cdiv(shape.M, keys) * keys
+    return (10 if backward else 4) * shape.B * shape.H * scores * width
+
+
+def group_norm_silu_work(shape: GroupNormShape, dtype: torch.dtype, memory_format: torch.memory_format) -> list[Work]:
+    """The forward and the backward pass; their operations are nominal and far from any peak."""
+    launches = group_norm_silu_launches(shape, dtype, memory_format)
+    names = [launch.kernel.__name__ for launch in launches]
+    cut = next(i for i, name in enumerate(names) if "backward" in name or "grad" in name)
+    needed = flops("group_norm_silu", GroupNormSilu(tuple(shape[:4]), GROUPS))
+    layout = next(name for name, layout in LAYOUTS.items() if layout == memory_format)
+    label = f"group_norm_silu {tuple(shape[:4])} {layout}"
+    return [
+        Work(f"{label} {name}", _bytes(part), times * needed, times * needed, None)
+        for name, part, times in (("forward", launches[:cut], 1), ("backward", launches[cut:], 2))
+    ]
+
+
+def _bytes(launches: Iterable[Launch]) -> int:
+    """Every tensor once for each kernel that takes it."""
+    return sum(x.numel() * x.element_size() for launch in launches for x in launch.args if isinstance(x, torch.Tensor))
+
+
+# ---- the tables ----
+
+
+def _print_kernels(variants: list[Variant], architectures: list[int]) -> list[dict[str, Any]]:
+    columns = [field.name for field in fields(Static)]
+    widths = [max(6, len(name)) for name in columns[1:]]
+    print("  ".join([f"{'kernel':16}", *(f"{name:>{w}}" for name, w in zip(columns[1:], widths, strict=True)), "for"]))
+    results = []
+    for launch, label, others in variants:
+        for arch in architectures:
+            static = asdict(compile_launch(launch, arch))
+            values = (f"{static[name]:>{width}}" for name, width in zip(columns[1:], widths, strict=True))
+            more = f" and {others} more" if others else ""
+            print("  ".join([f"{static['kernel']:16}", *values, label + more]), flush=True)
+            results.append({"work": label, **static})
+    return results
+
+
+def _print_works(all_works: list[Work]) -> None:
+    times = "  ".join(f"modelled {gpu.name} µs" for gpu in GPUS)
+    print(f"{'work':62}  {'MB':>8}  {'GFLOP needed':>12}  {'of our tiles':>12}  {'of FA-2 tiles':>13}  {times}")
+    for work in all_works:
+        flash = "-" if work.flash is None else f"{work.flash / 1e9:.2f}"
+        counts = f"{work.bytes / 1e6:8.2f}  {work.needed / 1e9:12.2f}  {work.ours / 1e9:12.2f}  {flash:>13}"
+        print("  ".join([f"{work.label:62}", counts, *(f"{work.modelled(gpu) * 1e6:16.2f}" for gpu in GPUS)]))
 
 
 def main() -> None:
@@ -180,25 +449,30 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities, 80 = sm_80")
     parser.add_argument("--op", nargs="+", choices=SHAPES, default=list(SHAPES), help="which ops")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
-    parser.add_argument("--quick", action="store_true", help="only the first shape of each op")
+    parser.add_argument("--quick", action="store_true", help="only one shape of each op")
     arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
 
-    columns = [field.name for field in fields(Static)]
-    print("  ".join([f"{'kernel':18}", *(f"{column:>11}" for column in columns[1:])]))
-    results, label_before = [], ""
-    for label, launch in table(arguments.op, getattr(torch, arguments.dtype), arguments.quick):
-        if label != label_before:
-            print(f"{label} {arguments.dtype}", flush=True)
-        label_before = label
-        for arch in arguments.arch:
-            static = asdict(compile_launch(launch, arch))
-            print(
-                "  ".join([f"{static['kernel']:18}", *(f"{static[column]:>11}" for column in columns[1:])]), flush=True
-            )
-            results.append({"work": label, "dtype": arguments.dtype, **static})
+    shapes = {op: [QUICK[op]] if arguments.quick else SHAPES[op] for op in arguments.op}
+    modelled = [work for shape in shapes.get("attention", ()) for work in attention_work(shape, dtype)]
+    for shape in shapes.get("group_norm_silu", ()):
+        modelled += [work for layout in LAYOUTS.values() for work in group_norm_silu_work(shape, dtype, layout)]
+    _print_works(modelled)
+    print()
+    results = _print_kernels(distinct(works(arguments.op, dtype, arguments.quick)), arguments.arch)
     spilling = sum(result["local"] > 0 or result["stack"] > 0 for result in results)
     print(f"{len(results)} kernels, {spilling} with spills")
-    print(json.dumps({"benchmark": "gpu_static", "triton": triton.__version__, "kernels": results}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "gpu_static",
+                "triton": triton.__version__,
+                "dtype": arguments.dtype,
+                "kernels": results,
+                "works": [work._asdict() for work in modelled],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ class Launch(NamedTuple):
     programs: int
     args: tuple[Any, ...]
     options: dict[str, Any]
+    resident: int = 1  # programs that one multiprocessor is meant to hold at a time: registers and memory allow it
 
     def run(self) -> None:
         self.kernel[(self.programs,)](*self.args, **self.options)

@@ -34,6 +34,7 @@ SHORT_WIDTH = 256  # widest head with which they fit
 SHORT_MASKED = 96, 12800  # with a mask: keys, and keys times columns, both padded
 SHORT_GRADIENT = 80  # widest head whose dk and dv for all those keys stay in a program's registers
 WIDEST = 1024
+RESIDENT_WARPS = 8  # that a multiprocessor is meant to hold: two for each scheduler, at up to 255 registers a thread
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32
@@ -626,11 +627,13 @@ def forward_launches(
         tiles = max(1, min(4, n // (8 * block)))
         options.update(D0=d0, D1=d1, M0=m0, M1=m1, BLOCK_N=block, num_warps=warps)
         args = (*tensors, h, n, m, tiles, scale * LOG2E.value)
-        return [Launch(_forward_short, b * h * triton.cdiv(n, block * tiles), args, options)]
+        programs = b * h * triton.cdiv(n, block * tiles)
+        return [Launch(_forward_short, programs, args, options, RESIDENT_WARPS // warps)]
     columns, own, step, warps = _plan(d, half, mask is not None)
     options.update(columns, BLOCK_N=own, BLOCK_M=step, EVEN_M=m % step == 0, num_warps=warps)
     args = (*tensors, h, n, m, d, scale * LOG2E.value)
-    return [Launch(_forward_long, b * h * triton.cdiv(n, own) * columns["PIECES"], args, options)]
+    programs = b * h * triton.cdiv(n, own) * columns["PIECES"]
+    return [Launch(_forward_long, programs, args, options, RESIDENT_WARPS // warps)]
 
 
 def backward_launches(
@@ -660,11 +663,12 @@ def backward_launches(
         groups = triton.cdiv(n, block * tiles)
         dk_parts, dv_parts = torch.empty((2, b * h * groups, m, d), dtype=torch.float32, device=q.device)
         args = (grad, q, k, v, mask, lse, dq, dk_parts, dv_parts, *strides, *mask_strides, h, n, m, tiles, *scales)
-        options.update(D0=d0, D1=d1, KEYS=keys, BLOCK_N=block, num_warps=8 if keys > 64 else 4)
+        warps = 8 if keys > 64 else 4
+        options.update(D0=d0, D1=d1, KEYS=keys, BLOCK_N=block, num_warps=warps)
         add = {"D": d, "BLOCK": 256, "num_warps": 2, "enable_fp_fusion": True}
         return [
-            Launch(_backward_short, b * h * groups, args, options),
-            Launch(_sum_parts, b * h * triton.cdiv(m * d, 256), (dk_parts, dv_parts, dk, dv, h, m, groups), add),
+            Launch(_backward_short, b * h * groups, args, options, RESIDENT_WARPS // warps),
+            Launch(_sum_parts, b * h * triton.cdiv(m * d, 256), (dk_parts, dv_parts, dk, dv, h, m, groups), add, 8),
         ]
     delta = torch.empty_like(lse)
     sizes = (*mask_strides, h, n, m, d, *scales)
@@ -672,11 +676,13 @@ def backward_launches(
     even = m % step == 0
     args = (grad, q, k, v, mask, out, lse, dq, delta, *strides, *_in_units(unit, out), *sizes)
     for_queries = {**options, **columns, "BLOCK_N": own, "BLOCK_M": step, "EVEN_M": even, "num_warps": warps}
-    queries = Launch(_backward_queries, b * h * triton.cdiv(n, own) * columns["PIECES"], args, for_queries)
+    programs = b * h * triton.cdiv(n, own) * columns["PIECES"]
+    queries = Launch(_backward_queries, programs, args, for_queries, RESIDENT_WARPS // warps)
     columns, own, step, warps = _plan(d, half, mask is not None, backward=True, keys=True)
     args = (grad, q, k, v, mask, lse, delta, dk, dv, *strides, *sizes)
     for_keys = {**options, **columns, "BLOCK_N": step, "BLOCK_M": own, "num_warps": warps}
-    return [queries, Launch(_backward_keys, b * h * triton.cdiv(m, own) * columns["PIECES"], args, for_keys)]
+    programs = b * h * triton.cdiv(m, own) * columns["PIECES"]
+    return [queries, Launch(_backward_keys, programs, args, for_keys, RESIDENT_WARPS // warps)]
 
 
 def attention(

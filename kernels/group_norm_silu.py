@@ -41,6 +41,7 @@ ROW_BYTES = 128  # least that is read in a row of a channels_last tensor
 CHUNKS = 256  # most partial results per channel
 SPREAD = 1024  # programs of an image from which on each of them applies several tiles, at most STEPS
 STEPS = 8
+RESIDENT_WARPS = 16  # that a multiprocessor is meant to hold, each with half a kilobyte or more of x on its way
 MOST_CHANNELS = 1 << 20  # for which `_group_of` is exact
 # Arguments of which a kernel needs to know nothing in advance: how rows are aligned is in UNIT. So one compiled kernel
 # serves every size of image and number of channels that is divided alike.
@@ -475,7 +476,7 @@ def forward_launches(
     if tile := _on_chip(x, width, ON_CHIP):
         args = (x, weight, bias, scale, shift, y, mean, rstd, c, s, num_groups, width, eps)
         options = {**_block(*tile, 16), **_unit(x, width), "SILU": activation == "silu"}
-        return [Launch(_forward_group, b * num_groups, args, options)]
+        return [Launch(_forward_group, b * num_groups, args, options, _resident(options))]
     stats, means, deviations, pixels = stats_launch(x)
     merge = (means, deviations, mean, rstd, s, num_groups, width, means.shape[-1], pixels, eps)
     return [
@@ -491,6 +492,11 @@ def _block(channels: int, pixels: int, elements: int) -> dict[str, Any]:
     return {"CHANNELS": channels, "PIXELS": pixels, "num_warps": warps, "enable_fp_fusion": True}
 
 
+def _resident(options: dict[str, Any]) -> int:
+    """Programs of these options that a multiprocessor is meant to hold."""
+    return max(1, RESIDENT_WARPS // options["num_warps"])
+
+
 def stats_launch(x: torch.Tensor) -> tuple[Launch, torch.Tensor, torch.Tensor, int]:
     """The first half of the split form, the (B, C, chunks) means and squared deviations it fills, pixels per chunk."""
     b, c = x.shape[:2]
@@ -499,7 +505,7 @@ def stats_launch(x: torch.Tensor) -> tuple[Launch, torch.Tensor, torch.Tensor, i
     means, deviations = torch.empty((2, b, c, chunks), dtype=torch.float32, device=x.device)
     options = {**_block(split.channels, split.pixels, 32), **_unit(x)}
     args = (x, means, deviations, c, s, chunks, split.steps)
-    launch = Launch(_stats, chunks * triton.cdiv(c, split.channels) * b, args, options)
+    launch = Launch(_stats, chunks * triton.cdiv(c, split.channels) * b, args, options, _resident(options))
     return launch, means, deviations, split.pixels * split.steps
 
 
@@ -522,7 +528,7 @@ def apply_launch(
     args = (x, weight, bias, scale, shift, mean, rstd, y, c, s, num_groups, _per_width(c // num_groups), chunks)
     options = {**_block(split.channels, split.pixels, 32), **_unit(x), "SILU": activation == "silu"}
     programs = chunks * triton.cdiv(c, split.channels) * b
-    return Launch(_apply, programs, (*args, split.steps_apply), options)
+    return Launch(_apply, programs, (*args, split.steps_apply), options, _resident(options))
 
 
 def _per_width(width: int) -> int:
@@ -556,7 +562,7 @@ def backward_launches(
     if tile := _on_chip(x, width, ON_CHIP // 2):
         options = {**_block(*tile, 16), **_unit(x, width), **silu}
         args = (*inputs, dx, sums, sums_hat, c, s, num_groups, width)
-        launches = [Launch(_backward_group, b * num_groups, args, options)]
+        launches = [Launch(_backward_group, b * num_groups, args, options, _resident(options))]
     else:
         split, per_width = _split(x), _per_width(width)
         tiles = triton.cdiv(c, split.channels) * b
@@ -566,11 +572,11 @@ def backward_launches(
         add = (*inputs, parts, parts_hat, c, s, num_groups, per_width, chunks, split.steps)
         merge = (parts, parts_hat, weight, scale, sums, sums_hat, levels, slopes, c, s, num_groups, width, chunks)
         apply = (*inputs, levels, slopes, dx, c, s, num_groups, per_width, chunks_apply, split.steps_apply)
-        options = {**_block(split.channels, split.pixels, 32), **_unit(x), **silu}
+        options = {**_block(split.channels, split.pixels, 16), **_unit(x), **silu}
         launches = [
-            Launch(_grad_sums, chunks * tiles, add, options),
+            Launch(_grad_sums, chunks * tiles, add, options, _resident(options)),
             Launch(_merge_grads, b * num_groups, merge, {"CHANNELS": 32, "BLOCK": 32, "num_warps": 4, **fusion}),
-            Launch(_grad_apply, chunks_apply * tiles, apply, options),
+            Launch(_grad_apply, chunks_apply * tiles, apply, options, _resident(options)),
         ]
     if any(gradient is not None for gradient in (dweight, dbias, dscale, dshift)):
         args = (sums, sums_hat, weight, bias, scale, dweight, dbias, dscale, dshift, b, c)
