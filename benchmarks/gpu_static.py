@@ -9,7 +9,8 @@ and no time on a GPU is claimed. The last line is JSON.
 One table has a line for each compiled kernel and architecture. Counts are of instructions in the machine code:
 the body of a loop counts once. `matrix` is the matrix work that the instructions do, in units of what the tiles
 need: 1 where nothing is padded and nothing computed twice (on sm_100 also 2, where the compiler sets the first turn of
-a loop apart). `resident` are the programs that one multiprocessor can hold, of those that the plan means it to.
+a loop apart). `resident` are the programs that one multiprocessor can hold, `declared` those that the plan means it to.
+What is wrong with a kernel stands in brackets (see `faults`).
 
 The other has a line for each shape and pass: bytes (every tensor once for each kernel that takes it; what is read again
 comes from a cache), floating-point operations of the work itself, of our tiles, and of the tiles that FlashAttention-2
@@ -95,6 +96,19 @@ PRODUCTS = {
 }
 
 
+# group_norm_silu's kernels that see all of x, and the tiles that they read and write in one turn. So bytes are minimal:
+# x once and y once where a group fits on chip, x twice and y once where it does not; with grad besides, backward.
+TRAFFIC = {
+    "forward_group": (1, 1),
+    "stats": (1, 0),
+    "apply": (1, 1),
+    "backward_group": (2, 1),
+    "grad_sums": (2, 0),
+    "grad_apply": (2, 1),
+}
+LOADS = ("tt.load", "ttg.async_copy_global_to_local")
+
+
 @dataclass(frozen=True)
 class Static:
     """One compiled kernel; `local` counts accesses to local memory, which is where spilled registers go."""
@@ -115,10 +129,12 @@ class Static:
     atomics: int
     loads: int
     loads_128: int
+    tile_loads: int  # loads of 128 bits that a thread's part of the tiles comes to
     stores: int
     stores_128: int
-    tile_loads: int  # whole tiles read by one turn, and written
     tile_stores: int
+    reads: int  # of a whole tile of group_norm_silu in one turn
+    writes: int
     divisions: int  # of integers
     loop_divisions: int  # of integers, inside loops
 
@@ -240,7 +256,8 @@ def compile_launch(launch: Launch, arch: int) -> Static:
     warps, tensor_memory = built.metadata.num_warps, getattr(built.metadata, "tmem_size", 0) or 0
     done, needed = _matrix_work(names, built.asm["ptx"], warps), _matrix_need(launch, warps)
     divisions, loop_divisions = _divisions(built.asm["ptx"])
-    tile_loads, tile_stores = _tile_accesses(built.asm["ttgir"], launch)
+    loaded, stored = _tiles(built.asm["ttgir"], *LOADS), _tiles(built.asm["ttgir"], "tt.store")
+    whole = launch.options.get("CHANNELS", 0), launch.options.get("PIXELS", 0)
     # asynchronous copies from global to shared memory (LDGSTS) are loads as well; atomics on shared memory (ATOMS) are
     # how Blackwell hands out its tensor memory
     return Static(
@@ -260,10 +277,12 @@ def compile_launch(launch: Launch, arch: int) -> Static:
         atomics=sum(counts[name] for name in ("ATOM", "ATOMG", "RED", "REDG")),
         loads=counts["LDG"] + counts["LDGSTS"],
         loads_128=wide["LDG"] + wide["LDGSTS"],
+        tile_loads=_wide_accesses(loaded, warps),
         stores=counts["STG"],
         stores_128=wide["STG"],
-        tile_loads=tile_loads,
-        tile_stores=tile_stores,
+        tile_stores=_wide_accesses(stored, warps),
+        reads=sum(tile[:2] == whole for tile in loaded),
+        writes=sum(tile[:2] == whole for tile in stored),
         divisions=divisions,
         loop_divisions=loop_divisions,
     )
@@ -335,13 +354,43 @@ def _divisions(ptx: str) -> tuple[int, int]:
     return len(places), len(inside.intersection(places))
 
 
-def _tile_accesses(ttgir: str, launch: Launch) -> tuple[int, int]:
-    """How many whole tiles of group_norm_silu one turn reads and writes."""
-    if "CHANNELS" not in launch.options or "PIXELS" not in launch.options:
-        return 0, 0
-    tile = rf"tensor<{launch.options['CHANNELS']}x{launch.options['PIXELS']}x!tt\.ptr"
-    loads = len(re.findall(rf"(?:tt\.load|ttg\.async_copy_global_to_local) .*: {tile}", ttgir))
-    return loads, len(re.findall(rf"tt\.store .*: {tile}", ttgir))
+def _tiles(ttgir: str, *operations: str) -> list[tuple[int, int, int]]:
+    """Rows, columns and bits per element of the tiles that these operations read or write."""
+    found = re.findall(rf"(?:{'|'.join(operations)}) .*?: tensor<(\d+)x(\d+)x!tt\.ptr<[a-z]+(\d+)>", ttgir)
+    return [tuple(map(int, tile)) for tile in found]
+
+
+def _wide_accesses(tiles: list[tuple[int, int, int]], warps: int) -> int:
+    """How many of 128 bits a thread's part of these tiles comes to; parts smaller than that cannot have one."""
+    return sum(rows * columns * bits // (32 * warps * 128) for rows, columns, bits in tiles)
+
+
+# ---- gates ----
+
+
+def faults(static: Static, dtype: torch.dtype, aligned: bool = True) -> list[str]:
+    """What is wrong with a compiled kernel; aligned: rows are whole multiples of 16 bytes, and nothing is masked."""
+    product, stream = static.kernel in PRODUCTS, static.kernel in TRAFFIC
+    half = dtype != torch.float32
+    checks = {
+        "spills": static.stack == static.local == 0,
+        "atomics": static.atomics == 0,
+        "occupancy": static.resident >= static.declared,
+        # products of float32 keep their precision, so they do not go through the tensor cores (tf32 would)
+        "tensor cores": not product or (static.tensor_core > 0) == half,
+        "matrix work": not product or not half or static.matrix in ((1, 2) if static.arch >= 100 else (1,)),
+        "exponentials": not product or static.exp2 > 0,
+        "narrow loads": not aligned or static.loads_128 >= static.tile_loads,
+        "narrow stores": not aligned or static.stores_128 >= static.tile_stores,
+        "traffic": not stream or (static.reads, static.writes) == TRAFFIC[static.kernel],
+        "division in a loop": not stream or static.loop_divisions == 0,
+    }
+    return [name for name, holds in checks.items() if not holds]
+
+
+def aligned(launch: Launch) -> bool:
+    """Whether the rows of the tensors are whole multiples of 16 bytes: not those of maps of 2 × 2 or 6 × 6 pixels."""
+    return launch.options.get("UNIT", 1) * next(x for x in launch.args if x is not None).element_size() == 16
 
 
 # ---- work and modelled times ----
@@ -420,18 +469,21 @@ def _bytes(launches: Iterable[Launch]) -> int:
 # ---- the tables ----
 
 
-def _print_kernels(variants: list[Variant], architectures: list[int]) -> list[dict[str, Any]]:
+def _print_kernels(variants: list[Variant], architectures: list[int], dtype: torch.dtype) -> list[dict[str, Any]]:
+    """The table, line by line as the kernels are compiled, with what is wrong in front of what it is for."""
     columns = [field.name for field in fields(Static)]
     widths = [max(6, len(name)) for name in columns[1:]]
     print("  ".join([f"{'kernel':16}", *(f"{name:>{w}}" for name, w in zip(columns[1:], widths, strict=True)), "for"]))
     results = []
     for launch, label, others in variants:
         for arch in architectures:
-            static = asdict(compile_launch(launch, arch))
-            values = (f"{static[name]:>{width}}" for name, width in zip(columns[1:], widths, strict=True))
+            static = compile_launch(launch, arch)
+            result = {**asdict(static), "faults": faults(static, dtype, aligned(launch)), "work": label}
+            values = (f"{result[name]:>{width}}" for name, width in zip(columns[1:], widths, strict=True))
+            wrong = "".join(f"[{fault}] " for fault in result["faults"])
             more = f" and {others} more" if others else ""
-            print("  ".join([f"{static['kernel']:16}", *values, label + more]), flush=True)
-            results.append({"work": label, **static})
+            print("  ".join([f"{static.kernel:16}", *values, wrong + label + more]), flush=True)
+            results.append(result)
     return results
 
 
@@ -459,9 +511,8 @@ def main() -> None:
         modelled += [work for layout in LAYOUTS.values() for work in group_norm_silu_work(shape, dtype, layout)]
     _print_works(modelled)
     print()
-    results = _print_kernels(distinct(works(arguments.op, dtype, arguments.quick)), arguments.arch)
-    spilling = sum(result["local"] > 0 or result["stack"] > 0 for result in results)
-    print(f"{len(results)} kernels, {spilling} with spills")
+    results = _print_kernels(distinct(works(arguments.op, dtype, arguments.quick)), arguments.arch, dtype)
+    print(f"{len(results)} kernels, {sum(bool(result['faults']) for result in results)} with faults")
     print(
         json.dumps(
             {
