@@ -112,16 +112,16 @@ struct Block {
         F inverse[V];
         for (int v = 0; v < V; ++v) {
             const F sum = load(sums + row + v * W, Full{});
-            inverse[v] = 1.0f / sum;
-            for (int i = 0; i < W; ++i)
-                if (sum[i] == 0.0f) inverse[v][i] = 0.0f;  // every key masked
+            inverse[v] = sum == 0.0f ? zero() : 1.0f / sum;  // 0: every key masked
         }
         T* const to = head_of(static_cast<T*>(a.out), a.out_stride, batch, head);
         unpack_rows<V>(out + row * sizes.columns, inverse, rows_from(row), a.width,
                        to + (first_row + row) * a.out_stride[2], a.out_stride[2]);
-        float* const lse = a.lse + (batch * a.heads + head) * a.rows + first_row;
-        for (int64_t r = row; r < row + smaller(V * W, rows_from(row)); ++r)
-            lse[r] = sums[r] == 0.0f ? -infinity() : bases[r] * LN_2 + __builtin_logf(sums[r]);
+        float* const lse = a.lse + (batch * a.heads + head) * a.rows + first_row + row;
+        each_vector(smaller(V * W, rows_from(row)), [&](int64_t r, auto lanes) {
+            const F sum = load(sums + row + r, Full{}), base = load(bases + row + r, Full{});
+            store(lse + r, sum == 0.0f ? set(-infinity()) : fma(base, set(LN_2), log(sum)), lanes);
+        });
     }
 
     // `next`: the block that this thread will probably do next, or null.
@@ -152,51 +152,42 @@ bool run(const Attention& a) {
     const bool few_keys = a.keys <= CHUNK;
     const bool by_row = few_keys && a.heads * (sizes.key_floats + sizes.value_floats) <= CACHED_FLOATS;
     const bool by_head = !by_row && (threads == 1 || heads >= 4 * threads || heads % threads == 0);
-    const int64_t packed = by_head ? threads : heads;
+    const int64_t packed = by_head ? threads : heads, chunks = (a.keys + CHUNK - 1) / CHUNK;
     Scratch<float> keys(packed * sizes.key_floats), values(packed * sizes.value_floats);
     Scratch<float> work(threads * sizes.block_floats);
-    if (!keys.data || !values.data || !work.data) return false;
+    Scratch<int64_t> own(threads);  // by_head: the head whose keys and values a slot has packed
+    if (!keys.data || !values.data || !work.data || !own.data) return false;
 
-    const auto pack = [&](int64_t head, int64_t at) {
-        const int64_t batch = head / a.heads, h = head % a.heads;
-        pack_keys<Cells>(head_of(static_cast<const T*>(a.k), a.k_stride, batch, h), a.k_stride[2], a.keys, a.width,
-                         keys.data + at * sizes.key_floats);
-        const T* const v = head_of(static_cast<const T*>(a.v), a.v_stride, batch, h);
-        float* const to = values.data + at * sizes.value_floats;
-        for (int64_t first = 0; first < a.keys; first += CHUNK)
-            pack_values<Cells>(v + first * a.v_stride[2], a.v_stride[2], smaller(CHUNK, a.keys - first), a.width,
-                               to + sizes.values_of(first));
+    const auto pack = [&](int64_t head, int64_t chunk, int64_t at) {
+        const int64_t batch = head / a.heads, h = head % a.heads, first = chunk * CHUNK;
+        const int64_t n = smaller(CHUNK, a.keys - first);
+        pack_keys<Cells>(head_of(static_cast<const T*>(a.k), a.k_stride, batch, h) + first * a.k_stride[2],
+                         a.k_stride[2], n, a.width, keys.data + at * sizes.key_floats + first * sizes.width_cells);
+        pack_values<Cells>(head_of(static_cast<const T*>(a.v), a.v_stride, batch, h) + first * a.v_stride[2],
+                           a.v_stride[2], n, a.width, values.data + at * sizes.value_floats + sizes.values_of(first));
     };
-    const auto block = [&](int64_t head, int64_t number, int64_t at, int slot) {
+    const auto block = [&](int64_t i, int slot) {
+        int64_t head = i / blocks, number = i % blocks;
+        if (by_row) {
+            head = i / (blocks * a.heads) * a.heads + i % a.heads;
+            number = i / a.heads % blocks;
+        }
+        const int64_t at = by_head ? slot : head;
         return Block<Cells, T>(a, sizes, head, number * sizes.block_rows, keys.data + at * sizes.key_floats,
                                values.data + at * sizes.value_floats, work.data + slot * sizes.block_floats);
     };
-    if (by_head) {
-        parallel_for(heads, 1, threads, [&](int64_t begin, int64_t end, int slot) {
-            for (int64_t head = begin; head < end; ++head) {
-                pack(head, slot);
-                for (int64_t number = 0; number < blocks; ++number) {
-                    const auto next = block(head, number + 1 < blocks ? number + 1 : 0, slot, slot);
-                    block(head, number, slot, slot).attend(few_keys ? &next : nullptr);
-                }
-            }
+    for (int slot = 0; slot < threads; ++slot) own.data[slot] = -1;
+    if (!by_head)
+        parallel_for(heads * chunks, by_row ? chunks : 1, threads, [&](int64_t begin, int64_t end, int) {
+            for (int64_t i = begin; i < end; ++i) pack(i / chunks, i % chunks, i / chunks);
         });
-        return true;
-    }
-    parallel_for(heads, 1, threads, [&](int64_t begin, int64_t end, int) {
-        for (int64_t head = begin; head < end; ++head) pack(head, head);
-    });
-    const auto item = [&](int64_t i, int slot) {
-        if (!by_row) return block(i / blocks, i % blocks, i / blocks, slot);
-        const int64_t head = i / (blocks * a.heads) * a.heads + i % a.heads;
-        return block(head, i / a.heads % blocks, head, slot);
-    };
-    const int64_t grain = by_row && a.batch * blocks >= 4 * threads ? a.heads : 1;
-    parallel_for(heads * blocks, grain, threads, [&](int64_t begin, int64_t end, int slot) {
-        for (int64_t i = begin; i < end; ++i) {
-            const auto next = item(i + 1 < heads * blocks ? i + 1 : i, slot);
-            item(i, slot).attend(few_keys ? &next : nullptr);
+    parallel_shares(heads * blocks, threads, [&](int64_t i, int slot) {
+        if (by_head && own.data[slot] != i / blocks) {
+            own.data[slot] = i / blocks;
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) pack(i / blocks, chunk, slot);
         }
+        const auto next = block(i + 1 < heads * blocks ? i + 1 : i, slot);
+        block(i, slot).attend(few_keys ? &next : nullptr);
     });
     return true;
 }

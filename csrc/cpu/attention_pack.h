@@ -81,15 +81,20 @@ inline void pack_keys(const T* k, int64_t stride, int64_t rows, int64_t width, f
     }
 }
 
-// values[panel of columns][cell of keys][SIDE], panels up to a multiple of W columns.
+// values[panel of columns][cell of keys][SIDE], panels up to a multiple of W columns. A few rows at a time, so that
+// lines of a panel are filled while they are in the cache: panels lie powers of two apart and push one another out.
 template <class Cells, class T>
 inline void pack_values(const T* v, int64_t stride, int64_t rows, int64_t width, float* values) {
-    const int64_t panel = (rows + Cells::numbers - 1) / Cells::numbers * SIDE;
-    for (int64_t row = 0; row < rows; row += Cells::numbers, values += SIDE) {
-        const T *const from = v + row * stride, *const next = row + 1 < rows ? from + stride : nullptr;
+    constexpr int64_t GROUP = 4;  // cells
+    const int64_t cells = (rows + Cells::numbers - 1) / Cells::numbers;
+    for (int64_t first = 0; first < cells; first += GROUP)
         for (int64_t c = 0; c < width; c += W)
-            store_sides(values + c / SIDE * panel, panel, Cells::columns(from, next, c, width));
-    }
+            for (int64_t cell = first; cell < smaller(first + GROUP, cells); ++cell) {
+                const int64_t row = cell * Cells::numbers;
+                const T *const from = v + row * stride, *const next = row + 1 < rows ? from + stride : nullptr;
+                store_sides(values + (c / SIDE * cells + cell) * SIDE, cells * SIDE,
+                            Cells::columns(from, next, c, width));
+            }
 }
 
 // Rows of the result from sums[column][V * W], each times its query's factor.

@@ -23,6 +23,18 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline float infinity() { return __builtin_inff(); }
 
+// ln x of positive normal numbers within 1e-7 (1 + |ln x|), NaN and inf of themselves: with x = 2^e (1 + f), f in
+// [-1/3, 1/3), ln(1 + f) = f + f² p(f), p a minimax polynomial.
+inline F log(F x) {
+    constexpr float c[] = {0.1458464265f, -0.1562902331f, 0.1386712044f, -0.1636529863f,
+                           0.2002044022f, -0.2501101196f, 0.3333299458f, -0.4999988079f};
+    const I bits = (I)x, e = (bits - 0x3f2aaaab) >> 23;
+    const F f = as_float(bits - (e << 23)) - 1.0f;
+    F p = set(c[0]);
+    for (int i = 1; i < 8; ++i) p = fma(p, f, set(c[i]));
+    return x < infinity() ? fma(__builtin_convertvector(e, F), set(LN_2), fma(p * f, f, f)) : x;
+}
+
 struct Single {
     static constexpr int numbers = 1;
 
@@ -88,12 +100,12 @@ struct Pair {
 #endif
 
 // sums[s][v] += Σ_i panel[i * SIDE + s] · tile[i][v], i < n.
-template <class Cells, int V>
-inline void multiply(const float* panel, const float* tile, int64_t n, F (&sums)[SIDE][V]) {
+template <class Cells, int S, int V>
+inline void multiply(const float* panel, const float* tile, int64_t n, F (&sums)[S][V]) {
     for (int64_t i = 0; i < n; ++i) {
         F lanes[V];
         for (int v = 0; v < V; ++v) lanes[v] = load(tile + (i * V + v) * W, Full{});
-        for (int s = 0; s < SIDE; ++s) {
+        for (int s = 0; s < S; ++s) {
             const F cell = set(panel[i * SIDE + s]);
             for (int v = 0; v < V; ++v) sums[s][v] = Cells::add(cell, lanes[v], sums[s][v]);
         }
@@ -113,22 +125,42 @@ struct Ahead {
     }
 };
 
-// scores[k] = ⟨k_k, q⟩ for n keys, rounded up to whole panels. Panels follow one another, `cells` long.
+// scores[k] += ⟨k_k, q⟩ for the first S keys of a panel; if `first`, what is there is overwritten.
+template <class Cells, int S, int V>
+inline void score_panel(const float* panel, const float* q, int64_t cells, bool first, float* scores) {
+    F sums[S][V] = {};
+    multiply<Cells>(panel, q, cells, sums);
+    for (int s = 0; s < S; ++s)
+        for (int v = 0; v < V; ++v) {
+            float* const at = scores + (s * V + v) * W;
+            store(at, first ? sums[s][v] : load(at, Full{}) + sums[s][v], Full{});
+        }
+}
+
+// The last panel has S keys: a function for each S, so that sums of no key are not computed.
+template <class Cells, int S, int V>
+inline void score_last(const float* panel, const float* q, int64_t cells, bool first, float* scores, int64_t n) {
+    if constexpr (S > 0) {
+        if (n == S)
+            score_panel<Cells, S, V>(panel, q, cells, first, scores);
+        else
+            score_last<Cells, S - 1, V>(panel, q, cells, first, scores, n);
+    }
+}
+
+// scores[k] = ⟨k_k, q⟩ for n keys. Panels follow one another, `cells` long.
 template <class Cells, int V>
 inline void score(const float* q, const float* keys, int64_t cells, int64_t n, float* scores, Ahead& ahead) {
     const int64_t parts = (cells + LONGEST_CHAIN - 1) / LONGEST_CHAIN, step = (cells + parts - 1) / parts;
     for (int64_t i = 0; i < cells; i += step) {
-        for (int64_t k = 0; k < n; k += SIDE) {
+        const int64_t length = smaller(step, cells - i);
+        const float *const tile = q + i * V * W, *panel = keys + i * SIDE;
+        int64_t k = 0;
+        for (; k + SIDE <= n; k += SIDE, panel += SIDE * cells) {
             ahead.fetch();
-            F sums[SIDE][V] = {};
-            multiply<Cells, V>(keys + k * cells + i * SIDE, q + i * V * W, smaller(step, cells - i), sums);
-            float* const to = scores + k * V * W;
-            for (int s = 0; s < SIDE; ++s)
-                for (int v = 0; v < V; ++v) {
-                    float* const at = to + (s * V + v) * W;
-                    store(at, i == 0 ? sums[s][v] : load(at, Full{}) + sums[s][v], Full{});
-                }
+            score_panel<Cells, SIDE, V>(panel, tile, length, i == 0, scores + k * V * W);
         }
+        score_last<Cells, SIDE - 1, V>(panel, tile, length, i == 0, scores + k * V * W, n - k);
     }
 }
 
@@ -140,7 +172,7 @@ inline void accumulate(const float* weights, const float* values, int64_t values
     for (int64_t c = 0; c < columns; c += SIDE, values += values_stride, out += SIDE * V * W) {
         ahead.fetch();
         F sums[SIDE][V] = {};
-        multiply<Cells, V>(values, weights, cells, sums);
+        multiply<Cells>(values, weights, cells, sums);
         for (int s = 0; s < SIDE; ++s)
             for (int v = 0; v < V; ++v) {
                 float* const at = out + (s * V + v) * W;

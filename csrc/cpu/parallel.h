@@ -49,5 +49,28 @@ void parallel_for(int64_t n, int64_t grain, int threads, const Fn& fn) {
     run_team(body, &shared, threads);
 }
 
+// Calls fn(i, slot) for each i of [0, n), slots as above. Each thread begins with a share of its own, front to back,
+// and helps the others when that is done: neighbouring pieces, which may write to neighbouring memory or need the same
+// operands, mostly go to one thread.
+template <class Fn>
+void parallel_shares(int64_t n, int threads, const Fn& fn) {
+    constexpr int MOST = 64;
+    struct alignas(64) Share {
+        int64_t next, end;
+    } shares[MOST];
+    const int count = threads < MOST ? threads : MOST;
+    for (int i = 0; i < count; ++i) shares[i] = {n * i / count, n * (i + 1) / count};
+    parallel_for(threads, 1, threads, [&](int64_t, int64_t, int slot) {
+        for (int i = 0; i < count; ++i) {
+            Share& share = shares[(slot + i) % count];
+            for (;;) {
+                const int64_t piece = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED);
+                if (piece >= share.end) break;
+                fn(piece, slot);
+            }
+        }
+    });
+}
+
 }  // namespace ldm::LDM_ISA
 #endif
