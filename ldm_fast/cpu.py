@@ -111,9 +111,9 @@ def unavailable() -> str | None:
 
 def _unsupported(**tensors: Tensor | None) -> str | None:
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None or (tensor.is_cpu and tensor.dtype in _DTYPES):
             continue
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"runs on CPU tensors, {name} is on {tensor.device}"
         if tensor.dtype not in _DTYPES:
             return f"computes float32, bfloat16 and float16, {name} is {tensor.dtype}"
@@ -126,7 +126,9 @@ def _address(tensor: Tensor | None) -> int:
 
 def _parameter(tensor: Tensor | None) -> Tensor | None:
     """Small vectors go to the kernels as contiguous float32."""
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.float().contiguous()
 
 
 # ---- attention ----
@@ -218,7 +220,8 @@ def group_norm_silu(
     """See `reference.group_norm_silu`; x contiguous or channels_last."""
     channels_last, shape = _shape(x, num_groups)
     y = torch.empty_like(x)
-    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
+    mean = x.new_empty((shape[0], num_groups), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
     parameters = [_parameter(t) for t in (weight, bias, scale, shift)]
     _native().group_norm_silu(
         _DTYPES[x.dtype],

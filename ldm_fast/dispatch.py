@@ -128,6 +128,25 @@ def run_backward(op: str, impl: str, forward_args: tuple[Any, ...], backward_arg
     return getattr(module_of(op, name), f"{op}_backward")(*backward_args)
 
 
+def nothing_to_dispatch(*tensors: Tensor | None) -> bool:
+    """Whether all that PyTorch's dispatcher would do with these is to call the kernel: CPU tensors, no gradient to be
+    recorded, nobody watching. It may then be left out, which saves several times what a small op takes.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled():
+        return False
+    recorded = torch.is_grad_enabled()
+    return all(
+        t is None
+        or (type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and not t.is_neg())
+        and not (recorded and t.requires_grad)
+        for t in tensors
+    )
+
+
 def check_impl(op: str, impl: str | None) -> str:
     """`impl` as the registered op takes it, "" for None."""
     if impl is not None and impl not in IMPLEMENTATIONS[op]:

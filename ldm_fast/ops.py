@@ -13,6 +13,7 @@ from ldm_fast.dispatch import (
     check_impl,
     check_no_tangent,
     define,
+    nothing_to_dispatch,
     refuse_gradient,
     register_autograd,
     run,
@@ -72,7 +73,9 @@ def attention(
         mask = _check_mask(mask, q, k)
     check_no_tangent("attention", q=q, k=k, v=v)
     q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
-    return torch.ops.ldm_fast.attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else float(scale), impl)[0]
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    call = _attention if nothing_to_dispatch(q, k, v, mask) else torch.ops.ldm_fast.attention
+    return call(q, k, v, mask, scale, impl)[0]
 
 
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -196,9 +199,9 @@ def group_norm_silu(
     _check_group_norm("group_norm_silu", x, num_groups)
     _check_affine("group_norm_silu", x, weight, bias, eps, activation, scale, shift)
     x = x if _is_dense(x) else x.contiguous()
-    return torch.ops.ldm_fast.group_norm_silu(
-        x, num_groups, weight, bias, float(eps), activation or "", scale, shift, impl
-    )[0]
+    plain = nothing_to_dispatch(x, weight, bias, scale, shift)
+    call = _group_norm_silu if plain else torch.ops.ldm_fast.group_norm_silu
+    return call(x, num_groups, weight, bias, float(eps), activation or "", scale, shift, impl)[0]
 
 
 def _check_group_norm(op: str, x: Tensor, num_groups: int) -> None:
@@ -297,7 +300,9 @@ def _group_norm_silu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 
 def _group_norm_silu_autograd(ctx: Any, grad: Tensor, *_: Tensor):
     x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-    dx, dweight, dbias, dscale, dshift = torch.ops.ldm_fast.group_norm_silu_backward(
+    plain = nothing_to_dispatch(grad, x, weight, bias, scale, shift)
+    call = _group_norm_silu_backward if plain else torch.ops.ldm_fast.group_norm_silu_backward
+    dx, dweight, dbias, dscale, dshift = call(
         grad, x, ctx.num_groups, weight, bias, ctx.eps, ctx.activation, scale, shift, mean, rstd, ctx.impl
     )
     present = (

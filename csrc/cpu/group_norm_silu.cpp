@@ -6,13 +6,25 @@
 namespace ldm::LDM_ISA {
 namespace {
 
+template <class T, bool silu, bool streamed>
+bool forward(const GroupNormSilu& a) {
+    // With one pixel both layouts are the same memory, and vectors should run over channels.
+    if (a.channels_last || a.spatial == 1) return channels_last::forward<T, silu, streamed>(a);
+    return contiguous::forward<T, silu, streamed>(a);
+}
+
+template <class T, bool silu>
+bool forward(const GroupNormSilu& a) {
+    T* const y = static_cast<T*>(a.y);
+    const int64_t bytes = y ? a.batch * a.channels * a.spatial * static_cast<int64_t>(sizeof(T)) : 0;
+    prefer_huge_pages(y, bytes);
+    const bool streamed = bytes >= STREAMED_BYTES && streamable(y, a.channels_last ? a.channels : a.spatial);
+    return streamed ? forward<T, silu, true>(a) : forward<T, silu, false>(a);
+}
+
 template <class T>
 bool forward(const GroupNormSilu& a) {
-    if (a.y) prefer_huge_pages(a.y, a.batch * a.channels * a.spatial * static_cast<int64_t>(sizeof(T)));
-    // With one pixel both layouts are the same memory, and vectors should run over channels.
-    if (a.channels_last || a.spatial == 1)
-        return a.silu ? channels_last::forward<T, true>(a) : channels_last::forward<T, false>(a);
-    return a.silu ? contiguous::forward<T, true>(a) : contiguous::forward<T, false>(a);
+    return a.silu ? forward<T, true>(a) : forward<T, false>(a);
 }
 
 template <class T>

@@ -21,13 +21,14 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
-#include "simd/vec.h"
+#include "simd/stream.h"
 
 namespace ldm::LDM_ISA {
 
 constexpr int64_t SLAB_ELEMENTS = 65536;
-constexpr int64_t KEPT_ELEMENTS = 131072;           // of dh in float32: 512 KiB, half an L2 cache
-constexpr int64_t ELEMENTS_WORTH_A_THREAD = 16384;  // starting a team costs a few microseconds
+constexpr int64_t STREAMED_BYTES = int64_t{8} << 20;  // a result of this size is out of the caches before it is read
+constexpr int64_t KEPT_ELEMENTS = 131072;             // of dh in float32: 512 KiB, half an L2 cache
+constexpr int64_t ELEMENTS_WORTH_A_THREAD = 16384;    // starting a team costs a few microseconds
 
 // Chan, Golub & LeVeque (1979).
 inline void merge(Moments& into, const Moments& other) {
@@ -78,6 +79,25 @@ inline Affine affine(const Args& a, int64_t batch, int64_t channel) {
     return {weight * gain, bias * gain + (a.shift ? a.shift[i] : 0.0f)};
 }
 
+// What the apply phase multiplies p and q by, so that exp2 can take what they give, t = STRETCH h, as it is.
+template <bool silu>
+constexpr float STRETCH = silu ? -LOG2_E : 1.0f;
+
+// Of n channels from `channel` on in one group: what the apply phase multiplies x - mean by and what it adds to it.
+template <bool silu>
+inline void write_affine(const GroupNormSilu& a, int64_t batch, int64_t channel, int64_t n, Centre centre, float* gains,
+                         float* offsets) {
+    const int64_t first = batch * a.channels + channel;
+    each_vector(n, [&](int64_t i, auto lanes) {
+        F p = set(STRETCH<silu>), q = zero();
+        if (a.scale) p = p + p * load(a.scale + first + i, lanes);
+        if (a.bias) q = p * load(a.bias + channel + i, lanes);
+        if (a.shift) q = fma(load(a.shift + first + i, lanes), set(STRETCH<silu>), q);
+        if (a.weight) p = p * load(a.weight + channel + i, lanes);
+        store(gains + i, p * centre.rstd, lanes), store(offsets + i, q - p * centre.rest, lanes);
+    });
+}
+
 // How exactly a sigmoid has to be known whose result is rounded to T: the degree of the polynomial in exp2.
 template <class T>
 constexpr int DEGREE = 5;
@@ -86,15 +106,17 @@ constexpr int DEGREE<f16> = 4;
 template <>
 constexpr int DEGREE<bf16> = 3;
 
-// 1 + exp(-h), the reciprocal of the sigmoid: a division takes less than a reciprocal and what mends it.
+// The activation of h = t / STRETCH; SiLU is t / (STRETCH + STRETCH 2^t). A division takes less than a reciprocal and
+// what mends it.
+template <class T, bool silu>
+[[gnu::always_inline]] inline F activate(F t) {
+    return silu ? t / (exp2<DEGREE<T>>(t, STRETCH<silu>) + STRETCH<silu>) : t;
+}
+
+// 1 + exp(-h), the reciprocal of the sigmoid.
 template <class T>
 [[gnu::always_inline]] inline F one_and_exp(F h) {
     return exp2<DEGREE<T>>(h * -LOG2_E) + 1.0f;
-}
-
-template <class T, bool silu>
-[[gnu::always_inline]] inline F activate(F h) {
-    return silu ? h / one_and_exp<T>(h) : h;
 }
 
 // grad times the derivative of the activation at h.

@@ -87,7 +87,7 @@ inline void measure(const T* x, int64_t n, int64_t channels, int64_t groups, flo
     }
 }
 
-template <class T, bool silu>
+template <class T, bool silu, bool streamed>
 bool forward(const GroupNormSilu& a) {
     const Slabs slabs(a.channels, a.spatial);
     const int64_t units = a.batch, C = a.channels, per_group = C / a.groups, per_sample = C * a.spatial;
@@ -108,10 +108,9 @@ bool forward(const GroupNormSilu& a) {
         const Moments* const of_unit = measured.data + unit * slabs.per_unit * a.groups;
         for (int64_t g = 0; g < a.groups; ++g) {
             const Centre group = conclude(a, unit * a.groups + g, of_unit + g, slabs.per_unit, a.groups);
-            for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
-                const Affine f = affine(a, unit, c);
-                mean[c] = group.mean, mean[C + c] = group.rstd * f.p, mean[2 * C + c] = f.q - group.rest * f.p;
-            }
+            const int64_t c = g * per_group;
+            each_vector(per_group, [&](int64_t i, auto lanes) { store(mean + c + i, set(group.mean), lanes); });
+            write_affine<silu>(a, unit, c, per_group, group, mean + C + c, mean + 2 * C + c);
         }
     };
     const auto last = [&](int64_t unit, int64_t slab, int) {
@@ -121,8 +120,14 @@ bool forward(const GroupNormSilu& a) {
         each_pixel(slabs.end(slab) - begin, C, [&](int64_t c, int64_t at, auto lanes) {
             const F mean = load(rows + c, lanes), p = load(rows + C + c, lanes), q = load(rows + 2 * C + c, lanes);
             const int64_t i = from + at;
-            store(y + i, activate<T, silu>(fma(load(x + i, lanes) - mean, p, q)), lanes);
+            const F v = activate<T, silu>(fma(load(x + i, lanes) - mean, p, q));
+            if constexpr (streamed) {
+                stream(y + i, v, lanes);
+            } else {
+                store(y + i, v, lanes);
+            }
         });
+        if (streamed) finish_streaming();
     };
     run_phases(units, slabs.per_unit, team(a), first, between, last);
     return true;

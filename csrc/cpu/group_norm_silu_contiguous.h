@@ -9,6 +9,7 @@ namespace ldm::LDM_ISA::contiguous {
 constexpr int64_t CHUNK = 8192;   // numbers whose deviations are added up in float32
 constexpr int64_t SAMPLE = 16;    // vectors of a chunk that say what the deviations are from
 constexpr int64_t ONCE = 64 * W;  // below this every number is sampled
+constexpr int64_t AT_ONCE = 64;   // channels whose gains and offsets are written out before they are used
 
 // Near the mean of n numbers: the mean of all of them, or of SAMPLE vectors spread over them.
 template <class T>
@@ -70,7 +71,22 @@ struct Slabs {
     }
 };
 
-template <class T, bool silu>
+// y of n pixels of one channel. `ahead`: how far from there what is needed next lies.
+template <class T, bool silu, bool streamed>
+inline void apply(const T* x, T* y, int64_t n, float mean, float gain, float offset, int64_t ahead) {
+    const F m = set(mean), p = set(gain), q = set(offset);
+    each_vector(n, [&](int64_t i, auto lanes) {
+        __builtin_prefetch(x + i + ahead, 0, 2);
+        const F v = activate<T, silu>(fma(load(x + i, lanes) - m, p, q));
+        if constexpr (streamed) {
+            stream(y + i, v, lanes);
+        } else {
+            store(y + i, v, lanes);
+        }
+    });
+}
+
+template <class T, bool silu, bool streamed>
 bool forward(const GroupNormSilu& a) {
     const Slabs slabs(a.channels, a.groups, a.spatial);
     const int64_t units = a.batch * a.groups;
@@ -93,19 +109,19 @@ bool forward(const GroupNormSilu& a) {
     };
     const auto last = [&](int64_t unit, int64_t slab, int) {
         if (a.phases == Phases::measure) return;
-        const int64_t sample = unit / a.groups;
-        const Centre centre = centres.data[unit];
-        for (int64_t k = slabs.begin(slab); k < slabs.end(slab); ++k) {
-            const int64_t channel = unit * slabs.channels_per_group + k;  // of all B * C
-            const Affine f = affine(a, sample, channel - sample * a.channels);
-            const F mean = set(centre.mean), p = set(centre.rstd * f.p), q = set(f.q - centre.rest * f.p);
-            const T* const from = x + channel * a.spatial;
-            T* const to = y + channel * a.spatial;
-            each_vector(a.spatial, [&](int64_t i, auto lanes) {
-                __builtin_prefetch(from + i + ahead, 0, 2);
-                store(to + i, activate<T, silu>(fma(load(from + i, lanes) - mean, p, q)), lanes);
-            });
+        const int64_t sample = unit / a.groups, end = slabs.end(slab);
+        float gains[AT_ONCE], offsets[AT_ONCE];
+        for (int64_t begin = slabs.begin(slab); begin < end; begin += AT_ONCE) {
+            const int64_t count = end - begin < AT_ONCE ? end - begin : AT_ONCE;
+            const int64_t channel = unit * slabs.channels_per_group + begin;  // of all B * C
+            write_affine<silu>(a, sample, channel - sample * a.channels, count, centres.data[unit], gains, offsets);
+            for (int64_t k = 0; k < count; ++k) {
+                const int64_t from = (channel + k) * a.spatial;
+                apply<T, silu, streamed>(x + from, y + from, a.spatial, centres.data[unit].mean, gains[k], offsets[k],
+                                         ahead);
+            }
         }
+        if (streamed) finish_streaming();
     };
     run_phases(units, slabs.per_unit, team(a), first, between, last);
     return true;

@@ -237,23 +237,24 @@ inline F fused(F a, F b, F c) {
 }
 
 // Minimax polynomials of 2^f on [0, 1), relative errors 7.5e-5, 2.6e-6, 7.5e-8 and 2e-9; the last is exactly 1 at 0.
+// All times a constant factor.
 template <int degree>
-[[gnu::always_inline]] inline F exp2_polynomial(F f) {
+[[gnu::always_inline]] inline F exp2_polynomial(F f, float factor) {
     constexpr float c[4][7] = {
         {0.07802452332f, 0.226067159f, 0.6958335367f, 0.9999252192f},
         {0.013534168f, 0.05201146108f, 0.2414427561f, 0.6930038348f, 1.000002593f},
         {1.877576683e-3f, 8.989340141e-3f, 5.582631793e-2f, 2.401536171e-1f, 6.931530732e-1f, 9.999999251e-1f},
         {2.161291512e-4f, 1.246784639e-3f, 9.675451574e-3f, 5.548528061e-2f, 2.402293056e-1f, 6.931470444e-1f, 1.0f},
     };
-    F p = set(c[degree - 3][0]);
-    for (int i = 1; i <= degree; ++i) p = fma(p, f, set(c[degree - 3][i]));
+    F p = set(factor * c[degree - 3][0]);
+    for (int i = 1; i <= degree; ++i) p = fma(p, f, set(factor * c[degree - 3][i]));
     return p;
 }
 
 // 2^t for every float: 0 at -inf, inf from 128 on, NaN at NaN; relative error below 1.2e-7 with degree 6. With t = n +
-// f and n = floor(t), 2^f is a polynomial.
+// f and n = floor(t), 2^f is a polynomial, so that a constant factor costs nothing.
 template <int degree = 6>
-[[gnu::always_inline]] inline F exp2(F t) {
+[[gnu::always_inline]] inline F exp2(F t, float factor = 1.0f) {
 #if defined(__AVX512F__)
     const F f = (F)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
@@ -266,7 +267,7 @@ template <int degree = 6>
 #endif
     const F f = t - n;
 #endif
-    const F p = exp2_polynomial<degree>(f);
+    const F p = exp2_polynomial<degree>(f, factor);
 #if defined(__AVX512F__)
     return (F)_mm512_scalef_ps((__m512)p, (__m512)t);  // takes floor(t) itself
 #else
