@@ -50,7 +50,10 @@ def exact(inputs: dict[str, Any]) -> dict[str, Any]:
 def functions(bench: Bench) -> dict[str, Callable[..., Tensor]]:
     """Ours and the peers."""
     found = {OURS: lambda **kwargs: ops.group_norm_silu(**kwargs, impl=bench.options.impl), "eager": eager}
-    return {**found, "eager, torch.compile": torch.compile(eager)} if bench.options.compile else found
+    if bench.options.compile:
+        torch._dynamo.reset()  # or it would take the sizes of the rows for variable and compile for all of them
+        found["eager, torch.compile"] = torch.compile(eager, dynamic=False)
+    return found
 
 
 def forward_row(bench: Bench, case: GroupNormSilu, dtype: torch.dtype) -> None:

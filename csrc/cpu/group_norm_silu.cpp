@@ -6,58 +6,56 @@
 namespace ldm::LDM_ISA {
 namespace {
 
+// With one pixel both layouts are the same memory, and vectors should run over channels.
+template <class Args>
+bool channels_innermost(const Args& a) {
+    return a.channels_last || a.spatial == 1;
+}
+
 template <class T, bool silu, bool streamed>
-bool forward(const GroupNormSilu& a) {
-    // With one pixel both layouts are the same memory, and vectors should run over channels.
-    if (a.channels_last || a.spatial == 1) return channels_last::forward<T, silu, streamed>(a);
-    return contiguous::forward<T, silu, streamed>(a);
+bool run(const GroupNormSilu& a) {
+    return channels_innermost(a) ? channels_last::forward<T, silu, streamed>(a)
+                                 : contiguous::forward<T, silu, streamed>(a);
 }
 
-template <class T, bool silu>
-bool forward(const GroupNormSilu& a) {
-    T* const y = static_cast<T*>(a.y);
-    const int64_t bytes = y ? a.batch * a.channels * a.spatial * static_cast<int64_t>(sizeof(T)) : 0;
-    prefer_huge_pages(y, bytes);
-    const bool streamed = bytes >= STREAMED_BYTES && streamable(y, a.channels_last ? a.channels : a.spatial);
-    return streamed ? forward<T, silu, true>(a) : forward<T, silu, false>(a);
+template <class T, bool silu, bool streamed>
+bool run(const GroupNormSiluBackward& a) {
+    return channels_innermost(a) ? channels_last::backward<T, silu, streamed>(a)
+                                 : contiguous::backward<T, silu, streamed>(a);
 }
 
-template <class T>
-bool forward(const GroupNormSilu& a) {
-    return a.silu ? forward<T, true>(a) : forward<T, false>(a);
+// `out`: what is written, null where that is not so much.
+template <class T, bool silu, class Args>
+bool run(const Args& a, void* out) {
+    const int64_t bytes = out ? a.batch * a.channels * a.spatial * static_cast<int64_t>(sizeof(T)) : 0;
+    prefer_huge_pages(out, bytes);
+    const int64_t row = channels_innermost(a) ? a.channels : a.spatial;
+    const bool streamed = bytes >= STREAMED_BYTES && streamable(static_cast<const T*>(out), row);
+    return streamed ? run<T, silu, true>(a) : run<T, silu, false>(a);
 }
 
-template <class T>
-bool backward(const GroupNormSiluBackward& a) {
-    prefer_huge_pages(a.dx, a.batch * a.channels * a.spatial * static_cast<int64_t>(sizeof(T)));
-    if (a.channels_last || a.spatial == 1)
-        return a.silu ? channels_last::backward<T, true>(a) : channels_last::backward<T, false>(a);
-    return a.silu ? contiguous::backward<T, true>(a) : contiguous::backward<T, false>(a);
+template <class T, class Args>
+bool run(const Args& a, void* out) {
+    return a.silu ? run<T, true>(a, out) : run<T, false>(a, out);
+}
+
+template <class Args>
+bool run(const Args& a, void* out) {
+    switch (a.dtype) {
+        case Dtype::bf16:
+            return run<bf16>(a, out);
+        case Dtype::f16:
+            return run<f16>(a, out);
+        default:
+            return run<float>(a, out);
+    }
 }
 
 }  // namespace
 
-bool group_norm_silu(const GroupNormSilu& a) {
-    switch (a.dtype) {
-        case Dtype::bf16:
-            return forward<bf16>(a);
-        case Dtype::f16:
-            return forward<f16>(a);
-        default:
-            return forward<float>(a);
-    }
-}
+bool group_norm_silu(const GroupNormSilu& a) { return run(a, a.y); }
 
-bool group_norm_silu_backward(const GroupNormSiluBackward& a) {
-    switch (a.dtype) {
-        case Dtype::bf16:
-            return backward<bf16>(a);
-        case Dtype::f16:
-            return backward<f16>(a);
-        default:
-            return backward<float>(a);
-    }
-}
+bool group_norm_silu_backward(const GroupNormSiluBackward& a) { return run(a, a.dx); }
 
 void exp_array(const float* x, float* y, int64_t n) {
     each_vector(n, [&](int64_t i, auto lanes) { store(y + i, exp(load(x + i, lanes)), lanes); });

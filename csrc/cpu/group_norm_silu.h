@@ -15,7 +15,8 @@
 //
 // dh = dL/dh needs a sigmoid, the dearest part of it all, so the first backward phase keeps dh for the last one where
 // that is nearer than computing it again, in the cache of the one thread that takes the unit through all phases:
-// float32 in the place of dx, narrower types in scratch memory of the thread.
+// float32 in the place of dx, narrower types in scratch memory of the thread. dx is then in the cache before the last
+// phase, which has little to compute, writes it; only a dx that is computed from scratch is streamed.
 #pragma once
 
 #include "kernels.h"
@@ -66,26 +67,13 @@ inline Centre conclude(const GroupNormSilu& a, int64_t i, const Moments* slabs, 
     return c;
 }
 
-// p and q of one channel.
-struct Affine {
-    float p, q;
-};
-
-template <class Args>
-inline Affine affine(const Args& a, int64_t batch, int64_t channel) {
-    const int64_t i = batch * a.channels + channel;
-    const float gain = a.scale ? 1.0f + a.scale[i] : 1.0f;
-    const float weight = a.weight ? a.weight[channel] : 1.0f, bias = a.bias ? a.bias[channel] : 0.0f;
-    return {weight * gain, bias * gain + (a.shift ? a.shift[i] : 0.0f)};
-}
-
 // What the apply phase multiplies p and q by, so that exp2 can take what they give, t = STRETCH h, as it is.
 template <bool silu>
 constexpr float STRETCH = silu ? -LOG2_E : 1.0f;
 
 // Of n channels from `channel` on in one group: what the apply phase multiplies x - mean by and what it adds to it.
-template <bool silu>
-inline void write_affine(const GroupNormSilu& a, int64_t batch, int64_t channel, int64_t n, Centre centre, float* gains,
+template <bool silu, class Args>
+inline void write_affine(const Args& a, int64_t batch, int64_t channel, int64_t n, Centre centre, float* gains,
                          float* offsets) {
     const int64_t first = batch * a.channels + channel;
     each_vector(n, [&](int64_t i, auto lanes) {
@@ -113,18 +101,12 @@ template <class T, bool silu>
     return silu ? t / (exp2<DEGREE<T>>(t, STRETCH<silu>) + STRETCH<silu>) : t;
 }
 
-// 1 + exp(-h), the reciprocal of the sigmoid.
-template <class T>
-[[gnu::always_inline]] inline F one_and_exp(F h) {
-    return exp2<DEGREE<T>>(h * -LOG2_E) + 1.0f;
-}
-
-// grad times the derivative of the activation at h.
+// grad times the derivative of the activation at h = t / STRETCH.
 template <class T, bool silu>
-[[gnu::always_inline]] inline F through_activation(F grad, F h) {
+[[gnu::always_inline]] inline F through_activation(F grad, F t) {
     if (!silu) return grad;
-    const F s = 1.0f / one_and_exp<T>(h);
-    return grad * s * fma(h, 1.0f - s, set(1.0f));
+    const F s = 1.0f / (exp2<DEGREE<T>>(t) + 1.0f);
+    return grad * s * fma(t * (1.0f / STRETCH<silu>), 1.0f - s, set(1.0f));
 }
 
 template <class Args>
@@ -138,8 +120,8 @@ inline bool unit_by_unit(int64_t units, int64_t slabs, int threads) {
     return slabs == 1 || threads == 1 || units >= 4 * threads || units % threads == 0;
 }
 
-// Runs the three phases: first(unit, slab, slot), then between(unit), then last(unit, slab, slot). `slot` is that of
-// the one thread that takes the unit through all phases, -1 where the slabs are spread over the threads.
+// Runs the three phases: first(unit, slab, slot), then between(unit), then last(unit, slab, slot), with the slot of the
+// thread (see parallel_for). The slabs come back in reverse order: those read last are the nearest.
 template <class First, class Between, class Last>
 inline void run_phases(int64_t units, int64_t slabs, int threads, const First& first, const Between& between,
                        const Last& last) {
@@ -149,21 +131,22 @@ inline void run_phases(int64_t units, int64_t slabs, int threads, const First& f
             for (int64_t unit = begin; unit < end; ++unit) {
                 for (int64_t slab = 0; slab < slabs; ++slab) first(unit, slab, slot);
                 between(unit);
-                for (int64_t slab = 0; slab < slabs; ++slab) last(unit, slab, slot);
+                for (int64_t slab = slabs - 1; slab >= 0; --slab) last(unit, slab, slot);
             }
         });
         return;
     }
-    parallel_for(units * slabs, 1, threads, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; ++i) first(i / slabs, i % slabs, -1);
+    parallel_for(units * slabs, 1, threads, [&](int64_t begin, int64_t end, int slot) {
+        for (int64_t i = begin; i < end; ++i) first(i / slabs, i % slabs, slot);
     });
     for (int64_t unit = 0; unit < units; ++unit) between(unit);
-    parallel_for(units * slabs, 1, threads, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; ++i) last(i / slabs, i % slabs, -1);
+    parallel_for(units * slabs, 1, threads, [&](int64_t begin, int64_t end, int slot) {
+        for (int64_t i = units * slabs - 1 - begin; i > units * slabs - 1 - end; --i) last(i / slabs, i % slabs, slot);
     });
 }
 
-// Where the first backward phase keeps dh for the last one. at(unit, slot) is null where it is to be computed again.
+// Where the first backward phase keeps dh for the last one, if a unit of it fits. at(unit, slot) is null where it is to
+// be computed again.
 template <class T>
 struct Kept {
     float* in_place;

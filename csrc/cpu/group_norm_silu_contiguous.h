@@ -7,7 +7,7 @@
 namespace ldm::LDM_ISA::contiguous {
 
 constexpr int64_t CHUNK = 8192;   // numbers whose deviations are added up in float32
-constexpr int64_t SAMPLE = 16;    // vectors of a chunk that say what the deviations are from
+constexpr int64_t SAMPLE = 16;    // vectors that say what the deviations are from
 constexpr int64_t ONCE = 64 * W;  // below this every number is sampled
 constexpr int64_t AT_ONCE = 64;   // channels whose gains and offsets are written out before they are used
 
@@ -38,11 +38,11 @@ struct Deviations {
 template <class T>
 inline Moments measure(const T* x, int64_t n) {
     Moments total{0, 0, 0};
+    const float near = near_mean(x, n);
+    const F shift = set(near);
     for (int64_t begin = 0; begin < n; begin += CHUNK) {
         const T* const chunk = x + begin;
         const int64_t count = n - begin < CHUNK ? n - begin : CHUNK;
-        const float near = near_mean(chunk, count);
-        const F shift = set(near);
         Deviations a{}, b{}, c{}, d{};  // four chains of additions at a time
         int64_t i = 0;
         for (; i + 4 * W <= count; i += 4 * W) {
@@ -77,12 +77,7 @@ inline void apply(const T* x, T* y, int64_t n, float mean, float gain, float off
     const F m = set(mean), p = set(gain), q = set(offset);
     each_vector(n, [&](int64_t i, auto lanes) {
         __builtin_prefetch(x + i + ahead, 0, 2);
-        const F v = activate<T, silu>(fma(load(x + i, lanes) - m, p, q));
-        if constexpr (streamed) {
-            stream(y + i, v, lanes);
-        } else {
-            store(y + i, v, lanes);
-        }
+        store_or_stream<streamed>(y + i, activate<T, silu>(fma(load(x + i, lanes) - m, p, q)), lanes);
     });
 }
 
@@ -127,45 +122,46 @@ bool forward(const GroupNormSilu& a) {
     return true;
 }
 
-// Σ dh and Σ dh·x̂ over one channel; dh goes to `kept` if that is not null.
+// Σ dh and Σ dh (x - mean) over n pixels of one channel; dh goes to `kept` if that is not null.
 template <class T, bool silu>
-inline void add_channel(const T* x, const T* grad, int64_t n, Centre group, Affine f, float* kept, double* sums) {
-    const F mean = set(group.mean), rstd = set(group.rstd), p = set(f.p), q = set(f.q);
+inline void add_channel(const T* x, const T* grad, int64_t n, float mean, float gain, float offset, float* kept,
+                        const T* dx, double* sums) {
+    const F m = set(mean), p = set(gain), q = set(offset);
     for (int64_t begin = 0; begin < n; begin += SLAB_ELEMENTS) {
         const int64_t count = n - begin < SLAB_ELEMENTS ? n - begin : SLAB_ELEMENTS;
         F s = zero(), t = zero();
         each_vector(count, [&](int64_t j, auto lanes) {
             const int64_t i = begin + j;
-            const F x_hat = (load(x + i, lanes) - mean) * rstd;
+            const F off = only(load(x + i, lanes) - m, lanes);
             // A lane behind the end has grad = 0, but 0 times an overflow would be NaN.
-            const F d = only(through_activation<T, silu>(load(grad + i, lanes), fma(x_hat, p, q)), lanes);
+            const F d = only(through_activation<T, silu>(load(grad + i, lanes), fma(off, p, q)), lanes);
             s += d;
-            t = fma(d, only(x_hat, lanes), t);
-            if (kept) store(kept + i, d, lanes);
+            t = fma(d, off, t);
+            if (kept) store(kept + i, d, lanes), __builtin_prefetch(dx + i, 1, 2);
         });
         sums[0] += sum(s), sums[1] += sum(t);
     }
 }
 
-// What is subtracted from dL/dx̂ · rstd: rstd mean(g) + x̂ rstd mean(g x̂), with g = dL/dx̂.
+// What dx takes away from rstd dL/dx̂: g + g_x (x - mean), with the means of dL/dx̂ and of dL/dx̂ · x̂ in them.
 struct Means {
     float g, g_x;
 };
 
-// dx of one channel from dh, kept or computed again. dx and kept may be the same memory.
-template <class T, bool silu>
-inline void apply_channel(const T* x, const T* grad, const float* kept, T* dx, int64_t n, Centre group, Affine f,
-                          Means means) {
-    const F mean = set(group.mean), rstd = set(group.rstd), p = set(f.p), q = set(f.q), gain = set(f.p * group.rstd);
+// dx of n pixels of one channel from dh, kept or computed again.
+template <class T, bool silu, bool streamed>
+inline void apply_channel(const T* x, const T* grad, const float* kept, T* dx, int64_t n, float mean, float gain,
+                          float offset, Means means) {
+    const F m = set(mean), p = set(gain), q = set(offset), slope = set(gain / STRETCH<silu>);
     const F minus_g = set(-means.g), minus_g_x = set(-means.g_x);
     each_vector(n, [&](int64_t i, auto lanes) {
-        const F x_hat = (load(x + i, lanes) - mean) * rstd;
-        const F d = kept ? load(kept + i, lanes) : through_activation<T, silu>(load(grad + i, lanes), fma(x_hat, p, q));
-        store(dx + i, fma(d, gain, fma(x_hat, minus_g_x, minus_g)), lanes);
+        const F off = load(x + i, lanes) - m;
+        const F d = kept ? load(kept + i, lanes) : through_activation<T, silu>(load(grad + i, lanes), fma(off, p, q));
+        store_or_stream<streamed>(dx + i, fma(d, slope, fma(off, minus_g_x, minus_g)), lanes);
     });
 }
 
-template <class T, bool silu>
+template <class T, bool silu, bool streamed>
 bool backward(const GroupNormSiluBackward& a) {
     const Slabs slabs(a.channels, a.groups, a.spatial);
     const int64_t units = a.batch * a.groups, per_group = slabs.channels_per_group, S = a.spatial;
@@ -177,37 +173,47 @@ bool backward(const GroupNormSiluBackward& a) {
     Kept<T> kept(dx, per_group * S, unit_by_unit(units, slabs.per_unit, threads), threads);
     if (!dh.data || !dh_x.data || !means.data || !kept.scratch.data) return false;
 
-    const auto affine_of = [&](int64_t unit, int64_t channel) {
+    // body(channel of the unit, channel of all B * C, gain, offset) for channels [begin, end) of a unit.
+    const auto each_channel = [&](int64_t unit, int64_t begin, int64_t end, const auto& body) {
         const int64_t sample = unit / a.groups;
-        return affine(a, sample, channel - sample * a.channels);
+        float gains[AT_ONCE], offsets[AT_ONCE];
+        for (; begin < end; begin += AT_ONCE) {
+            const int64_t count = end - begin < AT_ONCE ? end - begin : AT_ONCE, channel = unit * per_group + begin;
+            write_affine<silu>(a, sample, channel - sample * a.channels, count, {a.mean[unit], a.rstd[unit], 0.0f},
+                               gains, offsets);
+            for (int64_t k = 0; k < count; ++k) body(begin + k, channel + k, gains[k], offsets[k]);
+        }
     };
-    const auto centre_of = [&](int64_t unit) { return Centre{a.mean[unit], a.rstd[unit], 0.0f}; };
     const auto first = [&](int64_t unit, int64_t slab, int slot) {
         float* const keep = kept.at(unit, slot);
-        for (int64_t k = slabs.begin(slab); k < slabs.end(slab); ++k) {
-            const int64_t channel = unit * per_group + k;
+        each_channel(unit, slabs.begin(slab), slabs.end(slab), [&](int64_t k, int64_t channel, float p, float q) {
             double sums[2] = {0, 0};
-            add_channel<T, silu>(x + channel * S, grad + channel * S, S, centre_of(unit), affine_of(unit, channel),
-                                 keep ? keep + k * S : nullptr, sums);
-            dh.data[channel] = static_cast<float>(sums[0]), dh_x.data[channel] = static_cast<float>(sums[1]);
-        }
+            add_channel<T, silu>(x + channel * S, grad + channel * S, S, a.mean[unit], p, q,
+                                 keep ? keep + k * S : nullptr, dx + channel * S, sums);
+            dh.data[channel] = static_cast<float>(sums[0]);
+            dh_x.data[channel] = static_cast<float>(sums[1] * a.rstd[unit]);
+        });
     };
     const auto between = [&](int64_t unit) {
         double s = 0, t = 0;
-        for (int64_t channel = unit * per_group; channel < (unit + 1) * per_group; ++channel) {
-            const float p = affine_of(unit, channel).p;
+        each_channel(unit, 0, per_group, [&](int64_t, int64_t channel, float p, float) {
             s += double{p} * dh.data[channel], t += double{p} * dh_x.data[channel];
-        }
-        const double factor = a.rstd[unit] / static_cast<double>(per_group * S);
-        means.data[unit] = {static_cast<float>(s * factor), static_cast<float>(t * factor)};
+        });
+        const double factor = 1.0 / (STRETCH<silu> * static_cast<double>(per_group * S));
+        means.data[unit] = {static_cast<float>(s * factor), static_cast<float>(t * factor * a.rstd[unit])};
     };
     const auto last = [&](int64_t unit, int64_t slab, int slot) {
         const float* const keep = kept.at(unit, slot);
-        for (int64_t k = slabs.begin(slab); k < slabs.end(slab); ++k) {
-            const int64_t channel = unit * per_group + k;
-            apply_channel<T, silu>(x + channel * S, grad + channel * S, keep ? keep + k * S : nullptr, dx + channel * S,
-                                   S, centre_of(unit), affine_of(unit, channel), means.data[unit]);
-        }
+        each_channel(unit, slabs.begin(slab), slabs.end(slab), [&](int64_t k, int64_t channel, float p, float q) {
+            if (keep) {
+                apply_channel<T, silu, false>(x + channel * S, nullptr, keep + k * S, dx + channel * S, S, a.mean[unit],
+                                              p, q, means.data[unit]);
+            } else {
+                apply_channel<T, silu, streamed>(x + channel * S, grad + channel * S, nullptr, dx + channel * S, S,
+                                                 a.mean[unit], p, q, means.data[unit]);
+            }
+        });
+        if (streamed) finish_streaming();
     };
     run_phases(units, slabs.per_unit, threads, first, between, last);
     parameter_gradients(a, dh.data, dh_x.data);

@@ -46,6 +46,15 @@ inline void stream(T* p, F v, Full) {
 #endif
 }
 
+template <bool streamed, class T, class Lanes>
+inline void store_or_stream(T* p, F v, Lanes lanes) {
+    if constexpr (streamed) {
+        stream(p, v, lanes);
+    } else {
+        store(p, v, lanes);
+    }
+}
+
 inline void finish_streaming() {
 #if defined(__AVX2__)
     _mm_sfence();
