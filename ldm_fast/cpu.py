@@ -332,7 +332,9 @@ def group_norm_silu_backward(
         *map(_address, gradients),
         torch.get_num_threads(),
     )
-    return dx, *(None if g is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True))
+    return dx, *(
+        g if g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)
+    )
 
 
 # ---- nearest_codebook ----

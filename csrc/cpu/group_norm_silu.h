@@ -27,7 +27,7 @@
 namespace ldm::LDM_ISA {
 
 constexpr int64_t SLAB_ELEMENTS = 65536;
-constexpr int64_t STREAMED_BYTES = int64_t{8} << 20;  // a result of this size is out of the caches before it is read
+constexpr int64_t STREAMED_BYTES = int64_t{4} << 20;  // above this whatever reads the result is no slower for it
 constexpr int64_t KEPT_ELEMENTS = 131072;             // of dh in float32: 512 KiB, half an L2 cache
 constexpr int64_t ELEMENTS_WORTH_A_THREAD = 16384;    // starting a team costs a few microseconds
 

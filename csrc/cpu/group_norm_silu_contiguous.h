@@ -64,6 +64,11 @@ struct Slabs {
         channels_per_slab = SLAB_ELEMENTS / spatial < 1 ? 1 : SLAB_ELEMENTS / spatial;
         per_unit = (channels_per_group + channels_per_slab - 1) / channels_per_slab;
     }
+    // How far from a number of this group the same of the next one lies, which comes nearer while this one is computed.
+    // A large one would not stay in the cache.
+    int64_t ahead(int64_t spatial) const {
+        return channels_per_group * spatial <= SLAB_ELEMENTS ? channels_per_group * spatial : 0;
+    }
     int64_t begin(int64_t slab) const { return slab * channels_per_slab; }
     int64_t end(int64_t slab) const {
         const int64_t end = (slab + 1) * channels_per_slab;
@@ -90,8 +95,6 @@ bool forward(const GroupNormSilu& a) {
     Scratch<Moments> measured(units * slabs.per_unit);
     Scratch<Centre> centres(units);
     if (!measured.data || !centres.data) return false;
-    // The next group comes nearer while this one is computed, which takes longer; a large one would not stay.
-    const int64_t group = slabs.channels_per_group * a.spatial, ahead = group <= SLAB_ELEMENTS ? group : 0;
 
     const auto first = [&](int64_t unit, int64_t slab, int) {
         if (a.phases == Phases::apply) return;
@@ -113,7 +116,7 @@ bool forward(const GroupNormSilu& a) {
             for (int64_t k = 0; k < count; ++k) {
                 const int64_t from = (channel + k) * a.spatial;
                 apply<T, silu, streamed>(x + from, y + from, a.spatial, centres.data[unit].mean, gains[k], offsets[k],
-                                         ahead);
+                                         slabs.ahead(a.spatial));
             }
         }
         if (streamed) finish_streaming();
@@ -122,10 +125,11 @@ bool forward(const GroupNormSilu& a) {
     return true;
 }
 
-// Σ dh and Σ dh (x - mean) over n pixels of one channel; dh goes to `kept` if that is not null.
+// Σ dh and Σ dh (x - mean) over n pixels of one channel; dh goes to `kept` if that is not null. What is needed next
+// lies `ahead` of x and grad, and at dx.
 template <class T, bool silu>
 inline void add_channel(const T* x, const T* grad, int64_t n, float mean, float gain, float offset, float* kept,
-                        const T* dx, double* sums) {
+                        const T* dx, int64_t ahead, double* sums) {
     const F m = set(mean), p = set(gain), q = set(offset);
     for (int64_t begin = 0; begin < n; begin += SLAB_ELEMENTS) {
         const int64_t count = n - begin < SLAB_ELEMENTS ? n - begin : SLAB_ELEMENTS;
@@ -138,6 +142,7 @@ inline void add_channel(const T* x, const T* grad, int64_t n, float mean, float 
             s += d;
             t = fma(d, off, t);
             if (kept) store(kept + i, d, lanes), __builtin_prefetch(dx + i, 1, 2);
+            __builtin_prefetch(x + i + ahead, 0, 2), __builtin_prefetch(grad + i + ahead, 0, 2);
         });
         sums[0] += sum(s), sums[1] += sum(t);
     }
@@ -189,7 +194,7 @@ bool backward(const GroupNormSiluBackward& a) {
         each_channel(unit, slabs.begin(slab), slabs.end(slab), [&](int64_t k, int64_t channel, float p, float q) {
             double sums[2] = {0, 0};
             add_channel<T, silu>(x + channel * S, grad + channel * S, S, a.mean[unit], p, q,
-                                 keep ? keep + k * S : nullptr, dx + channel * S, sums);
+                                 keep ? keep + k * S : nullptr, dx + channel * S, slabs.ahead(S), sums);
             dh.data[channel] = static_cast<float>(sums[0]);
             dh_x.data[channel] = static_cast<float>(sums[1] * a.rstd[unit]);
         });
