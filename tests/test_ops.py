@@ -19,6 +19,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm_fast import cpu, dispatch, ops, use_impl
 from ldm_fast.explain import explain
@@ -651,6 +654,46 @@ def test_compile(op: str) -> None:
             torch.autograd.grad(compiled, tensors, grad), torch.autograd.grad(plain, tensors, grad), strict=True
         ):
             assert torch.equal(a, b)
+
+
+class Watching(TorchDispatchMode):
+    """What passes the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_whoever_watches_sees_the_op(op: str) -> None:
+    """Where nobody does, CPU tensors without gradients go to the kernel directly, with the same result."""
+    inputs = make_inputs(op, SOME[op][1], torch.float32)
+    inputs = {key: value.detach() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    key, first = next((key, value) for key, value in inputs.items() if isinstance(value, Tensor))
+    call = functools.partial(getattr(ops, op), **inputs)
+    assert dispatch.nothing_to_dispatch(*tensors, None)
+    wanted = call()
+    with Watching() as watching:
+        assert not dispatch.nothing_to_dispatch(*tensors)
+        assert torch.equal(call(), wanted)
+    assert f"ldm_fast.{op}.default" in watching.seen
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    assert any(event.name == f"ldm_fast::{op}" for event in profile.events())
+    graph = make_fx(lambda x: getattr(ops, op)(**{**inputs, key: x}))(first).graph
+    assert any(str(node.target) == f"ldm_fast.{op}.default" for node in graph.nodes)
+    needs_gradient = first.clone().requires_grad_()
+    assert not dispatch.nothing_to_dispatch(needs_gradient)
+    with torch.no_grad():
+        assert dispatch.nothing_to_dispatch(needs_gradient)
+    with FakeTensorMode() as fakes:
+        assert not dispatch.nothing_to_dispatch(fakes.from_tensor(first))
+    assert not dispatch.nothing_to_dispatch(first.to("meta"))
 
 
 # ---- choice of the implementation ----
