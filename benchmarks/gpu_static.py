@@ -389,8 +389,9 @@ def faults(static: Static, dtype: torch.dtype, aligned: bool = True) -> list[str
 
 
 def aligned(launch: Launch) -> bool:
-    """Whether the rows of the tensors are whole multiples of 16 bytes: not those of maps of 2 × 2 or 6 × 6 pixels."""
-    return launch.options.get("UNIT", 1) * next(x for x in launch.args if x is not None).element_size() == 16
+    """Whether rows are whole multiples of 16 bytes: not those of maps of 2 × 2 or 6 × 6 pixels."""
+    size = next(x for x in launch.args if x is not None).element_size()
+    return launch.options.get("UNIT", 1) * size == 16 and launch.options.get("D", 16) * size % 16 == 0
 
 
 # ---- work and modelled times ----
