@@ -6,11 +6,11 @@ The shapes are those of `model_shapes.py`, each launch is the one that the op wo
 what Triton would know of its arguments; launches that compile to the same kernel are compiled once. Nothing here is run
 and no time on a GPU is claimed. The last line is JSON.
 
-One table has a line for each compiled kernel and architecture. Counts are of instructions in the machine code:
-the body of a loop counts once. `matrix` is the matrix work that the instructions do, in units of what the tiles
-need: 1 where nothing is padded and nothing computed twice (on sm_100 also 2, where the compiler sets the first turn of
-a loop apart). `resident` are the programs that one multiprocessor can hold, `declared` those that the plan means it to.
-What is wrong with a kernel stands in brackets (see `faults`).
+One table has a line for each compiled kernel and architecture. Counts are of instructions in the machine code: the body
+of a loop counts once. `matrix` is the matrix work that the instructions do, in units of what the tiles need: 1 where
+nothing is padded and nothing computed twice (on sm_100 up to 2, since the compiler sets the first turn of loops apart;
+there `padded` counts instructions larger than a tile). `resident` are the programs that one multiprocessor can hold,
+`declared` those that the plan means it to. What is wrong with a kernel stands in brackets (see `faults`).
 
 The other has a line for each shape and pass: bytes (every tensor once for each kernel that takes it; what is read again
 comes from a cache), floating-point operations of the work itself, of our tiles, and of the tiles that FlashAttention-2
@@ -125,6 +125,7 @@ class Static:
     local: int
     tensor_core: int
     matrix: float  # multiply-adds of the matrix instructions, of those that the tiles need
+    padded: int  # matrix instructions larger than a tile (sm_100; elsewhere `matrix` would tell)
     exp2: int
     atomics: int
     loads: int
@@ -254,7 +255,9 @@ def compile_launch(launch: Launch, arch: int) -> Static:
     counts = Counter(name.split(".")[0] for name in names)
     wide = Counter(name.split(".")[0] for name in names if ".128" in name)
     warps, tensor_memory = built.metadata.num_warps, getattr(built.metadata, "tmem_size", 0) or 0
-    done, needed = _matrix_work(names, built.asm["ptx"], warps), _matrix_need(launch, warps)
+    blackwell, tiles = _blackwell_products(built.asm["ptx"]), _product_tiles(launch)
+    done = _matrix_work(names, warps) + sum(16 * rows * columns for rows, columns in blackwell)
+    needed = sum(max(rows * columns, 16 * 8 * warps) * depth for rows, columns, depth in tiles)
     divisions, loop_divisions = _divisions(built.asm["ptx"])
     loaded, stored = _tiles(built.asm["ttgir"], *LOADS), _tiles(built.asm["ttgir"], "tt.store")
     whole = launch.options.get("CHANNELS", 0), launch.options.get("PIXELS", 0)
@@ -273,6 +276,7 @@ def compile_launch(launch: Launch, arch: int) -> Static:
         local=counts["LDL"] + counts["STL"] + resources["LOCAL"],
         tensor_core=counts["HMMA"] + counts["HGMMA"] + counts["UTCHMMA"],
         matrix=round(done / needed, 3) if needed else 0.0,
+        padded=sum(size not in {(min(128, rows), columns) for rows, columns, _ in tiles} for size in blackwell),
         exp2=sum(name.startswith("MUFU.EX2") for name in names),
         atomics=sum(counts[name] for name in ("ATOM", "ATOMG", "RED", "REDG")),
         loads=counts["LDG"] + counts["LDGSTS"],
@@ -311,23 +315,17 @@ def _lengths(launch: Launch) -> dict[str, list[int]]:
     return {"q": [options["BLOCK_N"]], "k": keys, "d": columns, "D": columns}
 
 
-def _matrix_need(launch: Launch, warps: int) -> int:
-    """Multiply-adds of the tiles of one turn; of a small tile every warp computes one part of 16 × 8 at least."""
-    need = 0
-    if (name := launch.kernel.__name__.lstrip("_")) in PRODUCTS:
-        lengths = _lengths(launch)
-        for a, b, c in PRODUCTS[name]:
-            need += sum(
-                max(x * y, 16 * 8 * warps) * z for x in lengths[a] for y in lengths[b] for z in lengths[c]
-            )  # fmt: skip
-    return need
+def _product_tiles(launch: Launch) -> list[tuple[int, int, int]]:
+    """Rows, columns and depth of the products of one turn. Every warp computes a part of 16 × 8 at least."""
+    products = PRODUCTS.get(launch.kernel.__name__.lstrip("_"), ())
+    lengths = _lengths(launch) if products else {}
+    return [(x, y, z) for a, b, c in products for x in lengths[a] for y in lengths[b] for z in lengths[c]]
 
 
-def _matrix_work(names: list[str], ptx: str, warps: int) -> int:
+def _matrix_work(names: list[str], warps: int) -> int:
     """Multiply-adds of a program's matrix instructions, each once.
 
-    Ampere's are a warp's, Hopper's a group's of four warps, and their names say how large they are. Blackwell's are a
-    program's, their size is in a descriptor, a constant in the PTX: rows / 16 from bit 24, columns / 8 from bit 17.
+    Ampere's are a warp's, Hopper's a group's of four warps; their names say how large they are.
     """
     work = 0
     for name, count in Counter(names).items():
@@ -335,11 +333,18 @@ def _matrix_work(names: list[str], ptx: str, warps: int) -> int:
             work += count * warps * math.prod(map(int, match.groups()))
         elif match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
             work += count * (warps // 4) * math.prod(map(int, match.groups()))
-    constants = dict(re.findall(r"mov\.b32\s+(%r\d+), (-?\d+);", ptx))
-    for register in re.findall(r"tcgen05\.mma\.\S+ \[ [^\]]+\], (?:%rd\d+|\[[^\]]+\]), %rd\d+, (%r\d+|\d+),", ptx):
-        descriptor = int(constants.get(register, register))
-        work += (descriptor >> 24 & 31) * 16 * (descriptor >> 17 & 63) * 8 * 16
     return work
+
+
+def _blackwell_products(ptx: str) -> list[tuple[int, int]]:
+    """Rows and columns of Blackwell's matrix instructions, 16 deep.
+
+    They are in a descriptor, a constant: rows / 16 from bit 24, columns / 8 from bit 17.
+    """
+    constants = dict(re.findall(r"mov\.b32\s+(%r\d+), (-?\d+);", ptx))
+    operands = r"\[ [^\]]+\], (?:%rd\d+|\[[^\]]+\]), %rd\d+, (%r\d+|\d+),"
+    descriptors = [int(constants.get(x, x)) for x in re.findall(rf"tcgen05\.mma\.\S+ {operands}", ptx)]
+    return [((descriptor >> 24 & 31) * 16, (descriptor >> 17 & 63) * 8) for descriptor in descriptors]
 
 
 def _divisions(ptx: str) -> tuple[int, int]:
@@ -378,7 +383,8 @@ def faults(static: Static, dtype: torch.dtype, aligned: bool = True) -> list[str
         "occupancy": static.resident >= static.declared,
         # products of float32 keep their precision, so they do not go through the tensor cores (tf32 would)
         "tensor cores": not product or (static.tensor_core > 0) == half,
-        "matrix work": not product or not half or static.matrix in ((1, 2) if static.arch >= 100 else (1,)),
+        "matrix work": not product or not half or 1 <= static.matrix <= (2 if static.arch >= 100 else 1),
+        "padded products": static.padded == 0,
         "exponentials": not product or static.exp2 > 0,
         "narrow loads": not aligned or static.loads_128 >= static.tile_loads,
         "narrow stores": not aligned or static.stores_128 >= static.tile_stores,

@@ -35,6 +35,8 @@ SHORT_MASKED = 96, 12800  # with a mask: keys, and keys times columns, both padd
 SHORT_GRADIENT = 80  # widest head whose dk and dv for all those keys stay in a program's registers
 WIDEST = 1024
 RESIDENT_WARPS = 8  # that a multiprocessor is meant to hold: two for each scheduler, at up to 255 registers a thread
+# As many registers as RESIDENT_WARPS leave: left alone, the compiler for sm_100 takes 128 for wide heads, and spills.
+REGISTERS = {"maxnreg": 255}
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32
@@ -630,6 +632,9 @@ def forward_launches(
         programs = b * h * triton.cdiv(n, block * tiles)
         return [Launch(_forward_short, programs, args, options, RESIDENT_WARPS // warps)]
     columns, own, step, warps = _plan(d, half, mask is not None)
+    if columns["PIECES"] > 1 and m % step:
+        step = 16  # the condition on the keys takes registers
+    options.update(REGISTERS if d > 128 else {})
     options.update(columns, BLOCK_N=own, BLOCK_M=step, EVEN_M=m % step == 0, num_warps=warps)
     args = (*tensors, h, n, m, d, scale * LOG2E.value)
     programs = b * h * triton.cdiv(n, own) * columns["PIECES"]
@@ -675,6 +680,7 @@ def backward_launches(
     columns, own, step, warps = _plan(d, half, mask is not None, backward=True)
     even = m % step == 0
     args = (grad, q, k, v, mask, out, lse, dq, delta, *strides, *_in_units(unit, out), *sizes)
+    options.update(REGISTERS if d > 128 else {})
     for_queries = {**options, **columns, "BLOCK_N": own, "BLOCK_M": step, "EVEN_M": even, "num_warps": warps}
     programs = b * h * triton.cdiv(n, own) * columns["PIECES"]
     queries = Launch(_backward_queries, programs, args, for_queries, RESIDENT_WARPS // warps)

@@ -489,7 +489,9 @@ def forward_launches(
 def _block(channels: int, pixels: int, elements: int) -> dict[str, Any]:
     """A tile, and warps that give a thread about `elements` elements of it."""
     warps = max(1, min(16, channels * pixels // (32 * elements)))
-    return {"CHANNELS": channels, "PIXELS": pixels, "num_warps": warps, "enable_fp_fusion": True}
+    # as many registers as RESIDENT_WARPS leave: left alone, the compiler for sm_100 takes fewer, and spills
+    options = {"num_warps": warps, "maxnreg": 65536 // (32 * RESIDENT_WARPS), "enable_fp_fusion": True}
+    return {"CHANNELS": channels, "PIXELS": pixels, **options}
 
 
 def _resident(options: dict[str, Any]) -> int:

@@ -106,9 +106,8 @@ def test_what_tiles_need(
     launch = next(x for x in gpu_static.attention_launches(shape, HALF) if x.kernel.__name__ == f"_{kernel}")
     lengths = gpu_static._lengths(launch)
     assert (lengths["k"], lengths["d"]) == (keys, columns)
-    products = len(gpu_static.PRODUCTS[kernel])
-    need = products * launch.options["BLOCK_N"] * sum(keys) * sum(columns)
-    assert gpu_static._matrix_need(launch, launch.options["num_warps"]) == need
+    need = sum(rows * columns * depth for rows, columns, depth in gpu_static._product_tiles(launch))
+    assert need == len(gpu_static.PRODUCTS[kernel]) * launch.options["BLOCK_N"] * sum(keys) * sum(columns)
 
 
 def test_faults_are_found(gpu_static: ModuleType) -> None:

@@ -40,12 +40,21 @@ ATTENTION = [
     (Attention(1, 1, 7, 128, 24, mask="masked_row"), LONG | SHORT_GRADIENT),  # a mask takes registers
     (Attention(1, 1, 9, 31, 24, mask="masked_row"), SHORT | SHORT_GRADIENT),
     (Attention(1, 1, 33, 77, 160, mask="key_padding"), SHORT | LONG_GRADIENT),
+    *((Attention(1, 1, 35, 77, D), SHORT | SHORT_GRADIENT) for D in (24, 48, 64)),
+    *((Attention(1, 1, 35, 77, D), SHORT | LONG_GRADIENT) for D in (96, 128)),
+    (Attention(1, 2, 77, 77, 32, layout="one_projection"), SHORT | SHORT_GRADIENT),
+    (Attention(1, 1, 35, 77, 80, mask="bool"), SHORT | SHORT_GRADIENT),
+    (Attention(1, 1, 1, 77, 160), SHORT | LONG_GRADIENT),
+    (Attention(1, 1, 70, 1, 40), SHORT | SHORT_GRADIENT),
     (Attention(2, 2, 67, 131, 40, mask="masked_row", layout="heads_last"), LONG | LONG_GRADIENT),
     (Attention(1, 1, 13, 192, 32, mask="masked_row_additive"), LONG | LONG_GRADIENT),  # whole tiles of keys
     (Attention(1, 1, 9, 150, 48), LONG | LONG_GRADIENT),  # a ragged tile of keys without a mask
     (Attention(2, 1, 5, 130, 24, mask="key_padding", layout="rows_sliced"), LONG | LONG_GRADIENT),
     (Attention(1, 1, 5, 19, 512), LONG | LONG_GRADIENT),
     (Attention(1, 1, 11, 3, 300, mask="bool"), LONG | LONG_GRADIENT),
+    (Attention(1, 2, 37, 1, 384), LONG | LONG_GRADIENT),
+    (Attention(1, 1, 17, 33, 576, mask="masked_row"), LONG | LONG_GRADIENT),
+    (Attention(1, 1, 9, 18, 960), LONG | LONG_GRADIENT),
 ]
 GROUP_NORM_SILU = [
     (GroupNormSilu((2, 6), 2), GROUP | GROUP_GRADIENT | PARAMETERS),
@@ -148,15 +157,50 @@ class TestKernels:
             assert (got is None) == (wanted is None), name
             assert got is None or relative_error(got, wanted) <= allowed, f"gradient of {name}"
 
-    def test_a_row_alone_has_the_same_bits(self) -> None:
-        args = arguments("attention", Attention(2, 2, 67, 77, 40), torch.float16)
-        alone = [a[1:, 1:] if isinstance(a, torch.Tensor) else a for a in args]
-        out, lse = attention.attention(*args)
-        out_alone, lse_alone = attention.attention(*alone)
-        assert torch.equal(out[1:, 1:], out_alone) and torch.equal(lse[1:, 1:], lse_alone)
-        both = attention.attention_backward(out, *args, out, lse)
-        one = attention.attention_backward(out_alone, *alone, out_alone, lse_alone)
-        assert all(torch.equal(a[1:, 1:], b) for a, b in zip(both, one, strict=True))
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Attention(2, 2, 67, 77, 40),
+            Attention(2, 2, 67, 140, 80, mask="key_padding"),
+            Attention(2, 2, 5, 33, 300),
+            GroupNormSilu((2, 36, 9, 7), 3, modulation="both"),
+            GroupNormSilu((2, 36, 9, 7), 3, "channels_last", modulation="both"),
+        ],
+        ids=str,
+    )
+    def test_a_row_alone_has_the_same_bits(self, case: Attention | GroupNormSilu) -> None:
+        """The second image (and head) computed with the first one and without, and once more."""
+        if isinstance(case, Attention):
+            args, backward = arguments("attention", case, torch.float16), attention.attention_backward
+            alone = [a[1:, 1:] if isinstance(a, torch.Tensor) else a for a in args]
+            results = [attention.attention(*a) for a in (args, args, alone)]
+            inputs = [[r[0], *a, *r] for r, a in zip(results, (args, args, alone), strict=True)]
+            one, head = slice(1, None), slice(1, None)
+        else:
+            args, backward = arguments("group_norm_silu", case, torch.float16), group_norm_silu.group_norm_silu_backward
+            alone = [a[1:] if isinstance(a, torch.Tensor) and a.ndim > 1 else a for a in args]
+            results = [group_norm_silu.group_norm_silu(*a) for a in (args, args, alone)]
+            inputs = [[r[0], *a[:4], *a[5:], *r[1:]] for r, a in zip(results, (args, args, alone), strict=True)]
+            one, head = slice(1, None), slice(None)
+        # gradients of weights are sums over all images
+        gradients = [[g for g in backward(*i) if g is not None and g.ndim > 1] for i in inputs]
+        for together, again, single in (results, gradients):
+            assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
+            assert all(torch.equal(a[one, head], b) for a, b in zip(together, single, strict=True))
+
+    @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+    def test_several_tiles_of_a_program(self, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """How work is divided makes no difference where nothing is summed: large images have fewer, longer programs."""
+        args = arguments("group_norm_silu", GroupNormSilu((2, 8, 90, 91), 2, layout, modulation="both"), torch.float32)
+        x, groups, weight, bias, _, activation, scale, shift = args
+        results = []
+        for spread in (group_norm_silu.SPREAD, 1):
+            monkeypatch.setattr(group_norm_silu, "SPREAD", spread)
+            assert (group_norm_silu._split(x).steps_apply > 1) == (spread == 1)
+            y, mean, rstd = group_norm_silu.group_norm_silu(*args)
+            rest = (groups, weight, bias, activation, scale, shift, mean, rstd)
+            results.append([y, group_norm_silu.group_norm_silu_backward(y, x, *rest)[0]])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     def test_the_lowest_additive_mask_is_no_missing_key(self) -> None:
         """Libraries mask with the lowest finite number: PyTorch's softmax of a row of it alone is uniform."""
@@ -245,4 +289,4 @@ def test_the_kernels_in_the_interpreter() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
-    assert f"{2 * len(ATTENTION) + 2 * len(GROUP_NORM_SILU) + 3} passed" in done.stdout
+    assert f"{2 * len(ATTENTION) + 2 * len(GROUP_NORM_SILU) + 9} passed" in done.stdout
