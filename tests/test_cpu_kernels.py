@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ldm_fast import cpu, reference
+from ldm_fast.testing import CASES, make_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -233,6 +236,44 @@ def test_attention_ignores_what_is_masked(isa, dtype):
     k[0, :, 77:], v[0, :, 77:] = 1e4, -1e4
     k[1, :, 150:], v[1, :, 150:] = -1e4, 1e4
     assert torch.equal(cpu.attention(q, k, v, mask, scale)[0], out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [case for case in CASES["attention"] if case.acceptance], ids=str)
+def test_attention_error_is_at_most_twice_that_of_pytorch(case, dtype):
+    """Against float64, for the keys and widths of the benchmarks; half a unit in the last place is nobody's fault."""
+    for data in ("normal", "large_logits", "constant", "one_hot"):
+        small = replace(case, B=1, H=min(case.H, 2), N=min(case.N, 300), data=data)
+        q, k, v = (make_inputs("attention", small, dtype)[key] for key in "qkv")
+        exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+        out, peer = cpu.attention(q, k, v, None, case.D**-0.5)[0], F.scaled_dot_product_attention(q, k, v)
+        error, allowed = ((t.double() - exact).abs().max().item() for t in (out, peer))
+        rounding = torch.finfo(dtype).eps / 2 * exact.abs().max().item()
+        assert error <= 2 * allowed + rounding, data
+
+
+PEAK_OF_WIDE_HEAD = """
+import sys, torch
+from ldm_fast import cpu
+def memory(which):
+    return int(open("/proc/self/status").read().split(which + ":")[1].split()[0]) * 1024
+torch.set_num_threads(2)
+q, k, v = torch.randn(3, 1, 1, 4096, 512).to(getattr(torch, sys.argv[1]))
+small = q[:, :, :64]
+cpu.attention(small, small, small, None, 0.1)
+open("/proc/self/clear_refs", "w").write("5")
+before = memory("VmRSS")
+out, lse = cpu.attention(q, k, v, None, 512**-0.5)
+print(memory("VmHWM") - before)
+"""
+
+
+@LINUX
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_with_a_wide_head_needs_little_memory(dtype):
+    """Under 64 MB for a first stage at 512², where the scores alone are 67 MB in float32; the result is 8 of them."""
+    done = subprocess.run([sys.executable, "-c", PEAK_OF_WIDE_HEAD, dtype], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64e6
 
 
 def test_nearest_codebook_is_the_same_on_every_isa():

@@ -75,7 +75,7 @@ struct Block {
         pack_queries<Cells, V>(from + (first_row + row) * a.q_stride[2], a.q_stride[2], rows_from(row), a.width,
                                a.scale < 0, q + row * sizes.width_cells);
         for (int v = 0; v < V; ++v) {
-            store(bases + row + v * W, set(-infinity()), Full{});
+            store(bases + row + v * W, set(LOWEST), Full{});
             store(sums + row + v * W, zero(), Full{});
         }
     }
@@ -117,10 +117,12 @@ struct Block {
         T* const to = head_of(static_cast<T*>(a.out), a.out_stride, batch, head);
         unpack_rows<V>(out + row * sizes.columns, inverse, rows_from(row), a.width,
                        to + (first_row + row) * a.out_stride[2], a.out_stride[2]);
+        // Masked scores are in powers of 2, others are still to be scaled.
+        const float scale = a.mask_kind != MaskKind::none ? LN_2 : a.scale < 0 ? -a.scale : a.scale;
         float* const lse = a.lse + (batch * a.heads + head) * a.rows + first_row + row;
         each_vector(smaller(V * W, rows_from(row)), [&](int64_t r, auto lanes) {
             const F sum = load(sums + row + r, Full{}), base = load(bases + row + r, Full{});
-            store(lse + r, sum == 0.0f ? set(-infinity()) : fma(base, set(LN_2), log(sum)), lanes);
+            store(lse + r, sum == 0.0f ? set(-infinity()) : fma(base, set(scale), log(sum)), lanes);
         });
     }
 

@@ -22,6 +22,7 @@ constexpr float LN_2 = 0x1.62e430p-1f;
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline float infinity() { return __builtin_inff(); }
+constexpr float LOWEST = -0x1.fffffep127f;  // the base of no key yet, and of masked keys: less it, -inf is no NaN
 
 // ln x of positive normal numbers within 1e-7 (1 + |ln x|), NaN and inf of themselves: with x = 2^e (1 + f), f in
 // [-1/3, 1/3), ln(1 + f) = f + f² p(f), p a minimax polynomial.
@@ -82,6 +83,12 @@ struct Pair {
         const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
         return (F)_mm512_permutexvar_epi16(order, halves);
+    }
+
+    // Neighbouring lanes rounded, side by side.
+    template <int V>
+    static void store_lanes(float* to, const F (&lanes)[V]) {
+        for (int v = 0; v < V; ++v) _mm256_storeu_si256((__m256i*)(to + v * W / 2), round_bf16((__m512)lanes[v]));
     }
 
     static F negative(F cells) { return (F)_mm512_xor_si512((__m512i)cells, _mm512_set1_epi32(int(0x80008000u))); }
@@ -181,23 +188,21 @@ inline void accumulate(const float* weights, const float* values, int64_t values
     }
 }
 
-// Weights of n keys in place of their scores: 2^(scale · score - base), where base is the largest scale · score so far,
-// as cells for accumulate. base and sum (one lane for each query) are brought up to date; factor is what everything
-// summed under the old base has to be multiplied by.
+// Weights of n keys in place of their scores: 2^(scale · (score - base)), where base is the largest score so far, as
+// cells for accumulate; the weight of the largest score is 1, exactly. base and sum (one lane for each query) are
+// brought up to date; factor is what everything summed under the old base has to be multiplied by.
 template <class Cells, int V>
 inline void soften(float* scores, int64_t n, float scale, F (&base)[V], F (&sum)[V], F (&factor)[V]) {
-    F high[V], total[V] = {};
-    for (int v = 0; v < V; ++v) high[v] = load(scores + v * W, Full{});
-    for (int64_t k = 1; k < n; ++k)
-        for (int v = 0; v < V; ++v) high[v] = max(load(scores + (k * V + v) * W, Full{}), high[v]);
+    F total[V] = {};
     for (int v = 0; v < V; ++v) {
-        const F now = max(high[v] * scale, base[v]);
-        high[v] = max(now, set(-0x1.fffffep127f));  // nothing but masked keys so far: their weights must be 0, not NaN
-        factor[v] = exp2(base[v] - high[v]);
-        base[v] = now;
+        factor[v] = base[v];
+        base[v] = max(load(scores + v * W, Full{}), base[v]);
     }
+    for (int64_t k = 1; k < n; ++k)
+        for (int v = 0; v < V; ++v) base[v] = max(load(scores + (k * V + v) * W, Full{}), base[v]);
+    for (int v = 0; v < V; ++v) factor[v] = exp2((factor[v] - base[v]) * scale);
     const auto weight = [&](int64_t k, int v) {
-        const F w = Cells::weight(fma(load(scores + (k * V + v) * W, Full{}), set(scale), -high[v]));
+        const F w = Cells::weight((load(scores + (k * V + v) * W, Full{}) - base[v]) * scale);
         total[v] += w;
         return w;
     };
