@@ -71,6 +71,14 @@ def test_runs_as_a_script(name: str) -> None:
         assert f"absent: {peer} (" in done.stdout
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_attention_benchmark_measures_extra_memory(load: Callable[[str], ModuleType]) -> None:
+    extra_memory = load("attention").extra_memory
+    extra_memory(lambda: torch.ones(1 << 20))
+    assert 95 < extra_memory(lambda: torch.ones(25_000_000)) < 110
+    assert extra_memory(lambda: torch.ones(1 << 10)) < 5
+
+
 def off_by_little(op: str) -> Callable[..., torch.Tensor]:
     """The op with one element of its result a little wrong, but by the reference, which is unet.py's truth."""
     right = getattr(ops, op)
