@@ -332,9 +332,8 @@ def group_norm_silu_backward(
         *map(_address, gradients),
         torch.get_num_threads(),
     )
-    return dx, *(
-        g if g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)
-    )
+    pairs = zip(gradients, inputs, strict=True)
+    return dx, *(g if g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in pairs)
 
 
 # ---- nearest_codebook ----

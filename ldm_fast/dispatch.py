@@ -139,12 +139,14 @@ def nothing_to_dispatch(*tensors: Tensor | None) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled():
         return False
     recorded = torch.is_grad_enabled()
-    return all(
-        t is None
-        or (type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and not t.is_neg())
-        and not (recorded and t.requires_grad)
-        for t in tensors
-    )
+    for tensor in tensors:  # a loop: several times as fast as all() over a generator
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.is_cpu or tensor.is_neg():
+            return False
+        if recorded and tensor.requires_grad:
+            return False
+    return True
 
 
 def check_impl(op: str, impl: str | None) -> str:
