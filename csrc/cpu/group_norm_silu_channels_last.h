@@ -31,10 +31,10 @@ struct Pixels {
 };
 
 // body(channel of the first lane, offset of the first pixel's vector, pixels, offset of what comes next, lanes) for n
-// pixels, several at a time: the numbers per channel are loaded for all of them at once. That makes as many streams of
-// memory as pixels, which the processor does not foresee well; `next` grows in the order of memory, by a vector for
+// pixels, `at_once` at a time: the numbers per channel are loaded for all of them at once. That makes as many streams
+// of memory as pixels, which the processor does not foresee well; `next` grows in the order of memory, by a vector for
 // each pixel, for the body to prefetch from.
-template <class Body>
+template <int at_once, class Body>
 inline void each_pixel(int64_t n, int64_t channels, const Body& body) {
     const auto go = [&](int64_t i, auto pixels) {
         each_vector(channels, [&](int64_t c, auto lanes) {
@@ -42,7 +42,7 @@ inline void each_pixel(int64_t n, int64_t channels, const Body& body) {
         });
     };
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4) go(i, Pixels<4>{});
+    for (; i + at_once <= n; i += at_once) go(i, Pixels<at_once>{});
     for (; i < n; ++i) go(i, Pixels<1>{});
 }
 
@@ -75,7 +75,7 @@ inline void measure(const T* x, int64_t n, int64_t channels, int64_t groups, flo
     float *const shift = work, *const sums = work + channels, *const squares = work + 2 * channels;
     near_means(x, n, channels, groups, shift);
     fill(sums, 2 * channels, 0.0f);
-    each_pixel(n, channels, [&](int64_t c, int64_t i, auto pixels, int64_t next, auto lanes) {
+    each_pixel<8>(n, channels, [&](int64_t c, int64_t i, auto pixels, int64_t next, auto lanes) {
         const F m = load(shift + c, lanes);
         F s = load(sums + c, lanes), t = load(squares + c, lanes);
         for (int k = 0; k < pixels.n; ++k) {
@@ -129,7 +129,7 @@ bool forward(const GroupNormSilu& a) {
         const int64_t begin = slabs.begin(slab), at = unit * per_sample + begin * C;
         const T* const from = x + at;
         T* const to = y + at;
-        each_pixel(slabs.end(slab) - begin, C, [&](int64_t c, int64_t i, auto pixels, int64_t next, auto lanes) {
+        each_pixel<4>(slabs.end(slab) - begin, C, [&](int64_t c, int64_t i, auto pixels, int64_t next, auto lanes) {
             const F mean = load(rows + MEAN * C + c, lanes), p = load(rows + GAIN * C + c, lanes);
             const F q = load(rows + OFFSET * C + c, lanes);
             for (int k = 0; k < pixels.n; ++k) {
@@ -178,7 +178,7 @@ inline void write_means(const GroupNormSiluBackward& a, int64_t unit, const floa
 // Adds dh and dh (x - mean) of n pixels to sums (2, C); dh goes to `kept` if that is not null.
 template <class T, bool silu>
 inline void add_pixels(const T* x, const T* grad, int64_t n, int64_t C, const float* rows, float* kept, float* sums) {
-    each_pixel(n, C, [&](int64_t c, int64_t first, auto pixels, int64_t next, auto lanes) {
+    each_pixel<4>(n, C, [&](int64_t c, int64_t first, auto pixels, int64_t next, auto lanes) {
         const F mean = load(rows + MEAN * C + c, lanes), p = load(rows + GAIN * C + c, lanes);
         const F q = load(rows + OFFSET * C + c, lanes);
         F s = load(sums + c, lanes), t = load(sums + C + c, lanes);
@@ -198,7 +198,7 @@ inline void add_pixels(const T* x, const T* grad, int64_t n, int64_t C, const fl
 // dx of n pixels from dh, kept or computed again.
 template <class T, bool silu, bool streamed>
 inline void apply_pixels(const T* x, const T* grad, const float* kept, T* dx, int64_t n, int64_t C, const float* rows) {
-    each_pixel(n, C, [&](int64_t c, int64_t first, auto pixels, int64_t next, auto lanes) {
+    each_pixel<4>(n, C, [&](int64_t c, int64_t first, auto pixels, int64_t next, auto lanes) {
         const F mean = load(rows + MEAN * C + c, lanes), p = load(rows + GAIN * C + c, lanes);
         const F q = load(rows + OFFSET * C + c, lanes), slope = p * (1.0f / STRETCH<silu>);
         const F g = load(rows + MEAN_G * C + c, lanes), g_x = load(rows + MEAN_G_X * C + c, lanes);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "group_norm_silu.h"
+#include "simd/pair.h"
 
 namespace ldm::LDM_ISA::contiguous {
 
@@ -27,9 +28,7 @@ inline float near_mean(const T* x, int64_t n) {
 struct Deviations {
     F sum, squares;
 
-    template <class T, class Lanes>
-    void add(const T* x, F shift, Lanes lanes) {
-        const F d = only(load(x, lanes) - shift, lanes);
+    void add(F d) {
         sum += d;
         squares = fma(d, d, squares);
     }
@@ -46,10 +45,11 @@ inline Moments measure(const T* x, int64_t n) {
         Deviations a{}, b{}, c{}, d{};  // four chains of additions at a time
         int64_t i = 0;
         for (; i + 4 * W <= count; i += 4 * W) {
-            a.add(chunk + i, shift, Full{}), b.add(chunk + i + W, shift, Full{});
-            c.add(chunk + i + 2 * W, shift, Full{}), d.add(chunk + i + 3 * W, shift, Full{});
+            F v[4];
+            load_pair(chunk + i, v[0], v[1]), load_pair(chunk + i + 2 * W, v[2], v[3]);
+            a.add(v[0] - shift), b.add(v[1] - shift), c.add(v[2] - shift), d.add(v[3] - shift);
         }
-        each_vector(count - i, [&](int64_t j, auto lanes) { a.add(chunk + i + j, shift, lanes); });
+        each_vector(count - i, [&](int64_t j, auto lanes) { a.add(only(load(chunk + i + j, lanes) - shift, lanes)); });
         const F s = (a.sum + b.sum) + (c.sum + d.sum), t = (a.squares + b.squares) + (c.squares + d.squares);
         merge(total, moments(static_cast<double>(count), near, sum(s), sum(t)));
     }
@@ -80,7 +80,16 @@ struct Slabs {
 template <class T, bool silu, bool streamed>
 inline void apply(const T* x, T* y, int64_t n, float mean, float gain, float offset, int64_t ahead) {
     const F m = set(mean), p = set(gain), q = set(offset);
-    each_vector(n, [&](int64_t i, auto lanes) {
+    int64_t done = 0;
+    for (; done + 2 * W <= n; done += 2 * W) {
+        constexpr int64_t LINE = 64 / sizeof(T);
+        for (int64_t i = 0; i < 2 * W; i += LINE) __builtin_prefetch(x + done + i + ahead, 0, 2);
+        F a, b;
+        load_pair(x + done, a, b);
+        store_pair<streamed>(y + done, activate<T, silu>(fma(a - m, p, q)), activate<T, silu>(fma(b - m, p, q)));
+    }
+    x += done, y += done;
+    each_vector(n - done, [&](int64_t i, auto lanes) {
         __builtin_prefetch(x + i + ahead, 0, 2);
         store_or_stream<streamed>(y + i, activate<T, silu>(fma(load(x + i, lanes) - m, p, q)), lanes);
     });

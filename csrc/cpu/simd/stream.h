@@ -6,11 +6,12 @@
 
 namespace ldm::LDM_ISA {
 
-// Whether every vector of rows of `row` elements, the first of them at p, is where stream() can store it.
+// Whether rows of `row` elements, the first of them at p, are made of whole cache lines.
 template <class T>
 inline bool streamable(const T* p, int64_t row) {
 #if defined(__AVX2__)
-    return reinterpret_cast<uintptr_t>(p) % (W * sizeof(T)) == 0 && row % W == 0;
+    constexpr uintptr_t LINE = 64;
+    return reinterpret_cast<uintptr_t>(p) % LINE == 0 && static_cast<uintptr_t>(row) * sizeof(T) % LINE == 0;
 #else
     (void)p, (void)row;
     return false;
