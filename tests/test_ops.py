@@ -687,8 +687,11 @@ def test_whoever_watches_sees_the_op(op: str) -> None:
     assert any(event.name == f"ldm_fast::{op}" for event in profile.events())
     graph = make_fx(lambda x: getattr(ops, op)(**{**inputs, key: x}))(first).graph
     assert any(str(node.target) == f"ldm_fast.{op}.default" for node in graph.nodes)
+    with torch.inference_mode():
+        assert torch.equal(call(), wanted)
     needs_gradient = first.clone().requires_grad_()
     assert not dispatch.nothing_to_dispatch(needs_gradient)
+    assert call(**{key: needs_gradient}).requires_grad
     with torch.no_grad():
         assert dispatch.nothing_to_dispatch(needs_gradient)
     with FakeTensorMode() as fakes:
