@@ -10,14 +10,15 @@
 
 namespace ldm::LDM_ISA {
 
-// From this size on malloc maps memory of its own for a block, always: advice about it concerns nobody else.
-constexpr int64_t MAPPED_BYTES = int64_t{32} << 20;
+// malloc may have cut a block of this size from memory it keeps. The advice concerns the pages wholly inside the block,
+// and where they have been written to before nothing happens.
+constexpr int64_t LARGE_BYTES = int64_t{4} << 20;
 
 // To be called before `data` is written. Advice: where the system has none of it, nothing happens.
 inline void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t PAGE = uintptr_t{2} << 20;
-    if (bytes < MAPPED_BYTES) return;
+    if (bytes < LARGE_BYTES) return;
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
     const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / PAGE * PAGE;
     if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
