@@ -11,6 +11,9 @@
 // while its data is in its cache if there are units enough for everybody; otherwise each phase spreads the slabs over
 // the threads. The slabs are the same either way, so the result does not depend on the number of threads.
 //
+// A large result is streamed past the caches (simd/stream.h): its lines need not be read before they are written, and x
+// stays where the apply phase finds it.
+//
 // The split form is the first two phases of the forward pass (Phases::measure) or the last two (Phases::apply).
 //
 // dh = dL/dh needs a sigmoid, the dearest part of it all, so the first backward phase keeps dh for the last one where
@@ -27,7 +30,7 @@
 namespace ldm::LDM_ISA {
 
 constexpr int64_t SLAB_ELEMENTS = 65536;
-constexpr int64_t STREAMED_BYTES = int64_t{4} << 20;  // above this whatever reads the result is no slower for it
+constexpr int64_t STREAMED_BYTES = int64_t{4} << 20;  // from this on whatever reads the result is no slower for it
 constexpr int64_t KEPT_ELEMENTS = 131072;             // of dh in float32: 512 KiB, half an L2 cache
 constexpr int64_t ELEMENTS_WORTH_A_THREAD = 16384;    // starting a team costs a few microseconds
 
