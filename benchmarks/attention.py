@@ -21,7 +21,7 @@ from harness import OURS, Bench, add_impl_option, implementation, judge, largest
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldm_fast import dispatch, ops
+from ldm_fast import ops
 from ldm_fast.testing import TOLERANCE, Attention, bytes_moved, flops, make_inputs
 
 TINY = (Attention(2, 2, 33, 77, 40, layout="heads_last"), Attention(1, 1, 40, 40, 64, layout="heads_last"))
@@ -119,7 +119,6 @@ def backward_row(bench: Bench, case: Attention, dtype: torch.dtype) -> None:
     functions, skipped = peers(bench, case, dtype)
     leaves = [make_inputs("attention", case, dtype, bench.device)[key].detach().requires_grad_() for key in "qkv"]
     who = implementation("attention", bench.options.impl, *leaves, None, case.D**-0.5)
-    who = dispatch.BACKWARD.get(("attention", who), who)
     grad = torch.randn(case.B, case.N, case.H, case.D, device=bench.device).to(dtype).transpose(1, 2)
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     truth = torch.autograd.grad(exact(*doubles), doubles, grad.double())

@@ -52,9 +52,6 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     },
 }
 
-# Backward passes that are not written by the implementation of the forward pass itself.
-BACKWARD: dict[tuple[str, str], str] = {}
-
 IMPLEMENTATION_NAMES = ("triton", "cuda", "cpu", "reference")
 
 _forced: str | None = None
@@ -123,9 +120,8 @@ def run(op: str, impl: str, args: tuple[Any, ...]) -> Any:
 
 
 def run_backward(op: str, impl: str, forward_args: tuple[Any, ...], backward_args: tuple[Any, ...]) -> Any:
-    name = choose(op, impl, forward_args)
-    name = BACKWARD.get((op, name), name)
-    return getattr(module_of(op, name), f"{op}_backward")(*backward_args)
+    """Its backward pass, by whoever is chosen for the forward pass."""
+    return getattr(module_of(op, choose(op, impl, forward_args)), f"{op}_backward")(*backward_args)
 
 
 def nothing_to_dispatch(*tensors: Tensor | None) -> bool:

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ldm_fast.dispatch import BACKWARD, IMPLEMENTATIONS, why_not
+from ldm_fast.dispatch import IMPLEMENTATIONS, why_not
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One op on one device: who runs it, and the better ones that cannot, with the reason of each."""
+    """One op on one device: who runs it, both ways, and the better ones that cannot, with the reason of each."""
 
     op: str
     device: str
     chosen: str
-    backward: str | None
     passed_over: tuple[tuple[str, str], ...]
 
 
@@ -27,8 +26,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = []
         for choice in self.choices:
-            backward = f", backward by {choice.backward}" if choice.backward else ""
-            lines.append(f"{choice.op} on {choice.device}: {choice.chosen}{backward}")
+            lines.append(f"{choice.op} on {choice.device}: {choice.chosen}")
             lines += [f"    not {name}: {reason}" for name, reason in choice.passed_over]
         return "\n".join(lines)
 
@@ -50,9 +48,7 @@ def _choice(op: str, device: str, dtype: torch.dtype) -> Choice:
         if reason is None:
             break
         passed_over.append((name, reason))
-    has_backward = op in ("attention", "group_norm_silu")
-    backward = BACKWARD.get((op, name), name) if has_backward else None
-    return Choice(op, device, name, backward, tuple(passed_over))
+    return Choice(op, device, name, tuple(passed_over))
 
 
 def _ordinary_arguments(op: str, device: str, dtype: torch.dtype) -> tuple[object, ...]:
