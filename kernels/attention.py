@@ -568,16 +568,16 @@ def _plan(d: int, half: bool, masked: bool, backward: bool = False, keys: bool =
     half: two bytes per element; masked: the mask's values take registers, too; keys: a program owns keys (for dk and
     dv) rather than queries.
     """
-    narrow, piece = 256 if half else 128, 128
+    narrow, piece = 256 if half else 128, 256 if half and not masked else 128
     if keys or (backward and not half):
-        narrow, piece = 128 if keys else 80, 64
+        narrow, piece = 128 if keys else 80, 128 if half and d > 192 else 64
     d0, d1 = _pieces(d) if d <= narrow else (piece, 0)
     pieces = 1 if d <= narrow else triton.cdiv(d, piece)
     width = d0 + d1
     if not half:
         own, step, warps = 32, 16 if keys else 32, 8
     elif pieces > 1:
-        own, step, warps = 64, 32, 4 if keys else 8
+        own, step, warps = 64, 32, 4 if piece == 64 else 8
     elif backward:
         own, step, warps = 64, 16 if width > 128 or (keys and masked) else 32, 4
     elif masked or width > 128:
