@@ -475,7 +475,7 @@ def forward_launches(
     width, (s, _) = c // num_groups, _layout(x)
     if tile := _on_chip(x, width, ON_CHIP):
         args = (x, weight, bias, scale, shift, y, mean, rstd, c, s, num_groups, width, eps)
-        options = {**_block(*tile, 16), **_unit(x, width), "SILU": activation == "silu"}
+        options = {**_block(x, *tile, 16, width), "SILU": activation == "silu"}
         return [Launch(_forward_group, b * num_groups, args, options, _resident(options))]
     stats, means, deviations, pixels = stats_launch(x)
     merge = (means, deviations, mean, rstd, s, num_groups, width, means.shape[-1], pixels, eps)
@@ -486,12 +486,15 @@ def forward_launches(
     ]
 
 
-def _block(channels: int, pixels: int, elements: int) -> dict[str, Any]:
-    """A tile, and warps that give a thread about `elements` elements of it."""
+def _block(x: torch.Tensor, channels: int, pixels: int, elements: int, width: int = 0) -> dict[str, Any]:
+    """A tile, and warps that give a thread about `elements` elements of it, half as many where each has an address."""
+    unit = _unit(x, width)
+    if unit["UNIT"] * x.element_size() < 16:
+        elements //= 2
     warps = max(1, min(16, channels * pixels // (32 * elements)))
     # as many registers as RESIDENT_WARPS leave: left alone, the compiler for sm_100 takes fewer, and spills
     options = {"num_warps": warps, "maxnreg": 65536 // (32 * RESIDENT_WARPS), "enable_fp_fusion": True}
-    return {"CHANNELS": channels, "PIXELS": pixels, **options}
+    return {"CHANNELS": channels, "PIXELS": pixels, **unit, **options}
 
 
 def _resident(options: dict[str, Any]) -> int:
@@ -505,7 +508,7 @@ def stats_launch(x: torch.Tensor) -> tuple[Launch, torch.Tensor, torch.Tensor, i
     s, split = _layout(x)[0], _split(x)
     chunks = triton.cdiv(s, split.pixels * split.steps)
     means, deviations = torch.empty((2, b, c, chunks), dtype=torch.float32, device=x.device)
-    options = {**_block(split.channels, split.pixels, 32), **_unit(x)}
+    options = _block(x, split.channels, split.pixels, 32)
     args = (x, means, deviations, c, s, chunks, split.steps)
     launch = Launch(_stats, chunks * triton.cdiv(c, split.channels) * b, args, options, _resident(options))
     return launch, means, deviations, split.pixels * split.steps
@@ -528,7 +531,7 @@ def apply_launch(
     s, split = _layout(x)[0], _split(x)
     chunks = triton.cdiv(s, split.pixels * split.steps_apply)
     args = (x, weight, bias, scale, shift, mean, rstd, y, c, s, num_groups, _per_width(c // num_groups), chunks)
-    options = {**_block(split.channels, split.pixels, 32), **_unit(x), "SILU": activation == "silu"}
+    options = {**_block(x, split.channels, split.pixels, 32), "SILU": activation == "silu"}
     programs = chunks * triton.cdiv(c, split.channels) * b
     return Launch(_apply, programs, (*args, split.steps_apply), options, _resident(options))
 
@@ -562,7 +565,7 @@ def backward_launches(
     sums, sums_hat = torch.empty((2, b, c), dtype=torch.float32, device=x.device)
     inputs = (grad, x, weight, bias, scale, shift, mean, rstd)
     if tile := _on_chip(x, width, ON_CHIP // 2):
-        options = {**_block(*tile, 16), **_unit(x, width), **silu}
+        options = {**_block(x, *tile, 16, width), **silu}
         args = (*inputs, dx, sums, sums_hat, c, s, num_groups, width)
         launches = [Launch(_backward_group, b * num_groups, args, options, _resident(options))]
     else:
@@ -574,7 +577,7 @@ def backward_launches(
         add = (*inputs, parts, parts_hat, c, s, num_groups, per_width, chunks, split.steps)
         merge = (parts, parts_hat, weight, scale, sums, sums_hat, levels, slopes, c, s, num_groups, width, chunks)
         apply = (*inputs, levels, slopes, dx, c, s, num_groups, per_width, chunks_apply, split.steps_apply)
-        options = {**_block(split.channels, split.pixels, 16), **_unit(x), **silu}
+        options = {**_block(x, split.channels, split.pixels, 16), **silu}
         launches = [
             Launch(_grad_sums, chunks * tiles, add, options, _resident(options)),
             Launch(_merge_grads, b * num_groups, merge, {"CHANNELS": 32, "BLOCK": 32, "num_warps": 4, **fusion}),
