@@ -31,7 +31,7 @@ def _stands_alone(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or torch.jit.is_tracing()
-        or torch.is_autocast_enabled(x.device.type)
+        or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
     )
 
 

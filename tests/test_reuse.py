@@ -326,6 +326,13 @@ def test_autocast_keeps_to_itself(unet, context):
     assert torch.equal(run(unet, context), wanted)
 
 
+def test_shapes_alone(unet, context):
+    """The meta device knows no autocast: asking whether it is on is an error there."""
+    with torch.no_grad():
+        out = unet.to("meta")(sample().to("meta"), 3, context.to("meta")).sample
+    assert out.is_meta and out.shape == sample().shape
+
+
 def test_results_live_no_longer_than_their_context(unet, context):
     other = context.flip(1)
     run(unet, context)
