@@ -117,9 +117,11 @@ def make_inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     elif case.data == "offset":
         z, codes = z + 1e4, codes + 1e4
     elif case.data == "huge":
-        z, codes = z * 1e18, codes * 1e18
+        factor = 1e4 if case.dtype == "float16" else 1e18  # whose largest number is 65504
+        z, codes = z * factor, codes * factor
     elif case.data == "denormal":
-        z, codes = z * 1e-20, codes * 1e-20
+        factor = 1e-6 if case.dtype == "float16" else 1e-20
+        z, codes = z * factor, codes * factor
     elif case.data == "underflow":  # every distance is +0 or -0, which are equal
         z, codes = z * 1e-30, codes * 1e-30
     elif case.data == "close":  # codes in clusters that bfloat16 cannot take apart, and queries among them
