@@ -25,7 +25,7 @@ from ldm_fast.training.data import DataConfig, load_data, synthetic_images
 from ldm_fast.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from ldm_fast.training.ema import Ema, decay_at
 from ldm_fast.training.first_stage import FirstStage
-from ldm_fast.training.loop import DataOrder, learning_rate_factor, seeded
+from ldm_fast.training.loop import DataOrder, learning_rate_factor, seeded, update_weights
 from ldm_fast.training.recipe import LoopConfig, Phase
 from ldm_fast.training.second_stage import SecondStage, multiscale_error
 
@@ -383,6 +383,15 @@ def test_more_scales_than_the_latents_have():
     recipe = change(TINY, "second_stage", phases=(Phase(4, loss_levels=9),)).second_stage
     with pytest.raises(DataError, match="second_stage.loss_levels is 9"):
         SecondStage(recipe, first, synthetic_images(16), 0, CPU)
+
+
+@pytest.mark.parametrize(("clip", "moved"), [(None, (3.0, 4.0)), (1.0, (0.6, 0.8)), (50.0, (3.0, 4.0))])
+def test_gradients_are_clipped_and_their_norm_told(clip, moved):
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert float(update_weights(torch.optim.SGD([weight], lr=1.0), clip)) == 5
+    assert weight.grad is None
+    torch.testing.assert_close(-weight.detach(), torch.tensor(moved), rtol=1e-5, atol=0)
 
 
 def test_ema_follows_the_formula():

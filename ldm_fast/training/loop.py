@@ -109,12 +109,13 @@ def learning_rate_factor(step: int, config: LoopConfig) -> float:
     return warmup * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def update_weights(optimizer: torch.optim.Optimizer, clip: float | None) -> None:
-    """Clips the gradients' norm, steps and forgets the gradients."""
-    if clip is not None:
-        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+def update_weights(optimizer: torch.optim.Optimizer, clip: float | None) -> Tensor:
+    """Clips the gradients' norm, steps and forgets the gradients. Returns the norm as it was."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def run_stage(

@@ -112,8 +112,7 @@ class SecondStage:
             loss = self._loss(self.model, self.latents.take(index, generator), condition, generator, recipe)
             (loss / len(batches)).backward()
             total += float(loss.detach()) / len(batches)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        update_weights(self.optimizer, self.loop.grad_clip)
+        norm = update_weights(self.optimizer, self.loop.grad_clip)
         self.ema.update(number)
         return {"loss": total, "gradient_norm": float(norm)}
 
