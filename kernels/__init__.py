@@ -4,6 +4,7 @@ Importing this package costs nothing and needs no Triton, so that `unavailable()
 of the ops do need it: ask `unavailable()` first, then import `ldm_fast.kernels.<op>`.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -22,7 +23,10 @@ class Launch(NamedTuple):
     resident: int = 1  # programs that one multiprocessor is meant to hold at a time: registers and memory allow it
 
     def run(self) -> None:
-        self.kernel[(self.programs,)](*self.args, **self.options)
+        device = next(arg.device for arg in self.args if isinstance(arg, torch.Tensor))
+        # Triton launches on the current device, which need not be that of the tensors
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[(self.programs,)](*self.args, **self.options)
 
 
 def interpreting() -> bool:

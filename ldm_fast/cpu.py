@@ -220,16 +220,19 @@ def group_norm_silu(
     """See `reference.group_norm_silu`; x contiguous or channels_last."""
     channels_last, shape = _shape(x, num_groups)
     y = torch.empty_like(x)
-    mean = x.new_empty((shape[0], num_groups), dtype=torch.float32)
+    mean = torch.empty((shape[0], num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    parameters = [_parameter(t) for t in (weight, bias, scale, shift)]
+    weight, bias, scale, shift = _parameter(weight), _parameter(bias), _parameter(scale), _parameter(shift)
     _native().group_norm_silu(
         _DTYPES[x.dtype],
         channels_last,
         activation == "silu",
         shape,
         x.data_ptr(),
-        *map(_address, parameters),
+        _address(weight),
+        _address(bias),
+        _address(scale),
+        _address(shift),
         y.data_ptr(),
         mean.data_ptr(),
         rstd.data_ptr(),

@@ -1,7 +1,7 @@
 """Which implementation computes an op, and how an op is registered with PyTorch.
 
-One table says who can compute what, best first. Every op is registered with `torch.library` (define, impl, fake,
-autograd), so `torch.compile(fullgraph=True)` sees one opaque node; the choice happens inside that node, when it runs.
+One table says who can compute what, best first. Every op is registered with `torch.library` (`Op`), so
+`torch.compile(fullgraph=True)` sees one opaque node; the choice happens inside that node, when it runs.
 """
 
 from __future__ import annotations
@@ -124,27 +124,6 @@ def run_backward(op: str, impl: str, forward_args: tuple[Any, ...], backward_arg
     return getattr(module_of(op, choose(op, impl, forward_args)), f"{op}_backward")(*backward_args)
 
 
-def nothing_to_dispatch(*tensors: Tensor | None) -> bool:
-    """Whether all that PyTorch's dispatcher would do with these is to call the kernel: CPU tensors, no gradient to be
-    recorded, nobody watching. It may then be left out, which saves several times what a small op takes.
-    """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled():
-        return False
-    recorded = torch.is_grad_enabled()
-    for tensor in tensors:  # a loop: several times as fast as all() over a generator
-        if tensor is None:
-            continue
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.is_cpu or tensor.is_neg():
-            return False
-        if recorded and tensor.requires_grad:
-            return False
-    return True
-
-
 def check_impl(op: str, impl: str | None) -> str:
     """`impl` as the registered op takes it, "" for None."""
     if impl is not None and impl not in IMPLEMENTATIONS[op]:
@@ -162,7 +141,7 @@ def check_floating(op: str, **tensors: Tensor) -> None:
 
 def check_no_tangent(op: str, **tensors: Tensor | None) -> None:
     """There are no forward-mode derivatives, and PyTorch would take the result's tangent for zero."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     for name, tensor in tensors.items():
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -172,32 +151,88 @@ def check_no_tangent(op: str, **tensors: Tensor | None) -> None:
 _library = torch.library.Library("ldm_fast", "DEF")
 
 
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Registers an op: `run` computes it, `fake` says what comes out."""
-    name = schema.split("(", 1)[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, run, device)
-    torch.library.register_fake(f"ldm_fast::{name}", fake, lib=_library)
+class Op:
+    """An op registered with PyTorch as `torch.ops.ldm_fast.<name>`, to be called by position.
+
+    Args:
+        schema: name, arguments and results, as `torch.library` writes them.
+        compute: what computes it.
+        fake: what says which tensors come out, without computing them.
+        backward, setup: its gradient and what keeps for it, as of `torch.library.register_autograd`.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        compute: Callable[..., Any],
+        fake: Callable[..., Any],
+        *,
+        backward: Callable[..., Any] | None = None,
+        setup: Callable[..., None] | None = None,
+    ) -> None:
+        name = schema.split("(", 1)[0]
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, compute, device)
+        torch.library.register_fake(f"ldm_fast::{name}", fake, lib=_library)
+        self._dispatched = getattr(torch.ops.ldm_fast, name)
+        self._recorded = self._dispatched
+        if backward is not None:
+            torch.library.register_autograd(f"ldm_fast::{name}", backward, setup_context=setup, lib=_library)
+            self._recorded = _autograd_function(compute, backward, setup)
+        self._compute = compute
+
+    def __call__(self, *args: Any) -> Any:
+        return self._shortest_way(args)(*args)
+
+    def _shortest_way(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """PyTorch's dispatcher, or, where nobody watches it, what it would call in the end: the dispatcher takes
+        several times what a small op does."""
+        if _someone_watches():
+            return self._dispatched
+        recording, recorded = torch.is_grad_enabled(), False
+        for arg in args:
+            kind = type(arg)
+            if kind is Tensor or kind is torch.nn.Parameter:
+                if not (arg.is_cpu or arg.is_cuda) or arg.is_neg():
+                    return self._dispatched
+                recorded = recorded or (recording and arg.requires_grad)
+            elif isinstance(arg, Tensor):  # of a class that may want to see the op
+                return self._dispatched
+        return self._recorded if recorded else self._compute
 
 
-def register_autograd(op: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-    """Registers the gradient of an op, which has none of its own."""
-    torch.library.register_autograd(f"ldm_fast::{op}", backward, setup_context=setup, lib=_library)
+def _someone_watches() -> bool:
+    """Whether a compiler, tracer, mode, transform or profiler is to see every op."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+    )
 
-    def second(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"{op}: has no second derivative (for a gradient penalty, write it out in PyTorch's own ops)"
-        )
 
-    # without this, PyTorch would take the backward pass for a constant: a warning and zeros
-    torch.library.register_autograd(f"ldm_fast::{op}_backward", second, lib=_library)
+def _autograd_function(
+    compute: Callable[..., Any], backward: Callable[..., Any], setup: Callable[..., None] | None
+) -> Callable[..., Any]:
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = compute(*args)
+            if setup is not None:
+                setup(ctx, args, output)
+            return output
+
+    Recorded.backward = staticmethod(backward)
+    return Recorded.apply
 
 
-def refuse_gradient(op: str, instead: str) -> None:
-    """Registers a backward pass that says so: without one, PyTorch would take the result for a constant."""
+def no_gradient(message: str) -> Callable[..., None]:
+    """A backward pass that says so: without one, PyTorch would take the result for a constant."""
 
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"{op}: has no gradient; {instead}")
+        raise RuntimeError(message)
 
-    torch.library.register_autograd(f"ldm_fast::{op}", backward, lib=_library)
+    return backward

@@ -8,17 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_fast.dispatch import (
-    check_floating,
-    check_impl,
-    check_no_tangent,
-    define,
-    nothing_to_dispatch,
-    refuse_gradient,
-    register_autograd,
-    run,
-    run_backward,
-)
+from ldm_fast.dispatch import Op, check_floating, check_impl, check_no_tangent, no_gradient, run, run_backward
+
+NO_SECOND_DERIVATIVE = "{}: has no second derivative (for a gradient penalty, write it out in PyTorch's own ops)"
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
@@ -74,8 +66,7 @@ def attention(
     check_no_tangent("attention", q=q, k=k, v=v)
     q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    call = _attention if nothing_to_dispatch(q, k, v, mask) else torch.ops.ldm_fast.attention
-    return call(q, k, v, mask, scale, impl)[0]
+    return _attention_op(q, k, v, mask, scale, impl)[0]
 
 
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -143,22 +134,24 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 def _attention_autograd(ctx: Any, grad: Tensor, _grad_lse: Tensor):
     q, k, v, mask, out, lse = ctx.saved_tensors
-    gradients = torch.ops.ldm_fast.attention_backward(grad, q, k, v, mask, ctx.scale, out, lse, ctx.impl)
+    gradients = _attention_backward_op(grad, q, k, v, mask, ctx.scale, out, lse, ctx.impl)
     return (*gradients, None, None, None)
 
 
-define(
+_attention_op = Op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str impl) -> (Tensor, Tensor)",
     _attention,
     _attention_fake,
+    backward=_attention_autograd,
+    setup=_attention_setup,
 )
-define(
+_attention_backward_op = Op(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, Tensor out, Tensor lse, "
     "str impl) -> (Tensor, Tensor, Tensor)",
     _attention_backward,
     _attention_backward_fake,
+    backward=no_gradient(NO_SECOND_DERIVATIVE.format("attention")),
 )
-register_autograd("attention", _attention_autograd, _attention_setup)
 
 
 # ---- group_norm_silu -------------------------------------------------------------------------------------------------
@@ -199,9 +192,7 @@ def group_norm_silu(
     _check_group_norm("group_norm_silu", x, num_groups)
     _check_affine("group_norm_silu", x, weight, bias, eps, activation, scale, shift)
     x = x if _is_dense(x) else x.contiguous()
-    plain = nothing_to_dispatch(x, weight, bias, scale, shift)
-    call = _group_norm_silu if plain else torch.ops.ldm_fast.group_norm_silu
-    return call(x, num_groups, weight, bias, float(eps), activation or "", scale, shift, impl)[0]
+    return _group_norm_silu_op(x, num_groups, weight, bias, float(eps), activation or "", scale, shift, impl)[0]
 
 
 def _check_group_norm(op: str, x: Tensor, num_groups: int) -> None:
@@ -230,17 +221,13 @@ def _check_affine(
         raise ValueError(f'{op}: activation must be "silu" or None, got {activation!r}')
     if not eps > 0:
         raise ValueError(f"{op}: eps must be above 0, got {eps}")
-    for name, tensor, shape in (
-        ("weight", weight, (channels,)),
-        ("bias", bias, (channels,)),
-        ("scale", scale, (batch, channels)),
-        ("shift", shift, (batch, channels)),
-    ):
-        if tensor is None:
-            continue
-        check_floating(op, **{name: tensor})
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+    shapes = {"weight": (channels,), "bias": (channels,), "scale": (batch, channels), "shift": (batch, channels)}
+    given = zip(shapes, (weight, bias, scale, shift), strict=True)
+    present = {name: tensor for name, tensor in given if tensor is not None}
+    check_floating(op, **present)
+    for name, tensor in present.items():
+        if tensor.shape != shapes[name]:
+            raise ValueError(f"{op}: {name} must have shape {shapes[name]}, got {tuple(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} must be on the device of x ({x.device}), got {tensor.device}")
     check_no_tangent(op, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
@@ -300,9 +287,7 @@ def _group_norm_silu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 
 def _group_norm_silu_autograd(ctx: Any, grad: Tensor, *_: Tensor):
     x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-    plain = nothing_to_dispatch(grad, x, weight, bias, scale, shift)
-    call = _group_norm_silu_backward if plain else torch.ops.ldm_fast.group_norm_silu_backward
-    dx, dweight, dbias, dscale, dshift = call(
+    dx, dweight, dbias, dscale, dshift = _group_norm_silu_backward_op(
         grad, x, ctx.num_groups, weight, bias, ctx.eps, ctx.activation, scale, shift, mean, rstd, ctx.impl
     )
     present = (
@@ -313,20 +298,22 @@ def _group_norm_silu_autograd(ctx: Any, grad: Tensor, *_: Tensor):
     return dx, None, dweight, dbias, None, None, dscale, dshift, None
 
 
-define(
+_group_norm_silu_op = Op(
     "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, str activation, Tensor? scale, "
     "Tensor? shift, str impl) -> (Tensor, Tensor, Tensor)",
     _group_norm_silu,
     _group_norm_silu_fake,
+    backward=_group_norm_silu_autograd,
+    setup=_group_norm_silu_setup,
 )
-define(
+_group_norm_silu_backward_op = Op(
     "group_norm_silu_backward(Tensor grad, Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, "
     "str activation, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _group_norm_silu_backward,
     _group_norm_silu_backward_fake,
+    backward=no_gradient(NO_SECOND_DERIVATIVE.format("group_norm_silu")),
 )
-register_autograd("group_norm_silu", _group_norm_silu_autograd, _group_norm_silu_setup)
 
 
 # ---- group_norm_silu in two ------------------------------------------------------------------------------------------
@@ -351,7 +338,7 @@ def group_norm_stats(x: Tensor, num_groups: int, *, impl: str | None = None) -> 
     impl = check_impl("group_norm_stats", impl)
     _check_group_norm("group_norm_stats", x, num_groups)
     check_no_tangent("group_norm_stats", x=x)
-    return torch.ops.ldm_fast.group_norm_stats(x if _is_dense(x) else x.contiguous(), num_groups, impl)
+    return _group_norm_stats_op(x if _is_dense(x) else x.contiguous(), num_groups, impl)
 
 
 def merge_group_norm_stats(parts: Sequence[Tensor]) -> Tensor:
@@ -420,9 +407,7 @@ def group_norm_apply(
         raise ValueError(f"group_norm_apply: stats must be on the device of x ({x.device}), got {stats.device}")
     _check_affine("group_norm_apply", x, weight, bias, eps, activation, scale, shift)
     x, stats = x if _is_dense(x) else x.contiguous(), stats.contiguous()
-    return torch.ops.ldm_fast.group_norm_apply(
-        x, stats, num_groups, weight, bias, float(eps), activation or "", scale, shift, impl
-    )
+    return _group_norm_apply_op(x, stats, num_groups, weight, bias, float(eps), activation or "", scale, shift, impl)
 
 
 def _group_norm_stats(x: Tensor, num_groups: int, impl: str) -> Tensor:
@@ -445,15 +430,19 @@ def _group_norm_apply_fake(x, stats, num_groups, weight, bias, eps, activation, 
     return torch.empty_like(x)
 
 
-define("group_norm_stats(Tensor x, int num_groups, str impl) -> Tensor", _group_norm_stats, _group_norm_stats_fake)
-define(
+_group_norm_stats_op = Op(
+    "group_norm_stats(Tensor x, int num_groups, str impl) -> Tensor",
+    _group_norm_stats,
+    _group_norm_stats_fake,
+    backward=no_gradient("group_norm_stats: has no gradient; group_norm_silu, of the whole image, has one"),
+)
+_group_norm_apply_op = Op(
     "group_norm_apply(Tensor x, Tensor stats, int num_groups, Tensor? weight, Tensor? bias, float eps, str activation, "
     "Tensor? scale, Tensor? shift, str impl) -> Tensor",
     _group_norm_apply,
     _group_norm_apply_fake,
+    backward=no_gradient("group_norm_apply: has no gradient; group_norm_silu, of the whole image, has one"),
 )
-for _op in ("group_norm_stats", "group_norm_apply"):
-    refuse_gradient(_op, "group_norm_silu, of the whole image, has one")
 
 
 # ---- nearest_codebook ------------------------------------------------------------------------------------------------
@@ -486,7 +475,7 @@ def nearest_codebook(z: Tensor, codebook: Tensor, *, impl: str | None = None) ->
         ValueError: shapes or devices do not fit, or the implementation named cannot run these inputs.
     """
     impl = _check_codebook_search("nearest_codebook", z, codebook, impl)
-    index = torch.ops.ldm_fast.nearest_codebook(_vectors(z), codebook.detach(), impl)
+    index = _nearest_codebook_op(_vectors(z), codebook.detach(), impl)
     return index.view(_index_shape(z))
 
 
@@ -509,7 +498,7 @@ def nearest_codebook_stats(z: Tensor, codebook: Tensor, *, impl: str | None = No
         TypeError, ValueError: as `nearest_codebook`.
     """
     impl = _check_codebook_search("nearest_codebook_stats", z, codebook, impl)
-    index, counts, sums = torch.ops.ldm_fast.nearest_codebook_stats(_vectors(z), codebook.detach(), impl)
+    index, counts, sums = _nearest_codebook_stats_op(_vectors(z), codebook.detach(), impl)
     return index.view(_index_shape(z)), counts, sums
 
 
@@ -566,8 +555,10 @@ def _nearest_codebook_stats_fake(z: Tensor, codebook: Tensor, impl: str) -> tupl
     return _nearest_codebook_fake(z, codebook, impl), counts, sums
 
 
-define("nearest_codebook(Tensor z, Tensor codebook, str impl) -> Tensor", _nearest_codebook, _nearest_codebook_fake)
-define(
+_nearest_codebook_op = Op(
+    "nearest_codebook(Tensor z, Tensor codebook, str impl) -> Tensor", _nearest_codebook, _nearest_codebook_fake
+)
+_nearest_codebook_stats_op = Op(
     "nearest_codebook_stats(Tensor z, Tensor codebook, str impl) -> (Tensor, Tensor, Tensor)",
     _nearest_codebook_stats,
     _nearest_codebook_stats_fake,

@@ -668,35 +668,58 @@ class Watching(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_whoever_watches_sees_the_op(op: str) -> None:
-    """Where nobody does, CPU tensors without gradients go to the kernel directly, with the same result."""
+@pytest.mark.parametrize("op", dispatch.IMPLEMENTATIONS)
+def test_whoever_watches_sees_the_op(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody does, PyTorch's dispatcher is left out, with the same result."""
     inputs = make_inputs(op, SOME[op][1], torch.float32)
-    inputs = {key: value.detach() if isinstance(value, Tensor) else value for key, value in inputs.items()}
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     key, first = next((key, value) for key, value in inputs.items() if isinstance(value, Tensor))
     call = functools.partial(getattr(ops, op), **inputs)
-    assert dispatch.nothing_to_dispatch(*tensors, None)
-    wanted = call()
+    dispatched: list[str] = []
+    operator = getattr(ops, f"_{op}_op")
+    registered = operator._dispatched
+    monkeypatch.setattr(operator, "_dispatched", lambda *args: dispatched.append(op) or registered(*args))
+
+    def seen(result: Any, wanted: Any) -> bool:
+        torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+        was = bool(dispatched)
+        dispatched.clear()
+        return was
+
     with Watching() as watching:
-        assert not dispatch.nothing_to_dispatch(*tensors)
-        assert torch.equal(call(), wanted)
+        wanted = call()
     assert f"ldm_fast.{op}.default" in watching.seen
+    assert seen(wanted, wanted)
+    assert not seen(call(), wanted)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call()
+        assert seen(call(), wanted)
     assert any(event.name == f"ldm_fast::{op}" for event in profile.events())
     graph = make_fx(lambda x: getattr(ops, op)(**{**inputs, key: x}))(first).graph
     assert any(str(node.target) == f"ldm_fast.{op}.default" for node in graph.nodes)
+    dispatched.clear()
     with torch.inference_mode():
-        assert torch.equal(call(), wanted)
-    needs_gradient = first.clone().requires_grad_()
-    assert not dispatch.nothing_to_dispatch(needs_gradient)
-    assert call(**{key: needs_gradient}).requires_grad
-    with torch.no_grad():
-        assert dispatch.nothing_to_dispatch(needs_gradient)
-    with FakeTensorMode() as fakes:
-        assert not dispatch.nothing_to_dispatch(fakes.from_tensor(first))
-    assert not dispatch.nothing_to_dispatch(first.to("meta"))
+        assert not seen(call(), wanted)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        call(**{key: fakes.from_tensor(first)})
+        assert dispatched
+    dispatched.clear()
+    call(**{name: value.to("meta") if isinstance(value, Tensor) else value for name, value in inputs.items()})
+    assert dispatched
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_gradients_with_and_without_the_dispatcher(op: str) -> None:
+    inputs = make_inputs(op, SOME[op][1], torch.float32)
+    names = [key for key, value in inputs.items() if isinstance(value, Tensor) and key != "mask"]
+
+    def gradients() -> tuple[Tensor, ...]:
+        leaves = {name: inputs[name].detach().requires_grad_() for name in names}
+        y = getattr(ops, op)(**{**inputs, **leaves})
+        return torch.autograd.grad(y, list(leaves.values()), random_gradient(y))
+
+    with Watching() as watching:
+        wanted = gradients()
+    assert {f"ldm_fast.{op}.default", f"ldm_fast.{op}_backward.default"} <= set(watching.seen)
+    torch.testing.assert_close(gradients(), wanted, rtol=0, atol=0)
 
 
 # ---- choice of the implementation ----
