@@ -242,7 +242,8 @@ bool backward(const GroupNormSiluBackward& a) {
             const float* const from = sums.data + (unit * slabs.per_unit + slab) * 2 * C;
             for (int64_t c = 0; c < C; ++c) s[c] += from[c], t[c] += from[C + c];
         }
-        for (int64_t c = 0; c < C; ++c) t[c] *= a.rstd[unit * a.groups + c / per_group];
+        for (int64_t g = 0; g < a.groups; ++g)
+            for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) t[c] *= a.rstd[unit * a.groups + g];
         write_means<silu>(a, unit, s, t, coefficients.data + unit * BACKWARD_ROWS * C);
     };
     const auto last = [&](int64_t unit, int64_t slab, int slot) {
