@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+UNFINISHED = ".tmp"  # how the name of a file ends that a killed process leaves behind
 
 
 class CheckpointError(ValueError):
@@ -15,23 +18,24 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to, PATH.tmp. At the end it is flushed to the disk and takes the name `path` by a rename; after
-    an error it is gone, and `path` is as it was. Raises OSError with the path."""
-    path = Path(path)
-    unfinished = path.with_name(f"{path.name}.tmp")
+    """A path to write to, beside `path`. At the end it is flushed to the disk and takes the name `path` by a rename;
+    after an error it is gone, and `path` is as it was. Several may write at once: the last one stands, as a whole.
+    Where `path` is a symbolic link, what it points to is replaced. Raises OSError with the path."""
+    target = Path(os.path.realpath(path))
+    unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         yield unfinished
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, unfinished)
-        os.replace(unfinished, path)
+        if target.exists():
+            shutil.copymode(target, unfinished)
+        os.replace(unfinished, target)
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise type(error)(error.errno, f"cannot write: {error.strerror}", str(path)) from error
         raise
-    _sync_folder(path.parent)
+    _sync_folder(target.parent)
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

@@ -3,6 +3,7 @@
 import os
 import stat
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -85,6 +86,28 @@ def test_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"cannot write: No space left on device: .*x\.bin"):
         write_atomically(path, b"two")
     assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_at_the_same_time(tmp_path):
+    """Whoever reads meets the whole of what one of them wrote."""
+    path = tmp_path / "x.bin"
+    contents = [bytes([i]) * 300_000 for i in range(4)]
+    write_atomically(path, contents[0])
+    with ThreadPoolExecutor(4) as threads:
+        writing = [threads.submit(write_atomically, path, content) for content in contents * 8]
+        while not all(write.done() for write in writing):
+            assert path.read_bytes() in contents
+    assert all(write.exception() is None for write in writing)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links need a privilege there")
+def test_a_symbolic_link_goes_on_pointing_to_the_file(tmp_path):
+    path, link = tmp_path / "x.bin", tmp_path / "link"
+    write_atomically(path, b"one")
+    link.symlink_to(path)
+    write_atomically(link, b"two")
+    assert link.is_symlink() and path.read_bytes() == b"two"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")
