@@ -261,6 +261,13 @@ def test_the_last_two_are_kept(tmp_path):
     ]
 
 
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    path = saved(tmp_path, 1, 1.0)
+    (tmp_path / "step_00000002.safetensors.0123abcd.tmp").write_bytes(b"half of it")
+    assert newest_checkpoint(tmp_path)[1]["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_no_readable_checkpoint_is_an_error(tmp_path):
     saved(tmp_path, 1, 1.0).write_bytes(b"nothing")
     with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="no checkpoint in"):
@@ -579,6 +586,7 @@ def test_accumulation_averages_gradients(monkeypatch):
     def record(optimizer, clip):
         gradients.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
         optimizer.zero_grad()
+        return torch.zeros(())
 
     monkeypatch.setattr(module, "update_weights", record)
     stage = FirstStage(recipe, synthetic_images(16), 0, CPU)
@@ -615,7 +623,7 @@ def test_variants_of_the_recipe_train_and_generate(tmp_path, name):
             unet, down_block_types=("DownBlock2D", "AttnDownBlock2D"), mid_block_type="UNetMidBlock2D"
         )
     if name in ("class", "unconditional"):
-        fields["sampling"] = dataclasses.replace(recipe.second_stage.sampling, guidance=2.0 if name == "class" else 1.0)
+        fields["sampling"] = dataclasses.replace(recipe.second_stage.sampling, guidance=2.0)
         recipe = dataclasses.replace(recipe, data=DataConfig("folder", 16, path=str(tmp_path / "data")))
     recipe = change(recipe, "second_stage", loop=loop, **fields)
     path = train(recipe, tmp_path / "run", progress=False)
@@ -644,6 +652,18 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="first_stage: loss is nan at step 8"):
         train(TINY, tmp_path, progress=False)
     assert newest_checkpoint(tmp_path / "first_stage" / "checkpoints")[1]["step"] == 6
+
+
+def test_a_gradient_that_is_not_finite_never_gets_into_a_checkpoint(tmp_path, monkeypatch):
+    """Even if the loss is: the next one would not be, and by then the checkpoint would be written."""
+
+    def overflow(optimizer, clip):
+        return update_weights(optimizer, clip) * math.inf
+
+    monkeypatch.setattr("ldm_fast.training.first_stage.update_weights", overflow)
+    with pytest.raises(TrainingError, match="first_stage: gradient_norm is inf at step 1"):
+        train(TINY, tmp_path, progress=False)
+    assert newest_checkpoint(tmp_path / "first_stage" / "checkpoints") is None
 
 
 def test_sizes_and_channels_that_do_not_fit():

@@ -97,9 +97,9 @@ class FirstStage:
                 values.update(disc_values)
             for name, value in values.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value) / len(batches)
-        update_weights(self.optimizer, self.loop.grad_clip)
+        metrics["gradient_norm"] = float(update_weights(self.optimizer, self.loop.grad_clip))
         if adversarial:
-            update_weights(self.disc_optimizer, self.loop.grad_clip)
+            metrics["disc_gradient_norm"] = float(update_weights(self.disc_optimizer, self.loop.grad_clip))
         self.ema.update(number)
         self._revive(number, generator)
         return metrics
