@@ -54,7 +54,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 
 IMPLEMENTATION_NAMES = ("triton", "cuda", "cpu", "reference")
 
-_forced: str | None = None
+_forced: list[tuple[str | None, object]] = []  # by each `use_impl` that is open, the innermost last
 
 
 @contextlib.contextmanager
@@ -63,16 +63,21 @@ def use_impl(name: str | None) -> Iterator[None]:
 
     An op that has no implementation of that name (nearest_codebook has no "triton") chooses as usual; one that has it
     but cannot run it here raises, as an explicit `impl=` would. A backward pass obeys the setting of the moment it runs
-    in. The setting is one per process, not one per thread.
+    in. The setting is one per process, not one per thread; of several threads' the one entered last holds.
     """
-    global _forced
     if name is not None and name not in IMPLEMENTATION_NAMES:
         raise ValueError(f"use_impl: name must be one of {', '.join(IMPLEMENTATION_NAMES)}, got {name!r}")
-    previous, _forced = _forced, name
+    entered = (name, object())
+    _forced.append(entered)
     try:
         yield
     finally:
-        _forced = previous
+        _forced.remove(entered)
+
+
+def forced() -> str | None:
+    """What `use_impl` asks for at the moment."""
+    return _forced[-1][0] if _forced else None
 
 
 @functools.cache
@@ -105,7 +110,7 @@ def why_not(op: str, impl: str, args: tuple[Any, ...]) -> str | None:
 
 def choose(op: str, impl: str, args: tuple[Any, ...]) -> str:
     """The name of the implementation to run: `impl` where it is given, else the best one for these arguments."""
-    wanted = impl or (_forced if _forced in IMPLEMENTATIONS[op] else None)
+    wanted = impl or (forced() if forced() in IMPLEMENTATIONS[op] else None)
     if wanted is None:
         return next(name for name in IMPLEMENTATIONS[op] if why_not(op, name, args) is None)
     reason = why_not(op, wanted, args)
@@ -137,6 +142,14 @@ def check_floating(op: str, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} must have a floating-point dtype, got {tensor.dtype}")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast has x's device compute in; None where it is off."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
 
 
 def check_no_tangent(op: str, **tensors: Tensor | None) -> None:

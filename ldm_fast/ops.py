@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_fast.dispatch import Op, check_floating, check_impl, check_no_tangent, no_gradient, run, run_backward
+from ldm_fast.dispatch import (
+    Op,
+    autocast_dtype,
+    check_floating,
+    check_impl,
+    check_no_tangent,
+    no_gradient,
+    run,
+    run_backward,
+)
 
 NO_SECOND_DERIVATIVE = "{}: has no second derivative (for a gradient penalty, write it out in PyTorch's own ops)"
 
@@ -36,7 +45,8 @@ def attention(
         impl: None for the best implementation that supports the inputs, or "triton", "cpu", "reference".
 
     Returns:
-        (B, H, N, D) in q's dtype; its memory is laid out (B, N, H, D), so merging the heads is free.
+        (B, H, N, D) in q's dtype; its memory is laid out (B, N, H, D), so merging the heads is free. Under autocast,
+        which lowers q, k and v as for PyTorch's scaled_dot_product_attention, in its dtype.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or dtypes differ.
@@ -55,6 +65,9 @@ def attention(
         )
     if q.shape[3] == 0:
         raise ValueError(f"attention: the head width D must be at least 1, got q {tuple(q.shape)}")
+    lower = autocast_dtype(q)
+    if lower is not None:
+        q, k, v = (t if t.dtype == torch.float64 else t.to(lower) for t in (q, k, v))
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(f"attention: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if k.device != q.device or v.device != q.device:

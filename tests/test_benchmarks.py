@@ -85,7 +85,7 @@ def off_by_little(op: str) -> Callable[..., torch.Tensor]:
 
     def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
         out = right(*args, **kwargs)
-        if dispatch._forced == "reference":
+        if dispatch.forced() == "reference":
             return out
         one = (torch.arange(out.numel(), device=out.device) == out.numel() // 2).reshape(out.shape).to(out.dtype)
         return out + one if op == "nearest_codebook" else out + one * out  # the gradient is wrong as well

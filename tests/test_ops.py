@@ -706,6 +706,21 @@ def test_whoever_watches_sees_the_op(op: str, monkeypatch: pytest.MonkeyPatch) -
     assert dispatched
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.bfloat16, torch.float32, torch.float32)], ids=str)
+def test_attention_takes_part_in_autocast(dtypes: tuple[torch.dtype, ...]) -> None:
+    """As PyTorch's own: in the lower dtype, with gradients in the dtypes of the inputs."""
+    q, k, v = (torch.randn(1, 2, 3, 4).to(dtype).requires_grad_() for dtype in dtypes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, wanted = ops.attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
+        compiled = torch.compile(ops.attention, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert out.dtype == compiled.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(out, wanted, rtol=2e-2, atol=2e-2)
+    assert torch.equal(out, compiled)
+    gradients = torch.autograd.grad(out.float().sum(), (q, k, v))
+    assert tuple(gradient.dtype for gradient in gradients) == dtypes
+    assert ops.attention(*(t.detach().double() for t in (q, k, v))).dtype == torch.float64
+
+
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_gradients_with_and_without_the_dispatcher(op: str) -> None:
     inputs = make_inputs(op, SOME[op][1], torch.float32)
@@ -752,6 +767,15 @@ def test_use_impl(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen() == best, "an exception must not leave the setting behind"
     with pytest.raises(ValueError, match="use_impl: name must be one of .*cpu.*'gpu'"), use_impl("gpu"):
         pass
+
+
+def test_use_impl_of_threads_that_overlap() -> None:
+    first, second = use_impl("reference"), use_impl("cpu")
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.forced() == "cpu"
+    second.__exit__(None, None, None)
+    assert dispatch.forced() is None
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
