@@ -97,11 +97,15 @@ def _aligned(C, S, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def _tile(channel, pixel, end, C, S, CHANNELS_LAST: tl.constexpr):
-    """Offsets of a tile in one image, and which of them exist (channels up to `end`).  # (CHANNELS, PIXELS)"""
+    """Offsets of a tile in one image, and which of them exist (channels up to `end`).  # (CHANNELS, PIXELS)
+
+    Offsets have the type of `channel`: 64 bits, or 32, which take fewer registers, where `_on_chip` has seen to it that
+    an image's fit.
+    """
     if CHANNELS_LAST:
-        offsets = channel[:, None] + pixel.to(tl.int64)[None, :] * C
+        offsets = channel[:, None] + pixel.to(channel.dtype)[None, :] * C
     else:
-        offsets = channel.to(tl.int64)[:, None] * S + pixel[None, :]
+        offsets = channel[:, None] * S + pixel[None, :]
     return offsets, (channel < end)[:, None] & (pixel < S)[None, :]
 
 
@@ -161,7 +165,7 @@ def _stats(
     count = tl.zeros((PIXELS,), tl.float32)
     for step in range(steps):
         pixel = (chunk * steps + step) * PIXELS + tl.arange(0, PIXELS)
-        offsets, inside = _tile(channel, pixel, C, C, S, CHANNELS_LAST)
+        offsets, inside = _tile(channel.to(tl.int64), pixel, C, C, S, CHANNELS_LAST)
         value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
         off = tl.where(inside, value - center, 0.0)
         center += off * (1.0 / (step + 1))
@@ -227,7 +231,7 @@ def _apply(
     factor, offset = (inverse * factor)[:, None], offset[:, None]
     for step in range(steps):
         pixel = (chunk * steps + step) * PIXELS + tl.arange(0, PIXELS)
-        offsets, inside = _tile(channel, pixel, C, C, S, CHANNELS_LAST)
+        offsets, inside = _tile(channel.to(tl.int64), pixel, C, C, S, CHANNELS_LAST)
         value = tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
         h = (value - center) * factor + offset
         if SILU:
@@ -288,7 +292,7 @@ def _grad_sums(
     total_hat = tl.zeros((CHANNELS, PIXELS), tl.float32)
     for step in range(steps):
         pixel = (chunk * steps + step) * PIXELS + tl.arange(0, PIXELS)
-        offsets, inside = _tile(channel, pixel, C, C, S, CHANNELS_LAST)
+        offsets, inside = _tile(channel.to(tl.int64), pixel, C, C, S, CHANNELS_LAST)
         hat = (tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32) - center) * inverse
         dh = tl.load(grad + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)
         if SILU:
@@ -355,7 +359,7 @@ def _grad_apply(
     factor, offset = factor[:, None], offset[:, None]
     for step in range(steps):
         pixel = (chunk * steps + step) * PIXELS + tl.arange(0, PIXELS)
-        offsets, inside = _tile(channel, pixel, C, C, S, CHANNELS_LAST)
+        offsets, inside = _tile(channel.to(tl.int64), pixel, C, C, S, CHANNELS_LAST)
         value = tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
         dh = tl.load(grad + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)
         hat = (value - center) * inverse
@@ -411,7 +415,7 @@ def _on_chip(x: torch.Tensor, width: int, limit: int) -> tuple[int, int] | None:
     tile = triton.next_power_of_2(width), triton.next_power_of_2(pixels)
     # a narrow group of a channels_last tensor would be read in crumbs of a few bytes per pixel
     crumbs = channels_last and pixels > 1 and width * x.element_size() < ROW_BYTES // 2
-    return None if tile[0] * tile[1] > limit or crumbs else tile
+    return None if tile[0] * tile[1] > limit or crumbs or x[0].numel() >= 1 << 31 else tile
 
 
 class _Split(NamedTuple):

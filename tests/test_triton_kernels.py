@@ -259,6 +259,12 @@ def test_the_work_is_divided_alike_for_any_batch(op: str) -> None:
             assert a.options == b.options and a.programs < b.programs or a.kernel.__name__ == "_grad_parameters"
 
 
+def test_offsets_of_groups_on_chip_fit_32_bits() -> None:
+    small, large = (torch.empty(1, channels, 1 << 11, device="meta") for channels in (1 << 19, 1 << 20))
+    assert group_norm_silu._on_chip(small, 8, group_norm_silu.ON_CHIP) == (8, 1 << 11)
+    assert group_norm_silu._on_chip(large, 8, group_norm_silu.ON_CHIP) is None
+
+
 def test_refusals_say_what_is_needed() -> None:
     q = torch.zeros(1, 1, 4, 8)
     wide = torch.zeros(1, 1, 4, 1025)
