@@ -316,9 +316,15 @@ def _lengths(launch: Launch) -> dict[str, list[int]]:
     return {"q": [options["BLOCK_N"]], "k": keys, "d": columns, "D": columns}
 
 
+def _products(launch: Launch) -> tuple[str, ...]:
+    """The products of one turn; of dk and dv apart, of a turn of each."""
+    products = PRODUCTS.get(launch.kernel.__name__.lstrip("_"), ())
+    return (*products, "kqD") if launch.options.get("APART") else products
+
+
 def _product_tiles(launch: Launch) -> list[tuple[int, int, int]]:
     """Rows, columns and depth of the products of one turn. Every warp computes a part of 16 × 8 at least."""
-    products = PRODUCTS.get(launch.kernel.__name__.lstrip("_"), ())
+    products = _products(launch)
     lengths = _lengths(launch) if products else {}
     return [(x, y, z) for a, b, c in products for x in lengths[a] for y in lengths[b] for z in lengths[c]]
 
@@ -433,17 +439,18 @@ def attention_work(shape: AttentionShape, dtype: torch.dtype) -> list[Work]:
 
 def _attention_flops(launch: Launch, shape: AttentionShape) -> int:
     """Of all turns of all programs."""
-    name = launch.kernel.__name__.lstrip("_")
-    if name not in PRODUCTS:
+    name, products = launch.kernel.__name__.lstrip("_"), _products(launch)
+    if not products:
         return 0
     lengths = {axis: sum(pieces) for axis, pieces in _lengths(launch).items()}
     arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
     lengths["D"] *= triton.cdiv(shape.D, lengths["d"])
+    programs = launch.programs // (2 if launch.options.get("APART") else 1)
     if "tiles" in arguments:
         turns = arguments["tiles"]
     else:
         turns = triton.cdiv(shape.N, lengths["q"]) if name == "backward_keys" else triton.cdiv(shape.M, lengths["k"])
-    return 2 * launch.programs * turns * sum(math.prod(lengths[axis] for axis in product) for product in PRODUCTS[name])
+    return 2 * programs * turns * sum(math.prod(lengths[axis] for axis in product) for product in products)
 
 
 def _flash_flops(shape: AttentionShape, backward: bool) -> int | None:

@@ -10,7 +10,8 @@ Short    M <= 128: a program keeps all of K and V, walks over its query tiles an
          rescaling. Its backward computes each score once, writes dq, and leaves one partial dk and dv, summed
          afterwards in fixed order.
 Long     A program owns a tile of queries (forward, dq) or of keys (dk and dv) and walks over the other side, with
-         Milakov and Gimelshein's online softmax (arXiv:1805.02867) as in FlashAttention-2 (arXiv:2307.08691).
+         Milakov and Gimelshein's online softmax (arXiv:1805.02867) as in FlashAttention-2 (arXiv:2307.08691). Where
+         registers hold dk or dv, but not both, each has programs of its own.
 Wide     A head too wide to be kept: as long, but a program owns a piece of the output's columns and recomputes the
          scores, D0 columns at a time.
 
@@ -33,6 +34,7 @@ SHORT_KEYS = 128  # keys that a program keeps
 SHORT_WIDTH = 256  # widest head with which they fit
 SHORT_MASKED = 96, 12800  # with a mask: keys, and keys times columns, both padded
 SHORT_GRADIENT = 80  # widest head whose dk and dv for all those keys stay in a program's registers
+BOTH, ONE = 128, 160  # widest heads of which a long program keeps both dk and dv of its keys, and one of them
 WIDEST = 1024
 RESIDENT_WARPS = 8  # that a multiprocessor is meant to hold: two for each scheduler, at up to 255 registers a thread
 # As many registers as RESIDENT_WARPS leave: left alone, the compiler for sm_100 takes 128 for wide heads, and spills.
@@ -443,45 +445,31 @@ def _backward_queries(
         _store(dq, row, N, H * D, D0 + tl.arange(0, D1), D, dq1 * scale)
 
 
-@triton.jit(do_not_specialize=GENERAL)
-def _backward_keys(
-    grad, q, k, v, mask, lse, delta, dk, dv,
-    g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, mask_b, mask_h, mask_n, mask_m,
+@triton.jit
+def _key_gradients(
+    grad, q, k, v, mask, lse, delta, dk, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, piece,
     H, N, M, width, scale, scale_log2,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (one piece of their columns) of BLOCK_M keys of one head; reads q, grad, lse and delta once.
+    """One piece of the columns of dk and dv, or of that which is not None, of the keys `key` of one head.
 
-    Scores are transposed, keys × queries, so that they are left operands as they come. Keys beyond M need no care: a
-    key's row of the gradients depends on that key alone, and those rows are not stored.
+    The pointers are to that head. Scores are transposed, keys × queries, so that they are left operands as they come.
+    Keys beyond M need no care: a key's row of the gradients depends on that key alone, and those rows are not stored.
     """
-    pid = tl.program_id(0)
-    tiles = tl.cdiv(M, BLOCK_M)
-    key = (pid // PIECES % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    b, h = _where(pid // PIECES // tiles, H)
-    grad += (b * g_b + h * g_h) * UNIT
-    q += (b * q_b + h * q_h) * UNIT
-    k += (b * k_b + h * k_h) * UNIT
-    v += (b * v_b + h * v_h) * UNIT
-    dk += (b * M * H + h) * D
-    dv += (b * M * H + h) * D
-    lse += (b * H + h) * N
-    delta += (b * H + h) * N
-    if mask is not None:
-        mask += b * mask_b + h * mask_h
-
-    col0 = tl.arange(0, D0)
-    if PIECES > 1:
-        col0 += pid % PIECES * D0
-    else:
+    col0 = piece * D0 + tl.arange(0, D0)
+    if PIECES == 1:
         k0, k1 = _load2(k, key, M, k_m * UNIT, D, D0, D1)  # (BLOCK_M, D0), (BLOCK_M, D1)
-        v0, v1 = _load2(v, key, M, v_m * UNIT, D, D0, D1)
-    dk0 = tl.zeros((BLOCK_M, D0), tl.float32)
-    dv0 = tl.zeros((BLOCK_M, D0), tl.float32)
-    if D1 > 0:
-        dk1 = tl.zeros((BLOCK_M, D1), tl.float32)
-        dv1 = tl.zeros((BLOCK_M, D1), tl.float32)
+        if dk is not None:
+            v0, v1 = _load2(v, key, M, v_m * UNIT, D, D0, D1)
+    if dk is not None:
+        dk0 = tl.zeros((BLOCK_M, D0), tl.float32)
+        if D1 > 0:
+            dk1 = tl.zeros((BLOCK_M, D1), tl.float32)
+    if dv is not None:
+        dv0 = tl.zeros((BLOCK_M, D0), tl.float32)
+        if D1 > 0:
+            dv1 = tl.zeros((BLOCK_M, D1), tl.float32)
     for start in range(0, N, BLOCK_N):
         row = start + tl.arange(0, BLOCK_N)
         if PIECES > 1:
@@ -493,23 +481,75 @@ def _backward_keys(
             q0, q1 = _load2(q, row, N, q_n * UNIT, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
             g0, g1 = _load2(grad, row, N, g_n * UNIT, D, D0, D1)
             s = _product(k0, k1, q0, q1, D1)  # (BLOCK_M, BLOCK_N)
-            dp = _product(v0, v1, g0, g1, D1)
+            if dk is not None:
+                dp = _product(v0, v1, g0, g1, D1)
         s = _scores(s, scale_log2, mask, mask_n, mask_m, row[None, :], N, key[:, None], M, PER_QUERY)
         row_lse = tl.load(lse + row, mask=row < N, other=INF)[None, :]  # beyond N: probabilities of zero
-        row_delta = tl.load(delta + row, mask=row < N, other=0.0)[None, :]
         p = _probabilities(s, row_lse, mask)
-        ds = (p * (dp - row_delta)).to(q.dtype.element_ty)
-        p = p.to(q.dtype.element_ty)
-        dv0 = _dot(p, g0, dv0)
-        dk0 = _dot(ds, q0, dk0)
+        if dk is not None:
+            row_delta = tl.load(delta + row, mask=row < N, other=0.0)[None, :]
+            ds = (p * (dp - row_delta)).to(q.dtype.element_ty)
+            dk0 = _dot(ds, q0, dk0)
+            if D1 > 0:
+                dk1 = _dot(ds, q1, dk1)
+        if dv is not None:
+            p = p.to(q.dtype.element_ty)
+            dv0 = _dot(p, g0, dv0)
+            if D1 > 0:
+                dv1 = _dot(p, g1, dv1)
+    if dk is not None:
+        _store(dk, key, M, H * D, col0, D, dk0 * scale)
         if D1 > 0:
-            dv1 = _dot(p, g1, dv1)
-            dk1 = _dot(ds, q1, dk1)
-    _store(dk, key, M, H * D, col0, D, dk0 * scale)
-    _store(dv, key, M, H * D, col0, D, dv0)
-    if D1 > 0:
-        _store(dk, key, M, H * D, D0 + tl.arange(0, D1), D, dk1 * scale)
-        _store(dv, key, M, H * D, D0 + tl.arange(0, D1), D, dv1)
+            _store(dk, key, M, H * D, D0 + tl.arange(0, D1), D, dk1 * scale)
+    if dv is not None:
+        _store(dv, key, M, H * D, col0, D, dv0)
+        if D1 > 0:
+            _store(dv, key, M, H * D, D0 + tl.arange(0, D1), D, dv1)
+
+
+@triton.jit(do_not_specialize=GENERAL)
+def _backward_keys(
+    grad, q, k, v, mask, lse, delta, dk, dv,
+    g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, mask_b, mask_h, mask_n, mask_m,
+    H, N, M, width, scale, scale_log2,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PIECES: tl.constexpr, APART: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
+):  # fmt: skip
+    """dk and dv (one piece of their columns; APART: one of the two) of BLOCK_M keys of one head; reads q, grad, lse and
+    delta once.
+    """
+    PARTS: tl.constexpr = 2 if APART else PIECES
+    part = tl.program_id(0) % PARTS
+    tiles = tl.cdiv(M, BLOCK_M)
+    key = (tl.program_id(0) // PARTS % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b, h = _where(tl.program_id(0) // PARTS // tiles, H)
+    grad += (b * g_b + h * g_h) * UNIT
+    q += (b * q_b + h * q_h) * UNIT
+    k += (b * k_b + h * k_h) * UNIT
+    v += (b * v_b + h * v_h) * UNIT
+    dk += (b * M * H + h) * D
+    dv += (b * M * H + h) * D
+    lse += (b * H + h) * N
+    delta += (b * H + h) * N
+    if mask is not None:
+        mask += b * mask_b + h * mask_h
+
+    if APART:
+        if part == 0:
+            _key_gradients(
+                grad, q, k, v, mask, lse, delta, dk, None, g_n, q_n, k_m, v_m, mask_n, mask_m, key, 0,
+                H, N, M, width, scale, scale_log2, D, D0, D1, PIECES, BLOCK_N, BLOCK_M, UNIT, PER_QUERY,
+            )  # fmt: skip
+        else:
+            _key_gradients(
+                grad, q, k, v, mask, lse, delta, None, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, 0,
+                H, N, M, width, scale, scale_log2, D, D0, D1, PIECES, BLOCK_N, BLOCK_M, UNIT, PER_QUERY,
+            )  # fmt: skip
+    else:
+        _key_gradients(
+            grad, q, k, v, mask, lse, delta, dk, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, part,
+            H, N, M, width, scale, scale_log2, D, D0, D1, PIECES, BLOCK_N, BLOCK_M, UNIT, PER_QUERY,
+        )  # fmt: skip
 
 
 def _pieces(width: int) -> tuple[int, int]:
@@ -565,12 +605,14 @@ class _Plan(NamedTuple):
 def _plan(d: int, half: bool, masked: bool, backward: bool = False, keys: bool = False) -> _Plan:
     """The largest tiles that the compiler fits into the registers of sm_80 without spilling.
 
-    half: two bytes per element; masked: the mask's values take registers, too; keys: a program owns keys (for dk and
-    dv) rather than queries.
+    half: two bytes per element; masked: the mask's values take registers, too; keys: a program owns keys (for dk, dv or
+    both) rather than queries.
     """
     narrow, piece = 256 if half else 128, 256 if half and not masked else 128
-    if keys or (backward and not half):
-        narrow, piece = 128 if keys else 80, 128 if half and d > 192 else 64
+    if keys:
+        narrow, piece = ONE if half else BOTH, 128 if half and d > 192 else 64
+    elif backward and not half:
+        narrow, piece = 80, 64
     d0, d1 = _pieces(d) if d <= narrow else (piece, 0)
     pieces = 1 if d <= narrow else triton.cdiv(d, piece)
     width = d0 + d1
@@ -686,8 +728,9 @@ def backward_launches(
     queries = Launch(_backward_queries, programs, args, for_queries, RESIDENT_WARPS // warps)
     columns, own, step, warps = _plan(d, half, mask is not None, backward=True, keys=True)
     args = (grad, q, k, v, mask, lse, delta, dk, dv, *strides, *sizes)
-    for_keys = {**options, **columns, "BLOCK_N": step, "BLOCK_M": own, "num_warps": warps}
-    programs = b * h * triton.cdiv(m, own) * columns["PIECES"]
+    apart = half and BOTH < d <= ONE
+    for_keys = {**options, **columns, "APART": apart, "BLOCK_N": step, "BLOCK_M": own, "num_warps": warps}
+    programs = b * h * triton.cdiv(m, own) * (2 if apart else columns["PIECES"])
     return [queries, Launch(_backward_keys, programs, args, for_keys, RESIDENT_WARPS // warps)]
 
 

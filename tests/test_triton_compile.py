@@ -95,6 +95,7 @@ def test_group_norm_silu(
         ((2, 8, 4096, 4096, 40), "forward_long", [64], [32, 16]),
         ((2, 8, 4096, 4096, 40), "backward_queries", [32], [32, 16]),
         ((2, 8, 4096, 4096, 40), "backward_keys", [64], [32, 16]),
+        ((2, 8, 256, 77, 160), "backward_keys", [64], [128, 32]),  # dk and dv apart
         ((1, 1, 4096, 4096, 512), "forward_long", [32], [256]),
     ],
     ids=str,
@@ -107,7 +108,7 @@ def test_what_tiles_need(
     lengths = gpu_static._lengths(launch)
     assert (lengths["k"], lengths["d"]) == (keys, columns)
     need = sum(rows * columns * depth for rows, columns, depth in gpu_static._product_tiles(launch))
-    assert need == len(gpu_static.PRODUCTS[kernel]) * launch.options["BLOCK_N"] * sum(keys) * sum(columns)
+    assert need == len(gpu_static._products(launch)) * launch.options["BLOCK_N"] * sum(keys) * sum(columns)
 
 
 def test_faults_are_found(gpu_static: ModuleType) -> None:

@@ -162,6 +162,7 @@ class TestKernels:
         [
             Attention(2, 2, 67, 77, 40),
             Attention(2, 2, 67, 140, 80, mask="key_padding"),
+            Attention(2, 2, 35, 77, 160),
             Attention(2, 2, 5, 33, 300),
             GroupNormSilu((2, 36, 9, 7), 3, modulation="both"),
             GroupNormSilu((2, 36, 9, 7), 3, "channels_last", modulation="both"),
@@ -295,4 +296,4 @@ def test_the_kernels_in_the_interpreter() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
-    assert f"{2 * len(ATTENTION) + 2 * len(GROUP_NORM_SILU) + 9} passed" in done.stdout
+    assert f"{2 * len(ATTENTION) + 2 * len(GROUP_NORM_SILU) + 10} passed" in done.stdout
