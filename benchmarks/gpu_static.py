@@ -311,7 +311,7 @@ def _resident(arch: int, warps: int, registers: int, shared: int, tensor_memory:
 def _lengths(launch: Launch) -> dict[str, list[int]]:
     """The tile of one turn: its queries, keys and columns, in pieces."""
     options = launch.options
-    keys = [options[name] for name in ("M0", "M1", "KEYS", "BLOCK_M") if options.get(name)]
+    keys = [options[name] for name in ("M0", "M1", "BLOCK_M") if options.get(name)]
     columns = [options[name] for name in ("D0", "D1") if options.get(name)]
     return {"q": [options["BLOCK_N"]], "k": keys, "d": columns, "D": columns}
 

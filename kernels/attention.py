@@ -279,12 +279,24 @@ def _forward_long(
     tl.store(lse + row, (tl.where(total == 0.0, 0.0, top) + tl.log2(total)) * LN2, mask=row < N)
 
 
+@triton.jit
+def _recompute(
+    k0, k1, v0, v1, q0, q1, g0, g1, row_lse, scale_log2, mask, mask_n, mask_m, row, N, key, M,
+    D1: tl.constexpr, PER_QUERY: tl.constexpr,
+):  # fmt: skip
+    """p and dp of some keys, transposed.  # (keys, BLOCK_N)"""
+    s = _product(k0, k1, q0, q1, D1)
+    s = _scores(s, scale_log2, mask, mask_n, mask_m, row[None, :], N, key[:, None], M, PER_QUERY)
+    p = _probabilities(tl.where(key[:, None] < M, s, -INF), row_lse, mask)
+    return p, _product(v0, v1, g0, g1, D1)
+
+
 @triton.jit(do_not_specialize=GENERAL)
 def _backward_short(
     grad, q, k, v, mask, lse, dq, dk_parts, dv_parts,
     g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, mask_b, mask_h, mask_n, mask_m,
     H, N, M, tiles, scale, scale_log2,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr,
     BLOCK_N: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
 ):  # fmt: skip
     """tiles · BLOCK_N queries of one head: their dq, and what they add to dk and dv.
@@ -292,8 +304,10 @@ def _backward_short(
     p = exp(s - lse);  dv = pᵀ g;  dp = g vᵀ;  ds = p (dp - Σ p dp);  dq = scale · ds k;  dk = scale · dsᵀ q
 
     Tiles are transposed, keys × queries, each warp with 16 keys of its own: keys and their gradients then take few
-    registers, and p and ds are left operands as they come. So the keys are one padded piece here.
+    registers, and p and ds are left operands as they come. Of a second piece, 16 keys, the warps divide queries and
+    columns, which 16 columns would be too few for: then all columns are one piece.
     """
+    tl.static_assert(M1 == 0 or D1 == 0)
     groups = tl.cdiv(N, BLOCK_N * tiles)
     pid = tl.program_id(0)
     b, h = _where(pid // groups, H)
@@ -309,31 +323,48 @@ def _backward_short(
     if mask is not None:
         mask += b * mask_b + h * mask_h
 
-    key = tl.arange(0, KEYS)
-    k0, k1 = _load2(k, key, M, k_m * UNIT, D, D0, D1)  # (KEYS, D0), (KEYS, D1)
+    key = tl.arange(0, M0)
+    k0, k1 = _load2(k, key, M, k_m * UNIT, D, D0, D1)  # (M0, D0), (M0, D1)
     v0, v1 = _load2(v, key, M, v_m * UNIT, D, D0, D1)
-    dk0 = tl.zeros((KEYS, D0), tl.float32)
-    dv0 = tl.zeros((KEYS, D0), tl.float32)
+    dk0 = tl.zeros((M0, D0), tl.float32)
+    dv0 = tl.zeros((M0, D0), tl.float32)
     if D1 > 0:
-        dk1 = tl.zeros((KEYS, D1), tl.float32)
-        dv1 = tl.zeros((KEYS, D1), tl.float32)
+        dk1 = tl.zeros((M0, D1), tl.float32)
+        dv1 = tl.zeros((M0, D1), tl.float32)
+    if M1 > 0:
+        rest = M0 + tl.arange(0, M1)
+        dk_rest = tl.zeros((M1, D0), tl.float32)
+        dv_rest = tl.zeros((M1, D0), tl.float32)
     for tile in range(tiles):
         row = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
         q0, q1 = _load2(q, row, N, q_n * UNIT, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
         g0, g1 = _load2(grad, row, N, g_n * UNIT, D, D0, D1)
         row_lse = tl.load(lse + row, mask=row < N, other=INF)[None, :]  # beyond N: probabilities of zero
 
-        s = _product(k0, k1, q0, q1, D1)  # (KEYS, BLOCK_N)
-        s = _scores(s, scale_log2, mask, mask_n, mask_m, row[None, :], N, key[:, None], M, PER_QUERY)
-        p = _probabilities(tl.where(key[:, None] < M, s, -INF), row_lse, mask)
-        dp = _product(v0, v1, g0, g1, D1)  # (KEYS, BLOCK_N)
-        ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q.dtype.element_ty)
+        p, dp = _recompute(
+            k0, k1, v0, v1, q0, q1, g0, g1, row_lse, scale_log2, mask, mask_n, mask_m, row, N, key, M, D1, PER_QUERY
+        )
+        delta = tl.sum(p * dp, 0)[None, :]
+        if M1 > 0:
+            k_rest = _load(k, rest, M, k_m * UNIT, tl.arange(0, D0), D)  # (M1, D0)
+            v_rest = _load(v, rest, M, v_m * UNIT, tl.arange(0, D0), D)
+            p_rest, dp_rest = _recompute(
+                k_rest, k_rest, v_rest, v_rest, q0, q1, g0, g1, row_lse, scale_log2, mask, mask_n, mask_m, row, N,
+                rest, M, D1, PER_QUERY,
+            )  # fmt: skip
+            delta += tl.sum(p_rest * dp_rest, 0)[None, :]
+            ds_rest = (p_rest * (dp_rest - delta)).to(q.dtype.element_ty)
+            p_rest = p_rest.to(q.dtype.element_ty)
+        ds = (p * (dp - delta)).to(q.dtype.element_ty)
         p = p.to(q.dtype.element_ty)
         dv0 = _dot(p, g0, dv0)
         dk0 = _dot(ds, q0, dk0)
         if D1 > 0:
             dv1 = _dot(p, g1, dv1)
             dk1 = _dot(ds, q1, dk1)
+        if M1 > 0:  # last: if the compiler for sm_80 sees them first, every warp computes the whole products
+            dv_rest = _dot(p_rest, g0, dv_rest)
+            dk_rest = _dot(ds_rest, q0, dk_rest)
 
         # In branches of their own: the compiler divides products that it sees together among the warps in one way, and
         # keys times columns is not the way for queries times columns. As right operands the keys come from the
@@ -341,6 +372,9 @@ def _backward_short(
         if first + tile * BLOCK_N < N:
             right = _load(k, key, M, k_m * UNIT, tl.arange(0, D0), D)
             part = tl.dot(tl.trans(ds), right, input_precision="ieee")  # (BLOCK_N, D0)
+            if M1 > 0:
+                right = _load(k, rest, M, k_m * UNIT, tl.arange(0, D0), D)
+                part = _dot(tl.trans(ds_rest), right, part)
             _store(dq, row, N, H * D, tl.arange(0, D0), D, part * scale)
         if D1 > 0:
             if first + tile * BLOCK_N < N:
@@ -353,6 +387,9 @@ def _backward_short(
     if D1 > 0:
         _store(dk_parts, key, M, D, D0 + tl.arange(0, D1), D, dk1 * scale)
         _store(dv_parts, key, M, D, D0 + tl.arange(0, D1), D, dv1)
+    if M1 > 0:
+        _store(dk_parts, rest, M, D, tl.arange(0, D0), D, dk_rest * scale)
+        _store(dv_parts, rest, M, D, tl.arange(0, D0), D, dv_rest)
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -704,14 +741,17 @@ def backward_launches(
     scales = (scale, scale * LOG2E.value)
     options = {"D": d, "UNIT": unit, "PER_QUERY": per_query, "num_stages": 1, "enable_fp_fusion": True}
     if m <= SHORT_KEYS and half and d <= SHORT_GRADIENT:
-        (d0, d1), keys = _pieces(d), max(16, triton.next_power_of_2(m))
-        block = 64 if d <= 48 else 16 if mask is not None and d > 64 else 32
+        (d0, d1), (m0, m1) = _pieces(d), (max(16, triton.next_power_of_2(m)), 0)
+        if mask is None and 16 < d <= 64 and _pieces(m) == (64, 16):
+            # 80 keys instead of 128 save more than 64 columns instead of 48 cost
+            (d0, d1), (m0, m1) = (triton.next_power_of_2(d), 0), (64, 16)
+        block = 64 if d0 + d1 <= 48 else 16 if mask is not None and d > 64 else 32
         tiles = max(1, min(16, n // (8 * block)))
         groups = triton.cdiv(n, block * tiles)
         dk_parts, dv_parts = torch.empty((2, b * h * groups, m, d), dtype=torch.float32, device=q.device)
         args = (grad, q, k, v, mask, lse, dq, dk_parts, dv_parts, *strides, *mask_strides, h, n, m, tiles, *scales)
-        warps = 8 if keys > 64 else 4
-        options.update(D0=d0, D1=d1, KEYS=keys, BLOCK_N=block, num_warps=warps)
+        warps = 8 if m0 > 64 else 4
+        options.update(D0=d0, D1=d1, M0=m0, M1=m1, BLOCK_N=block, num_warps=warps)
         add = {"D": d, "BLOCK": 256, "num_warps": 2, "enable_fp_fusion": True}
         return [
             Launch(_backward_short, b * h * groups, args, options, RESIDENT_WARPS // warps),

@@ -35,6 +35,7 @@ ATTENTION = [
     (Attention(1, 1, 1, 1, 1), SHORT | SHORT_GRADIENT),
     (Attention(2, 1, 33, 77, 40, layout="heads_last"), SHORT | SHORT_GRADIENT),  # pieces of both widths
     (Attention(1, 1, 1030, 5, 16), SHORT | SHORT_GRADIENT),  # programs with several tiles, the last one ragged
+    (Attention(1, 1, 530, 79, 33), SHORT | SHORT_GRADIENT),  # and, backward, two pieces of keys
     (Attention(1, 2, 19, 64, 80, mask="additive"), SHORT | SHORT_GRADIENT),  # one piece of keys, two of columns
     (Attention(1, 1, 7, 128, 24), SHORT | SHORT_GRADIENT),
     (Attention(1, 1, 7, 128, 24, mask="masked_row"), LONG | SHORT_GRADIENT),  # a mask takes registers
