@@ -511,7 +511,8 @@ def _key_gradients(
         row = start + tl.arange(0, BLOCK_N)
         if PIECES > 1:
             s = _wide_product(k, key, M, k_m * UNIT, q, row, N, q_n * UNIT, width, D, D0, BLOCK_M, BLOCK_N)
-            dp = _wide_product(v, key, M, v_m * UNIT, grad, row, N, g_n * UNIT, width, D, D0, BLOCK_M, BLOCK_N)
+            if dk is not None:
+                dp = _wide_product(v, key, M, v_m * UNIT, grad, row, N, g_n * UNIT, width, D, D0, BLOCK_M, BLOCK_N)
             q0 = _load(q, row, N, q_n * UNIT, col0, D)
             g0 = _load(grad, row, N, g_n * UNIT, col0, D)
         else:
@@ -555,11 +556,12 @@ def _backward_keys(
     """dk and dv (one piece of their columns; APART: one of the two) of BLOCK_M keys of one head; reads q, grad, lse and
     delta once.
     """
-    PARTS: tl.constexpr = 2 if APART else PIECES
-    part = tl.program_id(0) % PARTS
+    PARTS: tl.constexpr = 2 * PIECES if APART else PIECES
+    pid = tl.program_id(0)
+    piece = pid % PIECES
     tiles = tl.cdiv(M, BLOCK_M)
-    key = (tl.program_id(0) // PARTS % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    b, h = _where(tl.program_id(0) // PARTS // tiles, H)
+    key = (pid // PARTS % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b, h = _where(pid // PARTS // tiles, H)
     grad += (b * g_b + h * g_h) * UNIT
     q += (b * q_b + h * q_h) * UNIT
     k += (b * k_b + h * k_h) * UNIT
@@ -572,19 +574,19 @@ def _backward_keys(
         mask += b * mask_b + h * mask_h
 
     if APART:
-        if part == 0:
+        if pid // PIECES % 2 == 0:
             _key_gradients(
-                grad, q, k, v, mask, lse, delta, dk, None, g_n, q_n, k_m, v_m, mask_n, mask_m, key, 0,
+                grad, q, k, v, mask, lse, delta, dk, None, g_n, q_n, k_m, v_m, mask_n, mask_m, key, piece,
                 H, N, M, width, scale, scale_log2, D, D0, D1, PIECES, BLOCK_N, BLOCK_M, UNIT, PER_QUERY,
             )  # fmt: skip
         else:
             _key_gradients(
-                grad, q, k, v, mask, lse, delta, None, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, 0,
+                grad, q, k, v, mask, lse, delta, None, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, piece,
                 H, N, M, width, scale, scale_log2, D, D0, D1, PIECES, BLOCK_N, BLOCK_M, UNIT, PER_QUERY,
             )  # fmt: skip
     else:
         _key_gradients(
-            grad, q, k, v, mask, lse, delta, dk, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, part,
+            grad, q, k, v, mask, lse, delta, dk, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, piece,
             H, N, M, width, scale, scale_log2, D, D0, D1, PIECES, BLOCK_N, BLOCK_M, UNIT, PER_QUERY,
         )  # fmt: skip
 
@@ -648,6 +650,8 @@ def _plan(d: int, half: bool, masked: bool, backward: bool = False, keys: bool =
     narrow, piece = 256 if half else 128, 256 if half and not masked else 128
     if keys:
         narrow, piece = ONE if half else BOTH, 128 if half and d > 192 else 64
+        if half and not masked and d > 256 and triton.cdiv(d, 128) % 2 == 0:
+            piece = 256  # of one gradient: scores for fewer pieces, and no more padding
     elif backward and not half:
         narrow, piece = 80, 64
     d0, d1 = _pieces(d) if d <= narrow else (piece, 0)
@@ -768,9 +772,9 @@ def backward_launches(
     queries = Launch(_backward_queries, programs, args, for_queries, RESIDENT_WARPS // warps)
     columns, own, step, warps = _plan(d, half, mask is not None, backward=True, keys=True)
     args = (grad, q, k, v, mask, lse, delta, dk, dv, *strides, *sizes)
-    apart = half and BOTH < d <= ONE
+    apart = columns["D0"] + columns["D1"] > BOTH
     for_keys = {**options, **columns, "APART": apart, "BLOCK_N": step, "BLOCK_M": own, "num_warps": warps}
-    programs = b * h * triton.cdiv(m, own) * (2 if apart else columns["PIECES"])
+    programs = b * h * triton.cdiv(m, own) * columns["PIECES"] * (2 if apart else 1)
     return [queries, Launch(_backward_keys, programs, args, for_keys, RESIDENT_WARPS // warps)]
 
 

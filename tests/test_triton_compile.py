@@ -98,6 +98,8 @@ def test_group_norm_silu(
         ((2, 8, 4096, 4096, 40), "backward_keys", [64], [32, 16]),
         ((2, 8, 256, 77, 160), "backward_keys", [64], [128, 32]),  # dk and dv apart
         ((1, 1, 4096, 4096, 512), "forward_long", [32], [256]),
+        ((1, 1, 4096, 4096, 512), "backward_keys", [64], [256]),  # dk and dv apart
+        ((2, 1, 1024, 1024, 384), "backward_keys", [64], [128]),
     ],
     ids=str,
 )
