@@ -37,7 +37,8 @@ SHORT_GRADIENT = 80  # widest head whose dk and dv for all those keys stay in a 
 BOTH, ONE = 128, 160  # widest heads of which a long program keeps both dk and dv of its keys, and one of them
 WIDEST = 1024
 RESIDENT_WARPS = 8  # that a multiprocessor is meant to hold: two for each scheduler, at up to 255 registers a thread
-# As many registers as RESIDENT_WARPS leave: left alone, the compiler for sm_100 takes 128 for wide heads, and spills.
+# As many registers as RESIDENT_WARPS leave: left alone, the compiler makes room for more programs and spills, for sm_80
+# in the forward pass of 32 columns, for sm_100 in wide heads.
 REGISTERS = {"maxnreg": 255}
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -717,8 +718,7 @@ def forward_launches(
     columns, own, step, warps = _plan(d, half, mask is not None)
     if columns["PIECES"] > 1 and m % step:
         step = 16  # the condition on the keys takes registers
-    options.update(REGISTERS if d > 128 else {})
-    options.update(columns, BLOCK_N=own, BLOCK_M=step, EVEN_M=m % step == 0, num_warps=warps)
+    options.update(columns, **REGISTERS, BLOCK_N=own, BLOCK_M=step, EVEN_M=m % step == 0, num_warps=warps)
     args = (*tensors, h, n, m, d, scale * LOG2E.value)
     programs = b * h * triton.cdiv(n, own) * columns["PIECES"]
     return [Launch(_forward_long, programs, args, options, RESIDENT_WARPS // warps)]
