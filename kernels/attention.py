@@ -82,13 +82,6 @@ def _load2(ptr, row, rows, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.con
 
 
 @triton.jit
-def _store2(ptr, row, rows, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, first, second):
-    _store(ptr, row, rows, stride, tl.arange(0, D0), D, first)
-    if D1 > 0:
-        _store(ptr, row, rows, stride, D0 + tl.arange(0, D1), D, second)
-
-
-@triton.jit
 def _dot(a, b, acc):
     # "ieee": the product of two float32 tiles is not rounded to tf32
     return tl.dot(a, b, acc, input_precision="ieee")

@@ -99,8 +99,7 @@ def _aligned(C, S, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
 def _tile(channel, pixel, end, C, S, CHANNELS_LAST: tl.constexpr):
     """Offsets of a tile in one image, and which of them exist (channels up to `end`).  # (CHANNELS, PIXELS)
 
-    Offsets have the type of `channel`: 64 bits, or 32, which take fewer registers, where `_on_chip` has seen to it that
-    an image's fit.
+    Offsets have the type of `channel`: 64 bits, or 32, which take fewer registers, where all of an image's fit.
     """
     if CHANNELS_LAST:
         offsets = channel[:, None] + pixel.to(channel.dtype)[None, :] * C
@@ -415,7 +414,8 @@ def _on_chip(x: torch.Tensor, width: int, limit: int) -> tuple[int, int] | None:
     tile = triton.next_power_of_2(width), triton.next_power_of_2(pixels)
     # a narrow group of a channels_last tensor would be read in crumbs of a few bytes per pixel
     crumbs = channels_last and pixels > 1 and width * x.element_size() < ROW_BYTES // 2
-    return None if tile[0] * tile[1] > limit or crumbs or x[0].numel() >= 1 << 31 else tile
+    far = x[0].numel() >= 1 << 31  # offsets on chip have 32 bits
+    return None if tile[0] * tile[1] > limit or crumbs or far else tile
 
 
 class _Split(NamedTuple):
