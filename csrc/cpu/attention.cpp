@@ -4,7 +4,8 @@
 // block of queries then meets the keys a chunk at a time: scores of a tile of queries, their weights in place of them,
 // the weighted sum of the values on top of what earlier chunks gave (online softmax, Milakov & Gimelshein,
 // arXiv:1805.02867, in base 2). The scores of a tile and a chunk stay in L1, the chunk's keys and values and the
-// block's sums in L2. If all keys fit one chunk, nothing is ever rescaled and a block is one tile.
+// block's sums in L2. If all keys fit one chunk, nothing is ever rescaled and a block is one tile; if the head is also
+// whole vectors wide, its weighted sums have columns in the lanes, and go to the result as they are.
 //
 // Each query has a lane of its own and meets the keys in an order that only their number decides: the result depends
 // neither on the other queries nor on the number of threads.
@@ -26,9 +27,11 @@ constexpr int64_t WORK_WORTH_A_THREAD = 1 << 16;  // multiplications
 template <class Cells>
 struct Sizes {
     int64_t width_cells, padded, columns, block_rows, key_floats, value_floats, block_floats;
+    bool by_columns;  // columns are in the lanes of the weighted sums
 
     explicit Sizes(const Attention& a) {
         width_cells = (a.width + Cells::numbers - 1) / Cells::numbers;
+        by_columns = a.keys <= CHUNK && a.width % W == 0;
         padded = round_up(a.width, W);
         columns = round_up(a.width, SIDE);
         const int64_t tiles = a.keys <= CHUNK ? 1 : BLOCK_FLOATS / ((width_cells + columns) * TILE);
@@ -42,6 +45,14 @@ struct Sizes {
     // powers of two apart and fight for the same lines of the cache.
     int64_t values_of(int64_t first_key) const { return first_key / Cells::numbers * padded; }
 };
+
+template <class T>
+Rows rows_in_memory(const Attention& a, const void* tensor, const int64_t* stride, int64_t batch, int64_t head,
+                    int64_t first, int64_t count) {
+    const int64_t size = sizeof(T);
+    const T* const from = head_of(static_cast<const T*>(tensor), stride, batch, head) + first * stride[2];
+    return {reinterpret_cast<const char*>(from), stride[2] * size, a.width * size, count};
+}
 
 // One block of queries of one head, and where its intermediate results are.
 template <class Cells, class T>
@@ -80,19 +91,17 @@ struct Block {
         }
     }
 
-    // The block's rows of a tensor like q or out, to be fetched in `pieces` pieces.
-    Ahead ahead(const void* tensor, const int64_t* stride, int64_t pieces) const {
-        const T* const from = head_of(static_cast<const T*>(tensor), stride, batch, head) + first_row * stride[2];
-        const int64_t size = sizeof(T), rows = rows_from(0);
-        return {reinterpret_cast<const char*>(from), stride[2] * size, a.width * size, rows, rows / pieces + 1};
+    // The block's rows of a tensor like q or out.
+    Rows rows_of(const void* tensor, const int64_t* stride) const {
+        return rows_in_memory<T>(a, tensor, stride, batch, head, first_row, rows_from(0));
     }
 
     template <int V>
-    void meet(int64_t row, int64_t begin, int64_t n, Ahead& next_q, Ahead& next_out) const {
+    void meet(int64_t row, int64_t begin, int64_t n, Ahead& next_in, Ahead& next_out) const {
         score<Cells, V>(q + row * sizes.width_cells, keys + begin * sizes.width_cells, sizes.width_cells, n, scores,
-                        next_q);
+                        next_in);
         const float scale = mask_scores<V>(a, batch, head, first_row + row, rows_from(row), begin, n, scores);
-        F base[V], sum[V], factor[V];
+        F base[V], sum[V], factor[V], inverse[V];
         for (int v = 0; v < V; ++v) {
             base[v] = load(bases + row + v * W, Full{});
             sum[v] = load(sums + row + v * W, Full{});
@@ -101,45 +110,59 @@ struct Block {
         for (int v = 0; v < V; ++v) {
             store(bases + row + v * W, base[v], Full{});
             store(sums + row + v * W, sum[v], Full{});
+            inverse[v] = sum[v] == 0.0f ? zero() : 1.0f / sum[v];  // 0: every key masked
         }
+        const bool last = begin + n == a.keys;
+        if (last) store_lse<V>(row);
         const int64_t cells = (n + Cells::numbers - 1) / Cells::numbers;
+        float* const from = out + row * sizes.columns;
+        T* const to = head_of(static_cast<T*>(a.out), a.out_stride, batch, head) + (first_row + row) * a.out_stride[2];
+        if (sizes.by_columns) {
+            alignas(64) float factors[V * W];
+            for (int v = 0; v < V; ++v) store(factors + v * W, inverse[v], Full{});
+            const auto columns = [&](int64_t c, auto vectors) {
+                for (int64_t r = 0; r < smaller(V * W, rows_from(row)); r += SIDE) {
+                    next_out.fetch();
+                    weighted_rows<Cells, V * W, decltype(vectors)::count>(
+                        scores + r, values + c, sizes.padded, cells, factors + r, rows_from(row) - r,
+                        to + r * a.out_stride[2] + c, a.out_stride[2]);
+                }
+            };
+            int64_t c = 0;
+            if (a.width % (2 * W) != 0) {
+                if (a.width == W)
+                    columns(0, Vectors<1>{});
+                else
+                    columns(0, Vectors<3>{});
+                c = 3 * W;
+            }
+            for (; c < a.width; c += 2 * W) columns(c, Vectors<2>{});
+            return;
+        }
         accumulate<Cells, V>(scores, values + sizes.values_of(begin), cells * SIDE, cells, sizes.columns, begin == 0,
-                             factor, out + row * sizes.columns, next_out);
+                             factor, from, next_out, [&](int64_t end) {
+                                 if (last && (end % W == 0 || end == sizes.columns))
+                                     unpack_columns<V>(from, inverse, rows_from(row), (end - 1) / W * W, a.width, to,
+                                                       a.out_stride[2]);
+                             });
     }
 
     template <int V>
-    void end(int64_t row) const {
-        F inverse[V];
-        for (int v = 0; v < V; ++v) {
-            const F sum = load(sums + row + v * W, Full{});
-            inverse[v] = sum == 0.0f ? zero() : 1.0f / sum;  // 0: every key masked
-        }
-        T* const to = head_of(static_cast<T*>(a.out), a.out_stride, batch, head);
-        unpack_rows<V>(out + row * sizes.columns, inverse, rows_from(row), a.width,
-                       to + (first_row + row) * a.out_stride[2], a.out_stride[2]);
-        // Masked scores are in powers of 2, others are still to be scaled.
-        const float scale = a.mask_kind != MaskKind::none ? LN_2 : a.scale < 0 ? -a.scale : a.scale;
+    void store_lse(int64_t row) const {
         float* const lse = a.lse + (batch * a.heads + head) * a.rows + first_row + row;
         each_vector(smaller(V * W, rows_from(row)), [&](int64_t r, auto lanes) {
             const F sum = load(sums + row + r, Full{}), base = load(bases + row + r, Full{});
-            store(lse + r, sum == 0.0f ? set(-infinity()) : fma(base, set(scale), log(sum)), lanes);
+            store(lse + r, sum == 0.0f ? set(-infinity()) : fma(base, set(LN_2), log(sum)), lanes);
         });
     }
 
-    // `next`: the block that this thread will probably do next, or null.
-    void attend(const Block* next) const {
+    void attend(Ahead next_in, Ahead next_out) const {
         const int64_t rows = rows_from(0);
-        Ahead next_q, next_out;
-        if (next != nullptr) {
-            next_q = next->ahead(a.q, a.q_stride, (a.keys + SIDE - 1) / SIDE);
-            next_out = next->ahead(a.out, a.out_stride, sizes.columns / SIDE);
-        }
         each_tile(rows, [&](int64_t row, auto tile) { begin<decltype(tile)::count>(row); });
         for (int64_t first = 0; first < a.keys; first += CHUNK)
             each_tile(rows, [&](int64_t row, auto tile) {
-                meet<decltype(tile)::count>(row, first, smaller(CHUNK, a.keys - first), next_q, next_out);
+                meet<decltype(tile)::count>(row, first, smaller(CHUNK, a.keys - first), next_in, next_out);
             });
-        each_tile(rows, [&](int64_t row, auto tile) { end<decltype(tile)::count>(row); });
     }
 };
 
@@ -165,8 +188,12 @@ bool run(const Attention& a) {
         const int64_t n = smaller(CHUNK, a.keys - first);
         pack_keys<Cells>(head_of(static_cast<const T*>(a.k), a.k_stride, batch, h) + first * a.k_stride[2],
                          a.k_stride[2], n, a.width, keys.data + at * sizes.key_floats + first * sizes.width_cells);
-        pack_values<Cells>(head_of(static_cast<const T*>(a.v), a.v_stride, batch, h) + first * a.v_stride[2],
-                           a.v_stride[2], n, a.width, values.data + at * sizes.value_floats + sizes.values_of(first));
+        const T* const v = head_of(static_cast<const T*>(a.v), a.v_stride, batch, h) + first * a.v_stride[2];
+        float* const to = values.data + at * sizes.value_floats + sizes.values_of(first);
+        if (sizes.by_columns)
+            pack_rows<Cells>(v, a.v_stride[2], n, a.width, to);
+        else
+            pack_values<Cells>(v, a.v_stride[2], n, a.width, to);
     };
     const auto block = [&](int64_t i, int slot) {
         int64_t head = i / blocks, number = i % blocks;
@@ -178,6 +205,29 @@ bool run(const Attention& a) {
         return Block<Cells, T>(a, sizes, head, number * sizes.block_rows, keys.data + at * sizes.key_floats,
                                values.data + at * sizes.value_floats, work.data + slot * sizes.block_floats);
     };
+    // What the thread that does block i will probably need next: the next block, and if that is another head's
+    // (by_head), the share of its keys and values that falls to this block.
+    const auto ahead_of = [&](int64_t i, int slot) {
+        Ahead ahead;
+        if (i + 1 == heads * blocks) return ahead;
+        ahead.rows[0] = block(i + 1, slot).rows_of(a.q, a.q_stride);
+        const int64_t head = i / blocks + 1, first = i % blocks * a.keys / blocks;
+        if (by_head && head < heads) {
+            const int64_t count = (i % blocks + 1) * a.keys / blocks - first;
+            ahead.rows[1] = rows_in_memory<T>(a, a.k, a.k_stride, head / a.heads, head % a.heads, first, count);
+            ahead.rows[2] = rows_in_memory<T>(a, a.v, a.v_stride, head / a.heads, head % a.heads, first, count);
+        }
+        const int64_t panels = (a.keys + SIDE - 1) / SIDE;
+        ahead.share = (ahead.rows[0].count + ahead.rows[1].count + ahead.rows[2].count) / panels + 1;
+        return ahead;
+    };
+    const auto results_ahead_of = [&](int64_t i, int slot) {
+        Ahead ahead;
+        if (i + 1 == heads * blocks) return ahead;
+        ahead.rows[0] = block(i + 1, slot).rows_of(a.out, a.out_stride);
+        ahead.share = ahead.rows[0].count / (sizes.columns / SIDE) + 1;
+        return ahead;
+    };
     for (int slot = 0; slot < threads; ++slot) own.data[slot] = -1;
     if (!by_head)
         parallel_for(heads * chunks, by_row ? chunks : 1, threads, [&](int64_t begin, int64_t end, int) {
@@ -188,8 +238,7 @@ bool run(const Attention& a) {
             own.data[slot] = i / blocks;
             for (int64_t chunk = 0; chunk < chunks; ++chunk) pack(i / blocks, chunk, slot);
         }
-        const auto next = block(i + 1 < heads * blocks ? i + 1 : i, slot);
-        block(i, slot).attend(few_keys ? &next : nullptr);
+        block(i, slot).attend(ahead_of(i, slot), results_ahead_of(i, slot));
     });
     return true;
 }

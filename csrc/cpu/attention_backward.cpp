@@ -5,9 +5,10 @@
 // block and a chunk stay in L2, queries in the lanes as in the forward pass (attention_tile.h), so that scores, dP and
 // dQ are its loops. dK and dV are sums over queries: there the columns are in the lanes. All sums are float32.
 //
-// A thread finishes whole heads where there are enough of them. Else the blocks of dq and the chunks of dk and dv are
-// separate pieces of work, and P and dS are computed twice. Both ways add in the same order: the result does not
-// depend on the number of threads, nor on the other heads.
+// A thread finishes whole heads where there are enough of them. Else all threads work on one block of queries: each
+// chunk of keys gets its share of dk and dv and leaves its dS in memory, from which tiles of queries and panels of
+// columns then get dq. Both ways add in the same order: the result does not depend on the number of threads, nor on
+// the other heads.
 //
 // Where a cell is two bf16 numbers, P and dS are rounded to be operands: dS in pairs of keys for dQ, both in pairs of
 // queries for dK and dV.
@@ -21,6 +22,8 @@ namespace {
 
 constexpr int64_t CHUNK = 64;                     // keys
 constexpr int64_t BLOCK = 4 * VECTORS * W;        // queries
+constexpr int64_t STRIP = 64;                     // columns of dq
+constexpr int64_t MOST_SLOPES = 1 << 23;          // floats of dS: 32 MB
 constexpr int64_t WORK_WORTH_A_THREAD = 1 << 16;  // multiplications
 
 template <class Cells>
@@ -31,14 +34,16 @@ inline int64_t cells_of(int64_t n) {
 // Sizes of one problem in floats.
 template <class Cells>
 struct Sizes {
-    int64_t width_cells, padded, columns, packed_keys, packed_columns, sums, work;
+    int64_t width_cells, padded, columns, packed_keys, packed_columns, sums, block, slopes, work;
 
     explicit Sizes(const Attention& a) {
         width_cells = cells_of<Cells>(a.width), padded = round_up(a.width, W), columns = round_up(a.width, SIDE);
         packed_keys = round_up(a.keys, W) * width_cells;
         packed_columns = cells_of<Cells>(a.keys) * padded;
         sums = round_up(a.keys, SIDE) * padded;
-        work = BLOCK * (2 * width_cells + 2 * padded / Cells::numbers + columns + 2 + 2 * CHUNK);
+        block = BLOCK * (2 * width_cells + 2 * padded / Cells::numbers + columns + 2);
+        slopes = BLOCK * CHUNK;
+        work = BLOCK * CHUNK;
         if (Cells::numbers > 1) work += BLOCK * CHUNK / Cells::numbers;  // dS a second time
     }
     int64_t head() const { return 2 * packed_keys + packed_columns + 2 * sums; }
@@ -50,6 +55,7 @@ inline void multiply_rows(const float* left, const float* right, int64_t stride,
     for (int64_t q = 0; q < n; ++q) {
         F columns[V];
         for (int v = 0; v < V; ++v) columns[v] = load(right + q * stride + v * W, Full{});
+#pragma GCC unroll 8
         for (int s = 0; s < SIDE; ++s) {
             const F cell = set(left[s * L + q]);
             for (int v = 0; v < V; ++v) sums[s][v] = Cells::add(cell, columns[v], sums[s][v]);
@@ -100,74 +106,66 @@ struct Head {
     }
 };
 
-// One block of queries of one head, and where its intermediate results are. Those of a tile follow one another, at
-// offsets in proportion to its first row.
+// One block of queries of one head, and where its intermediate results are: `block` those of all keys, `work` those of
+// one chunk. Those of a tile follow one another, at offsets in proportion to its first row.
 template <class Cells, class T>
 struct Block {
     const Head<Cells, T>& h;
     const Attention& a;
     const Sizes<Cells>& sizes;
     int64_t first_row, rows;
-    float *q, *grad, *q_rows, *grad_rows, *dq, *lse, *delta, *p, *ds, *ds_rows;
+    float *q, *grad, *q_rows, *grad_rows, *dq, *lse, *delta, *p, *ds_rows;
 
-    Block(const Head<Cells, T>& h, int64_t number, float* work)
+    Block(const Head<Cells, T>& h, int64_t number, float* block, float* work)
         : h(h),
           a(h.a),
           sizes(h.sizes),
           first_row(number * BLOCK),
           rows(smaller(BLOCK, a.rows - first_row)),
-          q(work),
+          q(block),
           grad(q + BLOCK * sizes.width_cells),
           q_rows(grad + BLOCK * sizes.width_cells),
           grad_rows(q_rows + BLOCK / Cells::numbers * sizes.padded),
           dq(grad_rows + BLOCK / Cells::numbers * sizes.padded),
           lse(dq + BLOCK * sizes.columns),
           delta(lse + BLOCK),
-          p(delta + BLOCK),
-          ds(p + BLOCK * CHUNK),
-          ds_rows(Cells::numbers == 1 ? ds : ds + BLOCK * CHUNK) {}
+          p(work),
+          ds_rows(p + BLOCK * CHUNK) {}
 
-    void begin() const {
-        const int64_t *const q_stride = a.q_stride, *const grad_stride = h.b.grad_stride;
-        const T* const from = head_of(static_cast<const T*>(a.q), q_stride, h.batch, h.head) + first_row * q_stride[2];
-        const T* const grads =
-            head_of(static_cast<const T*>(h.b.grad), grad_stride, h.batch, h.head) + first_row * grad_stride[2];
-        const T* const out =
-            head_of(static_cast<const T*>(a.out), a.out_stride, h.batch, h.head) + first_row * a.out_stride[2];
-        each_tile(rows, [&](int64_t row, auto tile) {
-            constexpr int V = decltype(tile)::count;
-            pack_queries<Cells, V>(from + row * q_stride[2], q_stride[2], rows - row, a.width, a.scale < 0,
-                                   q + row * sizes.width_cells);
-            pack_queries<Cells, V>(grads + row * grad_stride[2], grad_stride[2], rows - row, a.width, false,
-                                   grad + row * sizes.width_cells);
-        });
+    // A tile's operands.
+    template <int V>
+    void begin(int64_t row) const {
+        const int64_t count = smaller(V * W, rows - row);
+        const T* const from = rows_of(static_cast<const T*>(a.q), a.q_stride, row);
+        const T* const grads = rows_of(static_cast<const T*>(h.b.grad), h.b.grad_stride, row);
+        const T* const out = rows_of(static_cast<const T*>(a.out), a.out_stride, row);
+        pack_queries<Cells, V>(from, a.q_stride[2], count, a.width, a.scale < 0, q + row * sizes.width_cells);
+        pack_queries<Cells, V>(grads, h.b.grad_stride[2], count, a.width, false, grad + row * sizes.width_cells);
         const float* const from_lse = a.lse + (h.batch * a.heads + h.head) * a.rows + first_row;
-        for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t r = 0; r < count; ++r) {
             F product = zero();
             for (int64_t c = 0; c < a.width; c += W) {
-                const F g = Single::cells(grads + r * grad_stride[2], c, a.width);
+                const F g = Single::cells(grads + r * h.b.grad_stride[2], c, a.width);
                 product = fma(g, Single::cells(out + r * a.out_stride[2], c, a.width), product);
             }
-            delta[r] = sum(product);
+            delta[row + r] = sum(product);
             // With every key masked all scores are -inf; less infinity, and not less -inf, they give weights of 0.
-            lse[r] = from_lse[r] == -infinity() ? infinity() : from_lse[r] * LOG2_E;
+            lse[row + r] = from_lse[row + r] == -infinity() ? infinity() : from_lse[row + r] * LOG2_E;
         }
-        for (int64_t r = rows; r < round_up(rows, VECTORS * W); ++r) lse[r] = infinity(), delta[r] = 0.0f;
-        keep_rows(from, q_stride[2], q_rows);
-        keep_rows(grads, grad_stride[2], grad_rows);
+        for (int64_t r = row + count; r < row + V * W; ++r) lse[r] = infinity(), delta[r] = 0.0f;
+        pack_rows<Cells>(from, a.q_stride[2], count, a.width, q_rows + row / Cells::numbers * sizes.padded);
+        pack_rows<Cells>(grads, h.b.grad_stride[2], count, a.width, grad_rows + row / Cells::numbers * sizes.padded);
     }
 
-    // to[cell of rows][column]
-    void keep_rows(const T* from, int64_t stride, float* to) const {
-        for (int64_t r = 0; r < rows; r += Cells::numbers, from += Cells::numbers * stride, to += sizes.padded)
-            for (int64_t c = 0; c < a.width; c += W)
-                store(to + c, Cells::columns(from, r + 1 < rows ? from + stride : nullptr, c, a.width), Full{});
+    template <class U>
+    U* rows_of(U* tensor, const int64_t* stride, int64_t row) const {
+        return head_of(tensor, stride, h.batch, h.head) + (first_row + row) * stride[2];
     }
 
-    // P and dS of a tile, and its share of dq. Where a cell is two numbers, dS is kept in cells of keys, and in cells
-    // of queries (ds_rows) like P.
+    // P and dS of a tile. Where a cell is two numbers, dS is kept in cells of keys, and in cells of queries (ds_rows)
+    // like P.
     template <int V>
-    void meet(int64_t row, int64_t first, int64_t n, bool want_dq) const {
+    void meet(int64_t row, int64_t first, int64_t n, float* ds) const {
         Ahead none;
         float *const weights = p + row * CHUNK, *const slopes = ds + row * CHUNK;
         score<Cells, V>(q + row * sizes.width_cells, h.keys + first * sizes.width_cells, sizes.width_cells, n, weights,
@@ -176,10 +174,9 @@ struct Block {
                         slopes, none);
         const float left = mask_scores<V>(a, h.batch, h.head, first_row + row, rows - row, first, n, weights);
         float* const slope_rows = ds_rows + row / Cells::numbers * CHUNK;
-        F base[V], mean[V], one[V];
+        F base[V], mean[V];
         for (int v = 0; v < V; ++v) {
             base[v] = load(lse + row + v * W, Full{}), mean[v] = load(delta + row + v * W, Full{});
-            one[v] = set(1.0f);
         }
         const auto weigh = [&](int64_t k, int v, F& weight, F& slope) {
             const int64_t at = (k * V + v) * W;
@@ -209,10 +206,18 @@ struct Block {
                 for (int v = 0; v < V; ++v) store(slopes + (k / 2 * V + v) * W, Cells::both(slope[v], next[v]), Full{});
             }
         }
+    }
+
+    // A tile's share of dq from dS of a chunk, for the columns from c on.
+    template <int V>
+    void add_dq(int64_t row, int64_t first, int64_t n, const float* ds, int64_t c, int64_t columns) const {
+        Ahead none;
+        F one[V];
+        for (int v = 0; v < V; ++v) one[v] = set(1.0f);
         const int64_t cells = cells_of<Cells>(n);
-        if (want_dq)
-            accumulate<Cells, V>(slopes, h.key_columns + first / Cells::numbers * sizes.padded, cells * SIDE, cells,
-                                 sizes.columns, first == 0, one, dq + row * sizes.columns, none);
+        accumulate<Cells, V>(ds + row * CHUNK, h.key_columns + first / Cells::numbers * sizes.padded + c * cells,
+                             cells * SIDE, cells, columns, first == 0, one, dq + row * sizes.columns + c * V * W, none,
+                             [](int64_t) {});
     }
 
     // to[k] += Σ_q left[k][q] · right[q] for V vectors of columns and SIDE keys, over all queries of the block.
@@ -224,6 +229,7 @@ struct Block {
             multiply_rows<Cells, L, V>(left(row) + k * L, right + row / Cells::numbers * sizes.padded, sizes.padded,
                                        smaller(L, cells_of<Cells>(rows - row)), sums);
         });
+#pragma GCC unroll 8
         for (int s = 0; s < SIDE; ++s)
             for (int v = 0; v < V; ++v) {
                 float* const at = to + s * sizes.padded + v * W;
@@ -241,25 +247,23 @@ struct Block {
         }
     }
 
-    void meet_all(int64_t first_key, int64_t last_key, bool want_dq, bool want_dkv) const {
-        for (int64_t first = first_key; first < last_key; first += CHUNK) {
-            const int64_t n = smaller(CHUNK, last_key - first);
-            each_tile(rows, [&](int64_t row, auto tile) { meet<decltype(tile)::count>(row, first, n, want_dq); });
-            if (!want_dkv) continue;
-            add_all_rows([&](int64_t row) { return p + row * CHUNK; }, n, grad_rows, h.dv + first * sizes.padded);
-            add_all_rows([&](int64_t row) { return ds_rows + row / Cells::numbers * CHUNK; }, n, q_rows,
-                         h.dk + first * sizes.padded);
-        }
+    // P and dS of a chunk, and what the block adds to dk and dv of its keys.
+    void meet_chunk(int64_t first, float* ds) const {
+        const int64_t n = smaller(CHUNK, a.keys - first);
+        each_tile(rows, [&](int64_t row, auto tile) { meet<decltype(tile)::count>(row, first, n, ds); });
+        const float* const slopes = Cells::numbers == 1 ? ds : ds_rows;
+        add_all_rows([&](int64_t row) { return p + row * CHUNK; }, n, grad_rows, h.dv + first * sizes.padded);
+        add_all_rows([&](int64_t row) { return slopes + row / Cells::numbers * CHUNK; }, n, q_rows,
+                     h.dk + first * sizes.padded);
     }
 
-    void end() const {
-        T* const to = static_cast<T*>(h.b.dq) + ((h.batch * a.heads + h.head) * a.rows + first_row) * a.width;
-        each_tile(rows, [&](int64_t row, auto tile) {
-            constexpr int V = decltype(tile)::count;
-            F one[V];
-            for (int v = 0; v < V; ++v) one[v] = set(1.0f);
-            unpack_rows<V>(dq + row * sizes.columns, one, rows - row, a.width, to + row * a.width, a.width);
-        });
+    // Columns c .. c + W of a tile's dq, for good.
+    template <int V>
+    void end(int64_t row, int64_t c) const {
+        T* const to = static_cast<T*>(h.b.dq) + ((h.batch * a.heads + h.head) * a.rows + first_row + row) * a.width;
+        F one[V];
+        for (int v = 0; v < V; ++v) one[v] = set(1.0f);
+        unpack_columns<V>(dq + row * sizes.columns, one, rows - row, c, a.width, to, a.width);
     }
 };
 
@@ -272,46 +276,86 @@ bool run(const AttentionBackward& b) {
     const double useful = double(heads) * a.rows * a.keys * a.width / WORK_WORTH_A_THREAD;
     const int threads = useful < 1 ? 1 : useful < a.threads ? static_cast<int>(useful) : a.threads;
     const bool by_head = threads == 1 || heads >= 4 * threads || heads % threads == 0;
-    Scratch<float> memory((by_head ? threads : heads) * sizes.head()), work(threads * sizes.work);
-    if (!memory.data || !work.data) return false;
-
-    const auto head = [&](int64_t number, int64_t at) {
-        return Head<Cells, T>(b, sizes, number, memory.data + at * sizes.head());
-    };
-    const auto block = [&](const Head<Cells, T>& of, int64_t number, int slot, int64_t first, int64_t last, bool dq,
-                           bool dkv) {
-        const Block<Cells, T> one(of, number, work.data + slot * sizes.work);
-        one.begin();
-        one.meet_all(first, last, dq, dkv);
-        if (dq) one.end();
-    };
     if (by_head) {
+        Scratch<float> memory(threads * sizes.head());
+        Scratch<float> blocks_memory(threads * (sizes.block + sizes.slopes)), work(threads * sizes.work);
+        if (!memory.data || !blocks_memory.data || !work.data) return false;
         parallel_for(heads, 1, threads, [&](int64_t begin, int64_t end, int slot) {
+            float* const mine = blocks_memory.data + slot * (sizes.block + sizes.slopes);
             for (int64_t number = begin; number < end; ++number) {
-                const Head<Cells, T> mine = head(number, slot);
-                mine.begin();
-                for (int64_t i = 0; i < blocks; ++i) block(mine, i, slot, 0, a.keys, true, true);
-                mine.end(0, a.keys);
+                const Head<Cells, T> head(b, sizes, number, memory.data + slot * sizes.head());
+                head.begin();
+                for (int64_t i = 0; i < blocks; ++i) {
+                    const Block<Cells, T> block(head, i, mine, work.data + slot * sizes.work);
+                    each_tile(block.rows,
+                              [&](int64_t row, auto tile) { block.template begin<decltype(tile)::count>(row); });
+                    for (int64_t first = 0; first < a.keys; first += CHUNK) {
+                        float* const ds = mine + sizes.block;
+                        block.meet_chunk(first, ds);
+                        each_tile(block.rows, [&](int64_t row, auto tile) {
+                            block.template add_dq<decltype(tile)::count>(row, first, smaller(CHUNK, a.keys - first), ds,
+                                                                         0, sizes.columns);
+                        });
+                    }
+                    each_tile(block.rows, [&](int64_t row, auto tile) {
+                        for (int64_t c = 0; c < a.width; c += W) block.template end<decltype(tile)::count>(row, c);
+                    });
+                }
+                head.end(0, a.keys);
             }
         });
         return true;
     }
-    parallel_for(heads, 1, threads, [&](int64_t begin, int64_t end, int) {
-        for (int64_t number = begin; number < end; ++number) head(number, number).begin();
-    });
-    parallel_for(heads * (blocks + chunks), 1, threads, [&](int64_t begin, int64_t end, int slot) {
-        for (int64_t i = begin; i < end; ++i) {
-            const Head<Cells, T> mine = head(i / (blocks + chunks), i / (blocks + chunks));
-            const int64_t part = i % (blocks + chunks), first = (part - blocks) * CHUNK;
-            if (part < blocks) {
-                block(mine, part, slot, 0, a.keys, true, false);
-                continue;
-            }
-            const int64_t last = smaller(first + CHUNK, a.keys);
-            for (int64_t number = 0; number < blocks; ++number) block(mine, number, slot, first, last, false, true);
-            mine.end(first, last);
+
+    // dS of a block and all keys is kept for as many heads at once as there is memory for.
+    const int64_t one_head = sizes.head() + sizes.block + chunks * sizes.slopes;
+    const int64_t together = smaller(heads, 1 + MOST_SLOPES / (chunks * sizes.slopes));
+    Scratch<float> memory(together * one_head), work(threads * sizes.work);
+    if (!memory.data || !work.data) return false;
+    for (int64_t first_head = 0; first_head < heads; first_head += together) {
+        const int64_t count = smaller(together, heads - first_head);
+        const auto head = [&](int64_t i) {
+            return Head<Cells, T>(b, sizes, first_head + i, memory.data + i * one_head);
+        };
+        const auto block_memory = [&](int64_t i) { return memory.data + i * one_head + sizes.head(); };
+        // Calls what(block, part, slot) for `parts` parts of block `number` of each of these heads.
+        const auto each_part = [&](int64_t number, int64_t parts, const auto& what) {
+            parallel_for(count * parts, 1, threads, [&](int64_t begin, int64_t end, int slot) {
+                for (int64_t i = begin; i < end; ++i) {
+                    const Head<Cells, T> mine = head(i / parts);
+                    const Block<Cells, T> block(mine, number, block_memory(i / parts), work.data + slot * sizes.work);
+                    what(block, block_memory(i / parts) + sizes.block, i % parts);
+                }
+            });
+        };
+        parallel_for(count, 1, threads, [&](int64_t begin, int64_t end, int) {
+            for (int64_t i = begin; i < end; ++i) head(i).begin();
+        });
+        for (int64_t number = 0; number < blocks; ++number) {
+            const int64_t rows = smaller(BLOCK, a.rows - number * BLOCK), tiles = tiles_of(rows);
+            const int64_t strips = (a.width + STRIP - 1) / STRIP;
+            each_part(number, tiles, [&](const Block<Cells, T>& block, float*, int64_t part) {
+                one_tile(rows, part, [&](int64_t row, auto tile) { block.template begin<decltype(tile)::count>(row); });
+            });
+            each_part(number, chunks, [&](const Block<Cells, T>& block, float* slopes, int64_t part) {
+                block.meet_chunk(part * CHUNK, slopes + part * sizes.slopes);
+            });
+            each_part(number, tiles * strips, [&](const Block<Cells, T>& block, float* slopes, int64_t part) {
+                const int64_t c = part % strips * STRIP, columns = smaller(STRIP, sizes.columns - c);
+                one_tile(rows, part / strips, [&](int64_t row, auto tile) {
+                    constexpr int V = decltype(tile)::count;
+                    for (int64_t i = 0; i < chunks; ++i)
+                        block.template add_dq<V>(row, i * CHUNK, smaller(CHUNK, a.keys - i * CHUNK),
+                                                 slopes + i * sizes.slopes, c, columns);
+                    for (int64_t at = c; at < smaller(c + STRIP, a.width); at += W) block.template end<V>(row, at);
+                });
+            });
         }
-    });
+        parallel_for(count * chunks, 1, threads, [&](int64_t begin, int64_t end, int) {
+            for (int64_t i = begin; i < end; ++i)
+                head(i / chunks).end(i % chunks * CHUNK, smaller(i % chunks * CHUNK + CHUNK, a.keys));
+        });
+    }
     return true;
 }
 

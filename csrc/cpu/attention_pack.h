@@ -32,18 +32,21 @@ struct Vectors {
     static constexpr int count = n;
 };
 
-// Calls tile(row, Vectors<...>) for the tiles that cover `rows` queries.
+// Calls tile(row, Vectors<...>) for one of the tiles that cover `rows` queries.
+template <class Tile>
+inline void one_tile(int64_t rows, int64_t number, const Tile& tile) {
+    const int64_t row = number * VECTORS * W;
+    if (rows - row > (VECTORS - 1) * W)
+        tile(row, Vectors<VECTORS>{});
+    else
+        tile(row, Vectors<1>{});
+}
+
+inline int64_t tiles_of(int64_t rows) { return (rows + VECTORS * W - 1) / (VECTORS * W); }
+
 template <class Tile>
 inline void each_tile(int64_t rows, const Tile& tile) {
-    for (int64_t row = 0; row < rows;) {
-        if (rows - row > (VECTORS - 1) * W) {
-            tile(row, Vectors<VECTORS>{});
-            row += VECTORS * W;
-        } else {
-            tile(row, Vectors<1>{});
-            row += W;
-        }
-    }
+    for (int64_t number = 0; number < tiles_of(rows); ++number) one_tile(rows, number, tile);
 }
 
 // Calls put(i, vector) for each cell i of a row: the cells of W rows, of which the first `rows` exist. The others
@@ -97,22 +100,29 @@ inline void pack_values(const T* v, int64_t stride, int64_t rows, int64_t width,
             }
 }
 
-// Rows of the result from sums[column][V * W], each times its query's factor.
+// to[cell of rows][column], columns up to a multiple of W.
+template <class Cells, class T>
+inline void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t width, float* to) {
+    for (int64_t r = 0; r < rows; r += Cells::numbers, from += Cells::numbers * stride, to += round_up(width, W))
+        for (int64_t c = 0; c < width; c += W)
+            store(to + c, Cells::columns(from, r + 1 < rows ? from + stride : nullptr, c, width), Full{});
+}
+
+// Columns c .. c + W of the result's rows from sums[column][V * W], each row times its query's factor.
 template <int V, class T>
-inline void unpack_rows(const float* sums, const F (&factor)[V], int64_t rows, int64_t width, T* out, int64_t stride) {
+inline void unpack_columns(const float* sums, const F (&factor)[V], int64_t rows, int64_t c, int64_t width, T* out,
+                           int64_t stride) {
     for (int v = 0; v < V && v * W < rows; ++v) {
         const int64_t n = smaller(W, rows - v * W);
-        T* const to = out + v * W * stride;
-        for (int64_t c = 0; c < width; c += W) {
-            F block[W];
-            for (int64_t i = 0; i < W; ++i)
-                block[i] = load(sums + (smaller(c + i, width - 1) * V + v) * W, Full{}) * factor[v];
-            transpose(block);
-            if (width - c >= W) {
-                for (int64_t r = 0; r < n; ++r) store(to + r * stride + c, block[r], Full{});
-            } else {
-                for (int64_t r = 0; r < n; ++r) store(to + r * stride + c, block[r], Part{static_cast<int>(width - c)});
-            }
+        T* const to = out + v * W * stride + c;
+        F block[W];
+        for (int64_t i = 0; i < W; ++i)
+            block[i] = load(sums + (smaller(c + i, width - 1) * V + v) * W, Full{}) * factor[v];
+        transpose(block);
+        if (width - c >= W) {
+            for (int64_t r = 0; r < n; ++r) store(to + r * stride, block[r], Full{});
+        } else {
+            for (int64_t r = 0; r < n; ++r) store(to + r * stride, block[r], Part{static_cast<int>(width - c)});
         }
     }
 }

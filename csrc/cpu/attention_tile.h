@@ -93,25 +93,28 @@ struct Pair {
 
     static F negative(F cells) { return (F)_mm512_xor_si512((__m512i)cells, _mm512_set1_epi32(int(0x80008000u))); }
 
-    // 2^t for t <= 0 with relative error below 3e-6, a thousandth of the rounding to bf16 that follows: t = n + f with
-    // |f| <= 1/2, 2^f a minimax polynomial of degree 4.
+    // 2^t with relative error below 3e-6, a thousandth of the rounding to bf16 that follows, and 1 at 0 as in exp2.
     static F weight(F t) {
-        const F f = (F)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        F p = fma(set(9.582852945e-3f), f, set(5.590642616e-2f));
-        p = fma(p, f, set(2.402409911e-1f));
-        p = fma(p, f, set(6.931241751e-1f));
+        const F f = (F)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        F p = fma(set(0.01342668384f), f, set(0.05224247277f));
+        p = fma(p, f, set(0.2412801981f));
+        p = fma(p, f, set(0.6930448413f));
         p = fma(p, f, set(1.0f));
-        return (F)_mm512_scalef_ps((__m512)p, (__m512)(t - f));
+        return (F)_mm512_scalef_ps((__m512)p, (__m512)t);  // takes floor(t) itself
     }
 };
 #endif
 
 // sums[s][v] += Σ_i panel[i * SIDE + s] · tile[i][v], i < n.
+//
+// Loops over an array of sums are unrolled by pragma: GCC by itself may do it too late for the array to stay in
+// registers.
 template <class Cells, int S, int V>
 inline void multiply(const float* panel, const float* tile, int64_t n, F (&sums)[S][V]) {
     for (int64_t i = 0; i < n; ++i) {
         F lanes[V];
         for (int v = 0; v < V; ++v) lanes[v] = load(tile + (i * V + v) * W, Full{});
+#pragma GCC unroll 8
         for (int s = 0; s < S; ++s) {
             const F cell = set(panel[i * SIDE + s]);
             for (int v = 0; v < V; ++v) sums[s][v] = Cells::add(cell, lanes[v], sums[s][v]);
@@ -119,16 +122,22 @@ inline void multiply(const float* panel, const float* tile, int64_t n, F (&sums)
     }
 }
 
-// Rows in memory that the next tile will read or write, fetched into L2 a few at a time while this one is computed.
-// They lie apart, too far for the hardware to notice that they are used in order, and all at once they would hold up
-// loads.
-struct Ahead {
+// Rows in memory that are wanted soon, fetched into L2 a few at a time while something else is computed. They lie
+// apart, too far for the hardware to notice that they are used in order, and all at once they would hold up loads.
+struct Rows {
     const char* next = nullptr;
-    int64_t stride = 0, bytes = 0, rows = 0, share = 0;
+    int64_t stride = 0, bytes = 0, count = 0;
+};
+
+struct Ahead {
+    Rows rows[3];
+    int64_t share = 0;
 
     void fetch() {
-        for (int64_t i = 0; i < share && rows > 0; ++i, --rows, next += stride)
-            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(next + byte, 0, 2);
+        int64_t left = share;
+        for (Rows& r : rows)
+            for (; left > 0 && r.count > 0; --left, --r.count, r.next += r.stride)
+                for (int64_t byte = 0; byte < r.bytes; byte += 64) __builtin_prefetch(r.next + byte, 0, 2);
     }
 };
 
@@ -137,6 +146,7 @@ template <class Cells, int S, int V>
 inline void score_panel(const float* panel, const float* q, int64_t cells, bool first, float* scores) {
     F sums[S][V] = {};
     multiply<Cells>(panel, q, cells, sums);
+#pragma GCC unroll 8
     for (int s = 0; s < S; ++s)
         for (int v = 0; v < V; ++v) {
             float* const at = scores + (s * V + v) * W;
@@ -171,38 +181,63 @@ inline void score(const float* q, const float* keys, int64_t cells, int64_t n, f
     }
 }
 
-// out[c] = factor · out[c] + Σ_k weights[k] · value_k[c] for all columns, a panel of them at a time. The sum starts at
-// zero, not at what is there: a chain of roundings is then as long as a chunk, not as long as the sequence.
-template <class Cells, int V>
+// out[c] = factor · out[c] + Σ_k weights[k] · value_k[c] for all columns, a panel of them at a time; done(c) when those
+// before c are. The sum starts at zero, not at what is there: a chain of roundings is then as long as a chunk, not as
+// long as the sequence.
+template <class Cells, int V, class Done>
 inline void accumulate(const float* weights, const float* values, int64_t values_stride, int64_t cells, int64_t columns,
-                       bool first, const F (&factor)[V], float* out, Ahead& ahead) {
+                       bool first, const F (&factor)[V], float* out, Ahead& ahead, const Done& done) {
     for (int64_t c = 0; c < columns; c += SIDE, values += values_stride, out += SIDE * V * W) {
         ahead.fetch();
         F sums[SIDE][V] = {};
         multiply<Cells>(values, weights, cells, sums);
+#pragma GCC unroll 8
         for (int s = 0; s < SIDE; ++s)
             for (int v = 0; v < V; ++v) {
                 float* const at = out + (s * V + v) * W;
                 store(at, first ? sums[s][v] : fma(load(at, Full{}), factor[v], sums[s][v]), Full{});
             }
+        done(c + SIDE);
     }
 }
 
-// Weights of n keys in place of their scores: 2^(scale · (score - base)), where base is the largest score so far, as
-// cells for accumulate; the weight of the largest score is 1, exactly. base and sum (one lane for each query) are
-// brought up to date; factor is what everything summed under the old base has to be multiplied by.
+// to[r][c] = inverse[r] · Σ_i weights[i][r] · values[i][c] for V vectors of columns and SIDE queries, of which `rows`
+// exist; weights has L queries in a row.
+template <class Cells, int L, int V, class T>
+inline void weighted_rows(const float* weights, const float* values, int64_t values_stride, int64_t cells,
+                          const float* inverse, int64_t rows, T* to, int64_t stride) {
+    F sums[SIDE][V] = {};
+    for (int64_t i = 0; i < cells; ++i) {
+        F columns[V];
+        for (int v = 0; v < V; ++v) columns[v] = load(values + i * values_stride + v * W, Full{});
+#pragma GCC unroll 8
+        for (int s = 0; s < SIDE; ++s) {
+            const F cell = set(weights[i * L + s]);
+            for (int v = 0; v < V; ++v) sums[s][v] = Cells::add(cell, columns[v], sums[s][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < SIDE; ++s)
+        if (s < rows)
+            for (int v = 0; v < V; ++v) store(to + s * stride + v * W, sums[s][v] * inverse[s], Full{});
+}
+
+// Weights of n keys in place of their scores: 2^(scale · score - base), where base is the largest scale · score so far,
+// rounded, as cells for accumulate. base and sum (one lane for each query) are brought up to date; factor is what
+// everything summed under the old base has to be multiplied by. What rounding a base does, all weights share.
 template <class Cells, int V>
 inline void soften(float* scores, int64_t n, float scale, F (&base)[V], F (&sum)[V], F (&factor)[V]) {
-    F total[V] = {};
-    for (int v = 0; v < V; ++v) {
-        factor[v] = base[v];
-        base[v] = max(load(scores + v * W, Full{}), base[v]);
-    }
+    F total[V] = {}, largest[V];
+    for (int v = 0; v < V; ++v) largest[v] = load(scores + v * W, Full{});
     for (int64_t k = 1; k < n; ++k)
-        for (int v = 0; v < V; ++v) base[v] = max(load(scores + (k * V + v) * W, Full{}), base[v]);
-    for (int v = 0; v < V; ++v) factor[v] = exp2((factor[v] - base[v]) * scale);
+        for (int v = 0; v < V; ++v) largest[v] = max(load(scores + (k * V + v) * W, Full{}), largest[v]);
+    for (int v = 0; v < V; ++v) {
+        const F next = max(largest[v] * scale, base[v]);
+        factor[v] = exp2(base[v] - next);
+        base[v] = next;
+    }
     const auto weight = [&](int64_t k, int v) {
-        const F w = Cells::weight((load(scores + (k * V + v) * W, Full{}) - base[v]) * scale);
+        const F w = Cells::weight(fma(load(scores + (k * V + v) * W, Full{}), set(scale), -base[v]));
         total[v] += w;
         return w;
     };
