@@ -35,6 +35,7 @@ def _load() -> tuple[ModuleType | None, str | None, str | None]:
     return _native, None, path
 
 
+@functools.cache
 def _native() -> Any:
     return _load()[0]
 
@@ -137,14 +138,15 @@ def _parameter(tensor: Tensor | None) -> Tensor | None:
 def attention_unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
     if mask is not None and mask.dtype not in _MASK_KINDS:
         return f"takes boolean, float32, bfloat16 and float16 masks, mask is {mask.dtype}"
-    return _unsupported(q=q, k=k, v=v)
+    return None if q.is_cpu and q.dtype in _DTYPES else _unsupported(q=q)  # k and v are like q
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """See `reference.attention`; the last stride of q, k and v is 1."""
     batch, heads, rows, width = q.shape
-    out = q.new_empty((batch, rows, heads, width)).transpose(1, 2)
-    lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
+    out_stride = (rows * heads * width, width, heads * width)
+    out = q.new_empty_strided(q.shape, (*out_stride, 1))
+    lse = q.new_empty_strided((batch, heads, rows), (heads * rows, rows, 1), dtype=torch.float32)
     _native().attention(
         _DTYPES[q.dtype],
         0 if mask is None else _MASK_KINDS[mask.dtype],
@@ -158,7 +160,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         q.stride()[:3],
         k.stride()[:3],
         v.stride()[:3],
-        out.stride()[:3],
+        out_stride,
         (0, 0, 0, 0) if mask is None else mask.stride(),
         scale,
         torch.get_num_threads(),

@@ -53,32 +53,34 @@ def attention(
         ValueError: shapes or devices do not fit, or the implementation named cannot run these inputs.
     """
     impl = check_impl("attention", impl)
-    check_floating("attention", q=q, k=k, v=v)
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(
-            f"attention: q, k, v must be (B, H, N, D); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+    # in as few steps as possible, which are half of what a small call takes beside its kernel
+    if not (type(q) is type(k) is type(v) is Tensor and q.dtype is k.dtype is v.dtype and q.dtype.is_floating_point):
+        check_floating("attention", q=q, k=k, v=v)
+    shape, keys, values = q.shape, k.shape, v.shape
+    if len(shape) != 4 or len(keys) != 4 or len(values) != 4:
+        raise ValueError(f"attention: q, k, v must be (B, H, N, D); got {tuple(shape)}, {tuple(keys)}, {tuple(values)}")
+    if keys != values or shape[0] != keys[0] or shape[1] != keys[1] or shape[3] != keys[3]:
         raise ValueError(
             "attention: k and v must be (B, H, M, D) with the B, H and D of q; "
-            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+            f"got q {tuple(shape)}, k {tuple(keys)}, v {tuple(values)}"
         )
-    if q.shape[3] == 0:
-        raise ValueError(f"attention: the head width D must be at least 1, got q {tuple(q.shape)}")
+    if shape[3] == 0:
+        raise ValueError(f"attention: the head width D must be at least 1, got q {tuple(shape)}")
     lower = autocast_dtype(q)
     if lower is not None:
         q, k, v = (t if t.dtype == torch.float64 else t.to(lower) for t in (q, k, v))
-    if k.dtype != q.dtype or v.dtype != q.dtype:
+    if k.dtype is not q.dtype or v.dtype is not q.dtype:
         raise TypeError(f"attention: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if k.device != q.device or v.device != q.device:
+    if not (q.is_cpu and k.is_cpu and v.is_cpu) and (k.device != q.device or v.device != q.device):
         raise ValueError(f"attention: q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"attention: scale must be a number, got {type(scale).__name__}")
     if mask is not None:
         mask = _check_mask(mask, q, k)
     check_no_tangent("attention", q=q, k=k, v=v)
-    q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not (q.stride(3) == k.stride(3) == v.stride(3) == 1):
+        q, k, v = (t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous() for t in (q, k, v))
+    scale = shape[3] ** -0.5 if scale is None else float(scale)
     return _attention_op(q, k, v, mask, scale, impl)[0]
 
 
@@ -100,7 +102,7 @@ def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, impl: str):
-    if q.numel() == 0 or k.numel() == 0:
+    if 0 in q.shape or 0 in k.shape:
         out, lse = _attention_fake(q, k, v, mask, scale, impl)
         return out.zero_(), lse.fill_(float("-inf"))
     return run("attention", impl, (q, k, v, mask, scale))
