@@ -109,6 +109,7 @@ RUNS = {
     "attention many keys": lambda: run_attention((2, 4, 70, 150, 24)),
     "attention one head": lambda: run_attention((1, 1, 700, 600, 33)),
     "attention wide head": lambda: run_attention((1, 3, 100, 140, 400)),
+    "attention more keys than all heads at once": lambda: run_attention((1, 3, 5, 65536, 4)),
     "attention bfloat16": lambda: run_attention((1, 3, 300, 301, 40), torch.bfloat16),
     "nearest_codebook": lambda: [cpu.nearest_codebook(*codebook_arguments(1000, 1500, 5))],
     "nearest_codebook narrow": lambda: [cpu.nearest_codebook(*codebook_arguments(16000, 1500, 4))],
