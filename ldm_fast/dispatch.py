@@ -110,13 +110,16 @@ def why_not(op: str, impl: str, args: tuple[Any, ...]) -> str | None:
 
 def choose(op: str, impl: str, args: tuple[Any, ...]) -> str:
     """The name of the implementation to run: `impl` where it is given, else the best one for these arguments."""
-    wanted = impl or (forced() if forced() in IMPLEMENTATIONS[op] else None)
-    if wanted is None:
-        return next(name for name in IMPLEMENTATIONS[op] if why_not(op, name, args) is None)
-    reason = why_not(op, wanted, args)
-    if reason is not None:
-        raise ValueError(f"{op}: impl={wanted!r} cannot run here: {reason}")
-    return wanted
+    wanted = impl or forced()
+    if wanted in IMPLEMENTATIONS[op]:
+        reason = why_not(op, wanted, args)
+        if reason is not None:
+            raise ValueError(f"{op}: impl={wanted!r} cannot run here: {reason}")
+        return wanted
+    for name in IMPLEMENTATIONS[op]:  # the last of them, the reference, computes everything
+        if why_not(op, name, args) is None:
+            break
+    return name
 
 
 def run(op: str, impl: str, args: tuple[Any, ...]) -> Any:
@@ -219,7 +222,7 @@ def _someone_watches() -> bool:
     """Whether a compiler, tracer, mode, transform or profiler is to see every op."""
     return bool(
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ldm_fast.dispatch import (
     Op,
@@ -53,9 +54,8 @@ def attention(
         ValueError: shapes or devices do not fit, or the implementation named cannot run these inputs.
     """
     impl = check_impl("attention", impl)
-    # in as few steps as possible, which are half of what a small call takes beside its kernel
-    if not (type(q) is type(k) is type(v) is Tensor and q.dtype is k.dtype is v.dtype and q.dtype.is_floating_point):
-        check_floating("attention", q=q, k=k, v=v)
+    if not _plain(q, k, v):
+        q, k, v = _check_kinds(q, k, v)
     shape, keys, values = q.shape, k.shape, v.shape
     if len(shape) != 4 or len(keys) != 4 or len(values) != 4:
         raise ValueError(f"attention: q, k, v must be (B, H, N, D); got {tuple(shape)}, {tuple(keys)}, {tuple(values)}")
@@ -66,22 +66,41 @@ def attention(
         )
     if shape[3] == 0:
         raise ValueError(f"attention: the head width D must be at least 1, got q {tuple(shape)}")
-    lower = autocast_dtype(q)
-    if lower is not None:
-        q, k, v = (t if t.dtype == torch.float64 else t.to(lower) for t in (q, k, v))
-    if k.dtype is not q.dtype or v.dtype is not q.dtype:
-        raise TypeError(f"attention: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if not (q.is_cpu and k.is_cpu and v.is_cpu) and (k.device != q.device or v.device != q.device):
-        raise ValueError(f"attention: q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"attention: scale must be a number, got {type(scale).__name__}")
     if mask is not None:
         mask = _check_mask(mask, q, k)
-    check_no_tangent("attention", q=q, k=k, v=v)
     if not (q.stride(3) == k.stride(3) == v.stride(3) == 1):
         q, k, v = (t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous() for t in (q, k, v))
     scale = shape[3] ** -0.5 if scale is None else float(scale)
     return _attention_op(q, k, v, mask, scale, impl)[0]
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether there is nothing for `_check_kinds` to do, whose many steps take as long as a small attention does."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) is type(k) is type(v) is Tensor
+        and q.dtype is k.dtype is v.dtype
+        and q.dtype.is_floating_point
+        and (q.is_cpu and k.is_cpu and v.is_cpu)
+        and not torch._C._is_any_autocast_enabled()
+        and forward_ad._current_level < 0
+    )
+
+
+def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, in the dtype of autocast where that is on, as floating-point tensors of one dtype on one device."""
+    check_floating("attention", q=q, k=k, v=v)
+    lower = autocast_dtype(q)
+    if lower is not None:
+        q, k, v = (t if t.dtype == torch.float64 else t.to(lower) for t in (q, k, v))
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(f"attention: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"attention: q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
+    check_no_tangent("attention", q=q, k=k, v=v)
+    return q, k, v
 
 
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
