@@ -711,6 +711,8 @@ def forward_launches(
     columns, own, step, warps = _plan(d, half, mask is not None)
     if columns["PIECES"] > 1 and m % step:
         step = 16  # the condition on the keys takes registers
+    if columns["PIECES"] > 1 and not half:
+        options["num_stages"] = 1  # and so do float32 tiles that are loaded ahead
     options.update(columns, **REGISTERS, BLOCK_N=own, BLOCK_M=step, EVEN_M=m % step == 0, num_warps=warps)
     args = (*tensors, h, n, m, d, scale * LOG2E.value)
     programs = b * h * triton.cdiv(n, own) * columns["PIECES"]
