@@ -30,6 +30,7 @@ from ldm_fast.unet import UNet, UNetConfig
 from ldm_fast.weights import LAYOUTS, Config, current_names
 
 OUR_FILE = "a model of ldm_fast"
+NO_SCHEDULE = "a schedule that is none of ours"
 
 
 @dataclass
@@ -49,17 +50,18 @@ class Checkpoint:
         """All of it as one model. `cond_stage` takes the place of the checkpoint's, which, where it is a text encoder,
         is the network alone: CLIPTextEncoder(checkpoint.cond_stage, tokenizer), say.
 
-        ValueError where the checkpoint lacks a part, and for Stable Diffusion XL, whose UNets want the pooled text and
-        the sizes of images at every step: diffusers' pipeline runs them, with `accelerate`.
+        ValueError where the checkpoint lacks a part or its schedule is none of ours, and for what needs more than
+        `generate` gives it: Stable Diffusion XL (the pooled text and the sizes of images at every step), latent
+        consistency models, latents that are shifted. diffusers' pipelines run them, with `accelerate`.
         """
         parts = {"unet": self.unet, "first_stage": self.first_stage, "schedule": self.schedule}
         missing = [name for name, part in parts.items() if part is None]
         if missing:
-            raise ValueError(f"{self.found.path} is no whole model: there is no {', '.join(missing)}")
-        if self.unet.config.addition_embed_type == "text_time":
-            raise ValueError(
-                f"{self.found.path} is a Stable Diffusion XL; run it in diffusers' pipeline, with ldm_fast.accelerate"
-            )
+            why = "".join(f" ({reason})" for reason in self.found.ignored.get(NO_SCHEDULE, ()))
+            raise ValueError(f"{self.found.path} is no whole model: there is no {', '.join(missing)}{why}")
+        needs = _needs_of_other_pipelines(self.unet.config, self.first_stage.config)
+        if needs is not None:
+            raise ValueError(f"{self.found.path}: {needs}; run it in diffusers' pipeline, with ldm_fast.accelerate")
         cond_stage = self.cond_stage if cond_stage is None else cond_stage
         if type(cond_stage).__module__.startswith("transformers"):
             raise ValueError(
@@ -73,6 +75,16 @@ class Checkpoint:
             conditioning_key=self.conditioning_key,
             defaults=_defaults(cond_stage),
         )
+
+
+def _needs_of_other_pipelines(unet: UNetConfig, first_stage: AutoencoderConfig) -> str | None:
+    """What `generate` would sample wrongly without a word."""
+    if unet.addition_embed_type == "text_time":
+        return "it is a Stable Diffusion XL"
+    if unet.time_cond_proj_dim is not None:
+        return f"it is a latent consistency model (time_cond_proj_dim {unet.time_cond_proj_dim})"
+    shifts = {name: getattr(first_stage, name) for name in ("shift_factor", "latents_mean", "latents_std")}
+    return next((f"its first stage has {name} {value}" for name, value in shifts.items() if value), None)
 
 
 def _defaults(cond_stage: nn.Module | None) -> Defaults:
@@ -245,7 +257,11 @@ def _inspect_pipeline(path: Path, given: dict[str, Config], variant: str | None)
             if "first_stage" in one.parts:
                 found.scaling_factor = one.scaling_factor
         elif name == "scheduler" and kind:
-            found.schedule = schedule_from_diffusers(read_json(path / name / "scheduler_config.json"))
+            values = read_json(path / name / "scheduler_config.json")
+            try:
+                found.schedule = schedule_from_diffusers(values)
+            except ValueError as error:  # the models are of use all the same
+                found.ignored[NO_SCHEDULE] = [str(error)]
         elif kind:
             found.ignored.setdefault("components of the pipeline that are not ours", []).append(f"{name} ({kind})")
     if "unet" in found.parts:

@@ -23,11 +23,10 @@ from ldm_fast.clip_weights import CLIPShape
 from ldm_fast.conditioning import ClassEmbedder, SpatialRescalerConfig
 from ldm_fast.configs import (
     autoencoder_config_from_compvis,
-    config_to_diffusers,
     encoder_config_from_compvis,
     unet_config_from_compvis,
 )
-from ldm_fast.configs.diffusers import spelt_out
+from ldm_fast.configs.diffusers import SCHEDULERS, schedule_from_diffusers, spelt_out
 from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule, beta_schedule
 from ldm_fast.files import CheckpointError
 from ldm_fast.pipeline import LatentDiffusion
@@ -290,27 +289,71 @@ def test_clip_has_the_names_of_diffusers():
 # Folders
 
 
-def test_pipeline_folder(tmp_path):
-    unet, first_stage = UNet.from_config(config_to_diffusers(UNET)), AutoencoderKL(replace(KL, scaling_factor=0.7))
-    unet.save_pretrained(tmp_path / "unet")
-    first_stage.save_pretrained(tmp_path / "vae")
-    (tmp_path / "scheduler").mkdir()
-    schedule = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.02}
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
+def pipeline_folder(path, unet=UNET, first_stage=KL, **scheduler):
+    """A pipeline as diffusers writes it, with random weights and no text encoder: (the folder, unet, first stage)."""
+    unet, first_stage = UNet(unet), AutoencoderKL(first_stage)
+    unet.save_pretrained(path / "unet")
+    first_stage.save_pretrained(path / "vae")
+    (path / "scheduler").mkdir()
+    scheduler = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", **scheduler}
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     index = {
         "_class_name": "StableDiffusionPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "PNDMScheduler"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
         "safety_checker": [None, None],
         "text_encoder": ["transformers", "CLIPTextModel"],
     }
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    loaded = checkpoints.load(tmp_path)
+    (path / "model_index.json").write_text(json.dumps(index))
+    return path, unet, first_stage
+
+
+def test_pipeline_folder(tmp_path):
+    scaled = replace(KL, scaling_factor=0.7)
+    path, unet, first_stage = pipeline_folder(tmp_path, first_stage=scaled, beta_start=0.001, beta_end=0.02)
+    loaded = checkpoints.load(path)
     assert same(loaded.unet, unet.state_dict()) and same(loaded.first_stage, first_stage.state_dict())
     assert loaded.scaling_factor == 0.7 and loaded.conditioning_key == "crossattn"
     assert loaded.schedule.config == DiffusionConfig(beta_start=0.001, beta_end=0.02)
     assert list(loaded.found.ignored.values()) == [["text_encoder (CLIPTextModel)"]]
+
+
+# What `generate` would sample wrongly: (arguments of pipeline_folder, what the error names)
+OTHER_PIPELINES = {
+    "flow": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEulerDiscreteScheduler"),
+    "flow sigmas": ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
+    "flow prediction": ({"_class_name": "EulerDiscreteScheduler", "prediction_type": "flow_prediction"}, "flow_pred"),
+    "continuous": ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type"),
+    "EDM": ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "EDMDPMSolverMultistepScheduler"),
+    "its own betas": ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+    "LCM": ({"_class_name": "LCMScheduler"}, "LCMScheduler"),
+    "LCM UNet": ({"unet": replace(UNET, time_cond_proj_dim=8)}, "time_cond_proj_dim 8"),
+    "shift": ({"first_stage": replace(KL, shift_factor=0.1)}, "shift_factor 0.1"),
+    "mean": ({"first_stage": replace(KL, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)}, "latents_mean"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), OTHER_PIPELINES.values(), ids=OTHER_PIPELINES)
+def test_what_would_be_sampled_wrongly_is_loaded_and_refused_as_a_whole(arguments, message, tmp_path):
+    path, unet, _ = pipeline_folder(tmp_path, **arguments)
+    loaded = checkpoints.load(path)
+    assert same(loaded.unet, unet.state_dict())
+    with pytest.raises(ValueError, match=message):
+        loaded.pipeline(torch.nn.Identity())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_add_the_noise_that_diffusers_adds(name):
+    """By their defaults, and by those of Stable Diffusion."""
+    scheduler = getattr(pytest.importorskip("diffusers"), name)
+    for config in ({}, {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}):
+        try:
+            theirs = scheduler(**config).alphas_cumprod
+        except ImportError as error:  # DPMSolverSDEScheduler's Brownian noise is another package's
+            pytest.skip(str(error))
+        ours = NoiseSchedule(schedule_from_diffusers({"_class_name": name, **config})).alphas_cumprod
+        torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_one_models_folder_and_its_file(tmp_path):

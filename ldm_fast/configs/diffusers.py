@@ -34,6 +34,31 @@ CONDITIONAL_UNET_FIXED = dict(
     cross_attention_norm=None,
 )
 
+# Schedulers whose network sees z_t as our q(z_t | z_0) makes it, with the β_1 and β_T that their classes default to.
+SCHEDULERS: dict[str, tuple[float, float]] = {
+    "DDIMScheduler": (0.0001, 0.02),
+    "DDIMInverseScheduler": (0.0001, 0.02),
+    "DDIMParallelScheduler": (0.0001, 0.02),
+    "DDPMScheduler": (0.0001, 0.02),
+    "DDPMParallelScheduler": (0.0001, 0.02),
+    "DEISMultistepScheduler": (0.0001, 0.02),
+    "DPMSolverMultistepScheduler": (0.0001, 0.02),
+    "DPMSolverMultistepInverseScheduler": (0.0001, 0.02),
+    "DPMSolverSDEScheduler": (0.00085, 0.012),
+    "DPMSolverSinglestepScheduler": (0.0001, 0.02),
+    "EulerAncestralDiscreteScheduler": (0.0001, 0.02),
+    "EulerDiscreteScheduler": (0.0001, 0.02),
+    "HeunDiscreteScheduler": (0.00085, 0.012),
+    "KDPM2AncestralDiscreteScheduler": (0.00085, 0.012),
+    "KDPM2DiscreteScheduler": (0.00085, 0.012),
+    "LMSDiscreteScheduler": (0.0001, 0.02),
+    "PNDMScheduler": (0.0001, 0.02),
+    "SASolverScheduler": (0.0001, 0.02),
+    "UniPCMultistepScheduler": (0.0001, 0.02),
+}
+# What some of them can be told that makes another process of it.
+SCHEDULE_FIXED = dict(trained_betas=None, use_flow_sigmas=False, timestep_type="discrete")
+
 
 def config_from_diffusers(config: Mapping[str, Any]) -> UNetConfig | AutoencoderConfig | VQConfig:
     """The dictionary of a diffusers model (config.json, or `module.config`) -> ours.
@@ -48,18 +73,27 @@ def config_from_diffusers(config: Mapping[str, Any]) -> UNetConfig | Autoencoder
 
 
 def schedule_from_diffusers(config: Mapping[str, Any]) -> DiffusionConfig:
-    """scheduler_config.json -> the noise schedule in it. How it is sampled is not part of that, and left out."""
+    """scheduler_config.json -> the noise schedule in it. How it is sampled is not part of that, and left out.
+
+    ValueError names the class of a scheduler, or the key, that stands for another process than q(z_t | z_0).
+    """
+    kind = config.get("_class_name")
+    if kind not in SCHEDULERS:
+        raise ValueError(f"{kind}: its noise is not that of DDPM, as the noise of DDIMScheduler or PNDMScheduler is")
+    start, end = SCHEDULERS[kind]
+    params = Parameters(kind, config)
+    params.insist(**SCHEDULE_FIXED)
     names = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
-    name = config.get("beta_schedule", "linear")
-    if name not in names or config.get("trained_betas") is not None:
-        raise ValueError(f"{config.get('_class_name')}: beta_schedule must be one of {', '.join(names)}, got {name!r}")
+    name = params.take("beta_schedule", "linear")
+    if name not in names:
+        raise ValueError(f"{kind}: beta_schedule must be one of {', '.join(names)}, got {name!r}")
     return DiffusionConfig(
         schedule=names[name],
-        num_train_timesteps=config.get("num_train_timesteps", 1000),
-        beta_start=config.get("beta_start", 0.0001),
-        beta_end=config.get("beta_end", 0.02),
-        prediction_type=config.get("prediction_type", "epsilon"),
-        zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
+        num_train_timesteps=params.take("num_train_timesteps", 1000),
+        beta_start=params.take("beta_start", start),
+        beta_end=params.take("beta_end", end),
+        prediction_type=params.take("prediction_type", "epsilon"),
+        zero_terminal_snr=params.take("rescale_betas_zero_snr", False),
     )
 
 
