@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,30 +152,42 @@ class LatentDiffusion(nn.Module):
             if not isinstance(prompts, int) or prompts < 1:
                 raise ValueError(f"generate: this model is unconditional and takes a number of images, got {prompts!r}")
             return Condition(), prompts
+        if key == "hybrid":
+            raise ValueError("generate: a hybrid model takes a Condition with both crossattn and concat")
+        encoded = self._encode(prompts)
+        return Condition(**{key: encoded}), len(encoded)
+
+    def _encode(self, prompts: Prompts) -> Tensor:
+        """Row by row what the encoder makes of prompts, or the prompts themselves where there is no encoder."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if isinstance(prompts, int) or len(prompts) == 0:
             raise ValueError(f"generate: at least one prompt is needed, got {prompts!r}")
-        if key == "hybrid":
-            raise ValueError("generate: a hybrid model takes a Condition with both crossattn and concat")
         if self.cond_stage is None:
-            return Condition(**{key: torch.as_tensor(prompts)}), len(prompts)
+            return torch.as_tensor(prompts)
         if isinstance(prompts, Tensor):
-            return Condition(**{key: self.cond_stage(prompts)}), len(prompts)
+            return self.cond_stage(prompts)
         distinct = list(dict.fromkeys(prompts))  # four images of one prompt: encoded, and warned about, once
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
         encoded = self.cond_stage(distinct)
-        return Condition(**{key: encoded[rows.to(encoded.device)]}), len(prompts)
+        return encoded[rows.to(encoded.device)]
 
     def _uncondition(self, negative: Prompts | None, condition: Condition, count: int) -> Condition:
-        if negative is None:
-            if not hasattr(self.cond_stage, "unconditional"):
-                raise ValueError("generate: this model has no unconditional input; give a negative one, or guidance 1")
-            return Condition(**{self.conditioning_key: self.cond_stage.unconditional(count)})
-        if isinstance(negative, str):
-            negative = [negative] * count
-        uncondition, given = self.condition(negative)
+        if isinstance(negative, Condition):
+            uncondition, given = self.condition(negative)
+        elif self.conditioning_key is None or (negative is None and not hasattr(self.cond_stage, "unconditional")):
+            instead = "guidance 1" if self.conditioning_key is None else "a negative one, or guidance 1"
+            raise ValueError(f"generate: this model has no unconditional input; give {instead}")
+        else:
+            if negative is None:
+                encoded = self.cond_stage.unconditional(count)
+            else:
+                encoded = self._encode([negative] * count if isinstance(negative, str) else negative)
+            hybrid = self.conditioning_key == "hybrid"
+            uncondition, given = Condition(**{"crossattn" if hybrid else self.conditioning_key: encoded}), len(encoded)
         if given != count:
             raise ValueError(f"generate: {given} negative prompts for {count} images; give one, or one per image")
+        if self.conditioning_key == "hybrid" and uncondition.concat is None:  # other words, under the same map
+            return replace(uncondition, concat=condition.concat)
         return uncondition
 
     # Sampling
@@ -203,7 +215,8 @@ class LatentDiffusion(nn.Module):
 
         Args:
             prompts: one str, a list, or whatever else `condition` takes. The empty prompt is unconditional.
-            negative: what to steer away from; default the unconditional input. Without effect at guidance 1.
+            negative: what to steer away from; default the unconditional input. Without effect at guidance 1. For a
+                hybrid model it may be without a map: that of `prompts` is taken.
             steps, guidance, sampler, eta, spacing: default `self.defaults`; eta is ddim's, spacing is "leading" (the
                 original's), "trailing" or "linspace".
             seed: image i draws all its random numbers from seed + i, whatever the batch size.

@@ -266,12 +266,30 @@ def test_unconditional_and_concat_models():
     assert model.generate(3, guidance=1.0).shape == (3, 16, 16, 3)
     with pytest.raises(ValueError, match="no unconditional input"):
         model.generate(1, guidance=2.0)
+    with pytest.raises(ValueError, match="no unconditional input; give guidance 1"):
+        model.generate(1, guidance=2.0, negative=1)
     with pytest.raises(ValueError, match="takes a number of images, got 'red apple'"):
         model.generate("red apple", guidance=1.0)
     model.unet = UNet(replace(UNCONDITIONAL_UNET, in_channels=CHANNELS + 3)).eval()
     model.conditioning_key = "concat"
     maps = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model.generate(maps, guidance=1.0), model.generate(Condition(concat=maps), guidance=1.0))
+
+
+def test_hybrid_model():
+    """What is steered away from is the context, under the map of the condition."""
+    model = text_model(conditioning_key="hybrid")
+    model.unet = UNet(replace(UNET, in_channels=CHANNELS + 3)).eval()
+    maps = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    context = {prompt: model.cond_stage([prompt] * 2).detach() for prompt in ("red apple", "green tree", "")}
+    condition = Condition(context["red apple"], maps)
+    for given, meant in ((None, ""), ("green tree", "green tree"), (["green tree"] * 2, "green tree")):
+        spelt_out = Condition(context[meant], maps)
+        assert close(model.generate(condition, negative=given), model.generate(condition, negative=spelt_out))
+    assert not close(model.generate(condition), model.generate(condition, negative="green tree"))
+    assert not close(model.generate(condition), model.generate(condition, negative=Condition(context[""], -maps)))
+    with pytest.raises(ValueError, match="takes a Condition with both"):
+        model.generate("red apple")
 
 
 # The file
