@@ -6,8 +6,9 @@ noise z_T --UNet and sampler under the context--> z_0 --first stage's decoder-->
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,16 +108,24 @@ class LatentDiffusion(nn.Module):
         images = check_images(images)
         for size in images.shape[1:3]:
             check_multiple(size, self.downsampling_factor, "an image's side")
-        stage = self.first_stage
-        x = images.to(stage.device).permute(0, 3, 1, 2).to(stage.dtype) / 127.5 - 1
-        return stage.encode_latents(x, generator=generator).float() * self.scaling_factor
+        with _upcast(self.first_stage) as stage:
+            x = images.to(stage.device).permute(0, 3, 1, 2).to(stage.dtype) / 127.5 - 1
+            return stage.encode_latents(x, generator=generator).float() * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> uint8 (B, h f, w f, 3) on the CPU."""
-        stage = self.first_stage
-        x = stage.decode((z / self.scaling_factor).to(stage.device, stage.dtype)).sample
-        x = ((x.float() + 1) * 127.5).round().clamp(0, 255)
+        """Scaled latents (B, C, h, w) -> uint8 (B, h f, w f, 3) on the CPU. ValueError where they, or what becomes of
+        them, are not finite."""
+        with _upcast(self.first_stage) as stage:
+            x = stage.decode((z / self.scaling_factor).to(stage.device, stage.dtype)).sample.float()
+        for tensor, what, part in ((z, "latents", "UNet"), (x, "images", "first stage")):
+            if not tensor.isfinite().all():
+                dtype = (self.unet if part == "UNet" else self.first_stage).dtype
+                raise ValueError(
+                    f"decode: the {what} hold values that are not finite; the {part} computes in {dtype}: "
+                    "float16 overflows above 65504, bfloat16 and float32 do not; or its weights are damaged"
+                )
+        x = ((x + 1) * 127.5).round().clamp(0, 255)
         return x.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
     @torch.no_grad()
@@ -319,6 +328,21 @@ class LatentDiffusion(nn.Module):
             alpha_end=alpha_end,
             **extra,
         )
+
+
+@contextlib.contextmanager
+def _upcast(stage: nn.Module) -> Iterator[nn.Module]:
+    """The first stage, with weights in float32 for the time being if they are in float16 and too small a range."""
+    kept = []
+    if stage.dtype == torch.float16 and stage.config.force_upcast:
+        kept = [(t, t.data) for t in (*stage.parameters(), *stage.buffers()) if t.is_floating_point()]
+    try:
+        for tensor, values in kept:
+            tensor.data = values.float()
+        yield stage
+    finally:
+        for tensor, values in kept:
+            tensor.data = values
 
 
 @dataclass(frozen=True)

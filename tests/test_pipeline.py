@@ -210,6 +210,39 @@ def test_decode_undoes_the_scaling(model):
     assert torch.equal(model.decode(z), expected)
 
 
+@pytest.mark.parametrize("part", ["UNet", "first stage"])
+def test_what_is_not_finite_is_no_picture(part):
+    """A quantizer would turn latents that are not finite into codes, and uint8 whatever it gets into black."""
+    model = text_model(kl=part != "UNet")
+    with torch.no_grad():
+        (model.unet.conv_out if part == "UNet" else model.first_stage.decoder.conv_out).bias[0] = float("inf")
+    with pytest.raises(ValueError, match=f"not finite; the {part} computes in torch.float32"):
+        model.generate("red apple")
+
+
+@pytest.mark.parametrize("force_upcast", [False, True])
+def test_a_first_stage_that_overflows_in_float16(force_upcast):
+    """It computes in float32, if its configuration says so, and keeps the weights it has."""
+    model = text_model(kl=True)
+    model.first_stage.config = replace(model.first_stage.config, force_upcast=force_upcast)
+    with torch.no_grad():  # a norm follows: what is too large for float16 does no harm to the picture
+        model.first_stage.decoder.conv_in.weight.mul_(3e5)
+    model.first_stage.half().float()
+    x, z = picture()[None], torch.ones(1, CHANNELS, 8, 8)
+    encoded, decoded = model.encode(x, torch.Generator().manual_seed(0)), model.decode(z)
+    model.first_stage.half()
+    before = {name: (t, t.data_ptr(), t.clone()) for name, t in model.first_stage.state_dict(keep_vars=True).items()}
+    if force_upcast:
+        torch.testing.assert_close(model.encode(x, torch.Generator().manual_seed(0)), encoded)
+        assert close(model.decode(z), decoded)
+    else:
+        with pytest.raises(ValueError, match="not finite; the first stage computes in torch.float16"):
+            model.decode(z)
+    after = model.first_stage.state_dict(keep_vars=True)
+    for name, (tensor, address, value) in before.items():
+        assert after[name] is tensor and tensor.data_ptr() == address and torch.equal(tensor, value)
+
+
 def test_img2img_keeps_more_at_low_strength():
     model = text_model(kl=True, defaults=Defaults(steps=20, guidance=1.0))
     init = picture()
