@@ -67,6 +67,8 @@ class LatentDiffusion(nn.Module):
         self.schedule, self.scaling_factor = schedule, float(scaling_factor)
         self.conditioning_key = conditioning_key
         self.defaults = defaults or Defaults()
+        if conditioning_key is None:  # nothing to be guided by
+            self.defaults = replace(self.defaults, guidance=1.0)
         self.card = dict(card or {})
         self.origin = "not loaded from a file"
 

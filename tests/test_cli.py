@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import ldm_fast
 from ldm_fast import images as pictures
 from ldm_fast.autoencoder import VQConfig, VQModel
 from ldm_fast.cli import commands, main
-from ldm_fast.conditioning import TextEncoder, WordTokenizer
+from ldm_fast.conditioning import ClassEmbedder, ClassEmbedderConfig, TextEncoder, WordTokenizer
 from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule
 from ldm_fast.pipeline import Defaults, LatentDiffusion
 from ldm_fast.samplers import SAMPLERS
@@ -50,6 +51,28 @@ def model_path(tmp_path_factory):
     )
     torch.nn.init.normal_(model.first_stage.quantize.embedding.weight)
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    model.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def class_model_path(model_path):
+    """Five classes, the last of which stands for no condition; two have names."""
+    model = LatentDiffusion.load(model_path)
+    model.cond_stage = ClassEmbedder(ClassEmbedderConfig(num_classes=5, width=8, null_class=4))
+    model.card["classes"] = ["cat", "dog"]
+    path = model_path.with_name("classes.safetensors")
+    model.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def unconditional_model_path(model_path):
+    model = LatentDiffusion.load(model_path)
+    unet = {"down_block_types": ("DownBlock2D",), "mid_block_type": "UNetMidBlock2D", "cross_attention_dim": None}
+    model.unet = UNet(replace(model.unet.config, **unet))
+    model.cond_stage = model.conditioning_key = None
+    path = model_path.with_name("unconditional.safetensors")
     model.save(path)
     return path
 
@@ -145,6 +168,57 @@ def test_empty_prompt_is_unconditional(run, folder):
     assert Image.open("unconditional.png").text["prompt"] == ""
 
 
+def test_classes(run, class_model_path):
+    """By number or name; "" is the class of no condition."""
+    for name, prompt in (("number", 1), ("name", "dog"), ("other", 3)):
+        code, _, err = run("generate", prompt, "--model", class_model_path, "--out", f"{name}.png")
+        assert (code, err) == (0, "")
+        assert Image.open(f"{name}.png").text["prompt"] == str(prompt)
+    number, name, other = (pictures.read_image(f"{name}.png") for name in ("number", "name", "other"))
+    assert torch.equal(number, name) and not torch.equal(number, other)
+    for negative, same in (("", True), ("4", True), ("cat", False)):
+        assert run("generate", 1, "--negative", negative, "--model", class_model_path, "--out", "n.png")[0] == 0
+        assert torch.equal(pictures.read_image("n.png"), number) == same
+    code, _, err = run("generate", "bird", "--model", class_model_path)
+    assert code == 1
+    assert err == "ldm-fast: this model draws classes, and 'bird' is none: give a number or one of cat, dog\n"
+    code, _, err = run("generate", 5, "--model", class_model_path)
+    assert (code, err) == (1, "ldm-fast: ClassEmbedder: label 5 is not in 0..4\n")
+
+
+def test_an_unconditional_model(run, folder, unconditional_model_path):
+    code, out, err = run("generate", "", "--num", 3, "--model", unconditional_model_path)
+    assert (code, err) == (0, "") and "3 images" in out
+    assert len(list(folder.iterdir())) == 3
+    code, _, err = run("generate", "red apple", "--model", unconditional_model_path)
+    assert (code, err) == (1, 'ldm-fast: this model is unconditional: give "" as PROMPT, and --num\n')
+
+
+def test_device_dtype_eta_and_spacing(run, monkeypatch):
+    seen, generate = [], LatentDiffusion.generate
+
+    def watching(model, *arguments, **options):
+        seen.append((model.unet.dtype, model.unet.device.type, options["eta"], options["spacing"]))
+        return generate(model, *arguments, **options)
+
+    monkeypatch.setattr(LatentDiffusion, "generate", watching)
+    more = ("--device", "cpu", "--dtype", "bfloat16", "--eta", 0.5, "--spacing", "linspace")
+    code, _, err = run("generate", "red apple", "--out", "x.png", *more)
+    assert (code, err) == (0, "") and seen == [(torch.bfloat16, "cpu", 0.5, "linspace")]
+    text = Image.open("x.png").text
+    assert (text["dtype"], text["eta"], text["spacing"]) == ("bfloat16", "0.5", "linspace")
+
+
+def test_the_model_goes_to_a_gpu_if_there_is_one(run, monkeypatch):
+    devices = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(LatentDiffusion, "to", lambda model, device, dtype: devices.append(device) or model)
+    photo("photo.png")
+    assert run("generate", "red apple")[0] == run("reconstruct", "photo.png")[0] == 0
+    assert run("generate", "red apple", "--device", "cpu")[0] == 0
+    assert devices == ["cuda", "cuda", "cpu"]
+
+
 def test_a_prompt_in_another_alphabet(run):
     code, _, err = run("generate", "яблоко 🍎", "--out", "x.png")
     assert code == 0 and err.startswith("ldm-fast: warning: the model does not know 'яблоко'")
@@ -197,6 +271,11 @@ BAD_INPUT = {
     "steps a word": (["generate", "x", "--steps", "many"], "--steps: invalid int value: 'many'"),
     "sampler": (["generate", "x", "--sampler", "euler"], "unknown sampler 'euler'; known: ddim"),
     "guidance": (["generate", "x", "--guidance", "nan"], "guidance must be a finite number, got nan"),
+    "eta": (["generate", "x", "--eta", 2], "eta must be between 0 and 1, got 2.0"),
+    "spacing": (["generate", "x", "--spacing", "log"], "unknown timestep spacing 'log'"),
+    "dtype": (["generate", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+    "device": (["generate", "x", "--device", "toaster"], "--device toaster: "),
+    "device that is not here": (["generate", "x", "--device", "cuda:77"], "--device cuda:77: "),
     "seed": (["generate", "x", "--seed", -1], "seed must be between 0 and"),
     "num": (["generate", "x", "--num", 0], "'0' is not a whole number of at least 1"),
     "size": (["generate", "x", "--size", 18], "size must be a multiple of 4, got 18; nearest are 16 and 20"),

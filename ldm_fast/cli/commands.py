@@ -25,23 +25,25 @@ MAX_SIDE = 2048  # pixels; attention over a larger picture's latent takes hours 
 def generate(options: argparse.Namespace) -> None:
     from ldm_fast import images as pictures
     from ldm_fast.files import check_writable
-    from ldm_fast.pipeline import LatentDiffusion
 
     prompts = [prompt for prompt in options.prompts for _ in range(options.num)]
     paths = _output_paths(options, 1 if options.grid else len(prompts))
     for path in paths:
         check_writable(path)
-    model = LatentDiffusion.load(options.model)
+    model = _load_model(options)
+    conditions, negative = _conditions(model, prompts, options.negative)
     size = options.size or model.image_size
     init, mask = _read_init_and_mask(options, size)
     began = time.perf_counter()
     with Progress() as progress:
         images = model.generate(
-            prompts,
-            negative=options.negative,
+            conditions,
+            negative=negative,
             steps=options.steps,
             guidance=options.guidance,
             sampler=options.sampler,
+            eta=options.eta,
+            spacing=options.spacing,
             seed=options.seed,
             size=size,
             init=init,
@@ -60,6 +62,52 @@ def generate(options: argparse.Namespace) -> None:
     names = f"{paths[0]}" if len(paths) == 1 else f"{paths[0]} ... {paths[-1]}"
     count = f"{len(images)} images of " if len(images) > 1 else ""
     print(f"{names}: {count}{size[1]}x{size[0]} pixels in {seconds:.1f} s")
+
+
+def _load_model(options: argparse.Namespace) -> LatentDiffusion:
+    """The model on the GPU where there is one, or where and as --device and --dtype say."""
+    import torch
+
+    from ldm_fast.pipeline import LatentDiffusion
+
+    model = LatentDiffusion.load(options.model)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, getattr(options, "dtype", None) or "float32")
+    try:
+        return model.to(device, dtype)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {error}") from error
+
+
+def _conditions(
+    model: LatentDiffusion, prompts: list[str], negative: str | None
+) -> tuple[list[str] | list[int] | int, str | list[int] | None]:
+    """Prompts and negative prompt as the model takes them: words, labels of classes, or only how many images."""
+    from ldm_fast.conditioning import ClassEmbedder
+
+    if model.conditioning_key is None:
+        if any(prompts) or negative:
+            raise ValueError('this model is unconditional: give "" as PROMPT, and --num')
+        return len(prompts), None
+    if isinstance(model.cond_stage, ClassEmbedder):
+        labels = [_label(model, prompt) for prompt in prompts]
+        return labels, None if negative is None else [_label(model, negative)] * len(labels)
+    if not hasattr(model.cond_stage, "tokenizer"):
+        raise ValueError("this model takes neither words nor classes; use LatentDiffusion.generate from Python")
+    return prompts, negative
+
+
+def _label(model: LatentDiffusion, prompt: str) -> int:
+    """The number of a class given by its number, or its name in the model card; "" is the class of no condition."""
+    names, null = model.card.get("classes", []), model.cond_stage.config.null_class
+    if prompt in names:
+        return names.index(prompt)
+    if prompt == "" and null is not None:
+        return null
+    if not re.fullmatch(r"[0-9]+", prompt):
+        known = f" or one of {', '.join(names)}" if names else f" below {model.cond_stage.config.num_classes}"
+        raise ValueError(f"this model draws classes, and {prompt!r} is none: give a number{known}")
+    return int(prompt)
 
 
 def _output_paths(options: argparse.Namespace, count: int) -> list[Path]:
@@ -96,7 +144,8 @@ def _about(model: LatentDiffusion, options: argparse.Namespace, size: tuple[int,
     chosen = {name: getattr(options, name) for name in ("steps", "guidance", "sampler")}
     about = {name: str(getattr(model.defaults, name) if v is None else v) for name, v in chosen.items()}
     about |= {"size": f"{size[1]}x{size[0]}", "model": model.origin, "software": f"ldm_fast {__version__}"}
-    about |= {name: str(value) for name in ("negative", "strength") if (value := getattr(options, name)) is not None}
+    given = ("negative", "strength", "eta", "spacing", "dtype")
+    about |= {name: str(value) for name in given if (value := getattr(options, name)) is not None}
     about |= {name: Path(value).name for name in ("init", "mask") if (value := getattr(options, name)) is not None}
     return about
 
@@ -104,7 +153,6 @@ def _about(model: LatentDiffusion, options: argparse.Namespace, size: tuple[int,
 def reconstruct(options: argparse.Namespace) -> None:
     from ldm_fast import images as pictures
     from ldm_fast.files import check_writable
-    from ldm_fast.pipeline import LatentDiffusion
 
     source = Path(options.image)
     out = Path(options.out or source.with_name(f"{source.stem}-reconstructed.png"))
@@ -114,7 +162,7 @@ def reconstruct(options: argparse.Namespace) -> None:
     image = pictures.read_image(source, options.size)
     if max(image.shape[:2]) > MAX_SIDE:
         raise ValueError(f"{source} is {image.shape[1]}x{image.shape[0]}; give --size with at most {MAX_SIDE} a side")
-    model = LatentDiffusion.load(options.model)
+    model = _load_model(options)
     again = model.reconstruct(image[None])[0]
     error = (again.double() - image.double()).square().mean().clamp(min=1e-4)
     psnr = float(10 * (255**2 / error).log10())
@@ -126,10 +174,9 @@ def reconstruct(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     from ldm_fast import evaluate as evaluation
-    from ldm_fast.pipeline import LatentDiffusion
     from ldm_fast.training.data import DataConfig, load_data
 
-    model = LatentDiffusion.load(options.model)
+    model = _load_model(options)
     data = load_data(DataConfig(kind="emoji", size=model.image_size[0]))
     with Progress() as report:
         metrics = evaluation.evaluate(

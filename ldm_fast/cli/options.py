@@ -20,6 +20,7 @@ examples:
   ldm-fast generate "grinning face" --init me.png --strength 0.6    start from a picture (img2img)
   ldm-fast generate "blue heart" --init me.png --mask mask.png      repaint where the mask is white
   ldm-fast generate "" --num 9 --grid                               no words: whatever comes
+  ldm-fast generate 3 7 --model classes.safetensors                 a class each, for a model that draws classes
 
 Every PNG carries prompt, seed, model and settings as text; image i of a run is the one that seed + i gives alone.
 """
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     with_model = argparse.ArgumentParser(add_help=False)
     with_model.add_argument("--model", metavar="PATH", help="a model file (default: the text-to-emoji model shipped)")
+    with_model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
     parser = Parser(
         prog="ldm-fast",
@@ -119,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _generate_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to draw; "" draws without words')
+    p.add_argument("prompts", nargs="+", metavar="PROMPT", help='words, or a class; "" is no condition')
     p.add_argument("--out", metavar="PNG", help="default: the prompt's words; several images get -1, -2, ... added")
     p.add_argument("--num", type=_positive, default=1, metavar="N", help="images of each prompt (default 1)")
     p.add_argument("--grid", action="store_true", help="all images in one picture")
@@ -128,6 +130,9 @@ def _generate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--steps", type=int, metavar="N", help="more are finer and slower (default: the model's)")
     p.add_argument("--guidance", type=float, metavar="G", help="how closely to follow the words; 1 is no guidance")
     p.add_argument("--sampler", metavar="NAME", help="ddim, ddpm, plms, dpm_solver_pp_2m")
+    p.add_argument("--eta", type=float, metavar="E", help="ddim's noise at every step, 0 to 1")
+    p.add_argument("--spacing", metavar="NAME", help="of the steps: leading, trailing, linspace")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in (default float32)")
     p.add_argument("--size", type=_size, metavar="W[xH]", help="in pixels (default: what the model was trained on)")
     p.add_argument("--init", metavar="IMAGE", help="a picture to start from; scaled and cut to the size")
     p.add_argument("--strength", type=float, metavar="S", help="how much of --init to change, above 0 to 1")
