@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 def beta_schedule(name: str, steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
-    """β_1 … β_T as a float64 tensor (steps,).
+    """β_1 … β_T as a float64 tensor (steps,) on the CPU.
 
     "scaled_linear" is linear in √β and what the LDM code calls "linear"; "linear" is linear in β and what it calls
     "sqrt_linear"; "cosine" is that of Nichol & Dhariwal (arXiv:2102.09672) and ignores start and end; "sqrt" is the
@@ -29,14 +28,14 @@ def beta_schedule(name: str, steps: int = 1000, start: float = 0.00085, end: flo
     if steps < 1:
         raise ValueError(f"beta_schedule: steps must be at least 1, got {steps}")
     if name == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64, device="cpu") ** 2
     if name == "linear":
-        return torch.linspace(start, end, steps, dtype=torch.float64)
+        return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
     if name == "sqrt":
-        return torch.linspace(start, end, steps, dtype=torch.float64) ** 0.5
+        return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu") ** 0.5
     if name == "cosine":
         s = 0.008
-        t = torch.arange(steps + 1, dtype=torch.float64) / steps
+        t = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
         alphas_cumprod = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
         return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(0, 0.999)
     raise ValueError(f"beta_schedule: name must be one of {', '.join(SCHEDULES)}, got {name!r}")
@@ -71,17 +70,23 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """q(z_t | z_0) and the conversions between ε, z_0 and v. `t` is always a (B,) tensor of integers in [0, T)."""
+    """q(z_t | z_0) and the conversions between ε, z_0 and v. `t` is always a (B,) tensor of integers in [0, T).
+
+    `alphas_cumprod` is ᾱ_t, float64 (T,) on the CPU.
+    """
 
     config: DiffusionConfig = field(default_factory=DiffusionConfig)
+    alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)
+    _signal_and_noise: tuple[Tensor, Tensor] = field(init=False, repr=False, compare=False)  # √ᾱ_t and √(1 - ᾱ_t)
 
-    @cached_property
-    def alphas_cumprod(self) -> Tensor:
-        """ᾱ_t, float64 (T,) on the CPU."""
+    def __post_init__(self) -> None:
         config = self.config
         betas = beta_schedule(config.schedule, config.num_train_timesteps, config.beta_start, config.beta_end)
         alphas_cumprod = (1 - betas).cumprod(0)
-        return _zero_terminal_snr(alphas_cumprod) if config.zero_terminal_snr else alphas_cumprod
+        if config.zero_terminal_snr:
+            alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
+        object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
+        object.__setattr__(self, "_signal_and_noise", (alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()))
 
     @property
     def num_train_timesteps(self) -> int:
@@ -91,17 +96,25 @@ class NoiseSchedule:
     def prediction_type(self) -> str:
         return self.config.prediction_type
 
-    def _alphas_cumprod_at(self, t: Tensor) -> Tensor:
-        t = t.cpu().long()
-        outside = (t < 0) | (t >= self.num_train_timesteps)
-        if outside.any():
-            raise ValueError(f"NoiseSchedule: t must lie in [0, {self.num_train_timesteps}), got {t.tolist()}")
-        return self.alphas_cumprod[t]
+    def _at(self, t: Tensor, table: Tensor) -> Tensor:
+        """table (T,) -> its values at t (B,), on t's device. Where reading t would wait for a device, or break a graph
+        that is being compiled, its range is not checked."""
+        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+            raise TypeError(f"NoiseSchedule: t must hold integers, got {t.dtype}")
+        if t.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = (t < 0) | (t >= self.num_train_timesteps)
+            if outside.any():
+                raise ValueError(f"NoiseSchedule: t must lie in [0, {self.num_train_timesteps}), got {t.tolist()}")
+        return _to(table, t.device)[t.long()]
 
     def signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ_t and √(1 - ᾱ_t), each (B, 1, 1, …) to multiply `like`, in its dtype and on its device."""
-        alphas_cumprod = self._alphas_cumprod_at(t).reshape(-1, *(1,) * (like.ndim - 1))
-        return tuple(a.sqrt().to(like) for a in (alphas_cumprod, 1 - alphas_cumprod))
+        """√ᾱ_t and √(1 - ᾱ_t), each (B, 1, 1, …) to multiply `like`, in its dtype and on its device.
+
+        TypeError for a t that does not hold integers, ValueError for one on the CPU out of range.
+        """
+        shape = (-1, *(1,) * (like.ndim - 1))
+        tables = (table.to(like.dtype) for table in self._signal_and_noise)
+        return tuple(_to(self._at(t, table), like.device).reshape(shape) for table in tables)
 
     def add_noise(self, z_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """A sample of q(z_t | z_0)."""
@@ -140,11 +153,15 @@ class NoiseSchedule:
 
         Hang et al., arXiv:2303.09556: min(SNR, γ) for z_0, divided by SNR for ε and by SNR + 1 for v.
         """
-        alphas_cumprod = self._alphas_cumprod_at(t)
-        snr = alphas_cumprod / (1 - alphas_cumprod)
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         clipped = snr.clamp(max=gamma)
         divisor = {"sample": 1, "epsilon": snr, "v_prediction": snr + 1}[self.prediction_type]
-        return (clipped / divisor).float().to(t.device)
+        return self._at(t, (clipped / divisor).float())
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    """On a device. One that is not the CPU is not waited for: a copy from ordinary memory is safe without."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def _zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:

@@ -180,3 +180,51 @@ def test_timestep_out_of_range(t):
     ):
         with pytest.raises(ValueError, match=r"t must lie in \[0, 1000\)"):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool])
+def test_timesteps_are_integers(dtype):
+    """A float would silently be cut off to the timestep below."""
+    z = torch.zeros(2, 3, 4, 4)
+    for call in (make().add_noise, make("sample").to_eps):
+        with pytest.raises(TypeError, match=f"t must hold integers, got {dtype}"):
+            call(z, z, torch.tensor([0.9, 0.9]).to(dtype))
+    for integer in (torch.int32, torch.uint8):
+        t = torch.tensor([0, 200])
+        assert torch.equal(make().add_noise(z + 1, z, t.to(integer)), make().add_noise(z + 1, z, t))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_compiles_into_one_graph(prediction_type):
+    schedule, t = make(prediction_type), torch.tensor([0, 400, 999])
+    z_0, noise = latents(t)
+
+    def everything(z_0, noise, t):
+        z_t, target = schedule.add_noise(z_0, noise, t), schedule.target(z_0, noise, t)
+        implied = schedule.to_x0(target, z_t, t), schedule.to_eps(target, z_t, t)
+        return z_t, target, *implied, schedule.min_snr_weight(t, 5.0)
+
+    compiled = torch.compile(everything, fullgraph=True, backend="eager")
+    for got, wanted in zip(compiled(z_0, noise, t), everything(z_0, noise, t), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_timesteps_on_a_gpu_are_not_waited_for():
+    t = torch.tensor([0, 400, 999])
+    z_0, noise = latents(t)
+    wanted = make("v_prediction").target(z_0, noise, t)
+    on_gpu = [tensor.cuda() for tensor in (z_0, noise, t)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = make("v_prediction").target(*on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got.cpu(), wanted)
+
+
+def test_tables_are_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        schedule = make()
+    assert torch.equal(schedule.alphas_cumprod, make().alphas_cumprod)
+    assert schedule == make() and repr(schedule) == f"NoiseSchedule(config={schedule.config!r})"
