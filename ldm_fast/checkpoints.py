@@ -19,6 +19,7 @@ from torch import nn
 
 from ldm_fast import model_file
 from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQModel
+from ldm_fast.conditioning import TransformerEmbedder
 from ldm_fast.configs.diffusers import READERS, config_from_diffusers, schedule_from_diffusers
 from ldm_fast.diffusion import NoiseSchedule
 from ldm_fast.files import CheckpointError
@@ -63,10 +64,12 @@ class Checkpoint:
         if needs is not None:
             raise ValueError(f"{self.found.path}: {needs}; run it in diffusers' pipeline, with ldm_fast.accelerate")
         cond_stage = self.cond_stage if cond_stage is None else cond_stage
-        if type(cond_stage).__module__.startswith("transformers"):
+        clip = type(cond_stage).__module__.startswith("transformers")
+        if clip or isinstance(cond_stage, TransformerEmbedder):
+            complete = "CLIPTextEncoder({}, tokenizer)" if clip else "BertTextEncoder.from_transformer(tokenizer, {})"
             raise ValueError(
                 f"{self.found.path} holds a text encoder without its tokenizer; give cond_stage, "
-                "CLIPTextEncoder(checkpoint.cond_stage, tokenizer)"
+                f"{complete.format('checkpoint.cond_stage')}"
             )
         return LatentDiffusion(
             **parts,
@@ -152,12 +155,14 @@ def load(
         CheckpointError (a ValueError): it is damaged, refused, not understood, or keys are missing, unexpected or of
             the wrong shape, in which case all are named.
     """
+    if isinstance(parts, str):
+        raise TypeError(f"load: parts must be a collection of names, [{parts!r}] say, got {parts!r}")
     found = inspect(path, config=config, ema=ema, variant=variant)
     if found.model == OUR_FILE:
+        if config is not None:
+            raise ValueError(f"load: {path} is a model of ldm_fast and says what it is; leave config out")
         return _load_our_file(found, parts, torch_dtype)
-    unknown = set(parts or ()) - found.parts.keys()
-    if unknown:
-        raise ValueError(f"load: {path} has no {', '.join(sorted(unknown))}, only {', '.join(found.parts)}")
+    _check_parts(parts, found.parts, path)
     chosen = {name: part for name, part in found.parts.items() if parts is None or name in parts}
     try:
         models = {name: part.load(torch_dtype) for name, part in chosen.items()}
@@ -167,11 +172,17 @@ def load(
     return Checkpoint(found, schedule, found.scaling_factor, found.conditioning_key, **models)
 
 
+def _check_parts(parts: Collection[str] | None, there: Collection[str], path: str | Path) -> None:
+    unknown = set(parts or ()) - set(there)
+    if unknown:
+        raise ValueError(f"load: {path} has no {', '.join(sorted(unknown))}, only {', '.join(there)}")
+
+
 def _load_our_file(found: Found, parts: Collection[str] | None, dtype: torch.dtype | None) -> Checkpoint:
     model = model_file.load(found.path)
-    chosen = {name: getattr(model, name) for name in model_file.PARTS if parts is None or name in parts}
-    if dtype is not None:
-        chosen = {name: None if part is None else part.to(dtype) for name, part in chosen.items()}
+    models = {name: getattr(model, name) for name in model_file.PARTS if getattr(model, name) is not None}
+    _check_parts(parts, models, found.path)
+    chosen = {name: part.to(dtype) for name, part in models.items() if parts is None or name in parts}
     return Checkpoint(found, model.schedule, model.scaling_factor, model.conditioning_key, **chosen)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm_fast import checkpoints
 from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQModel
 from ldm_fast.clip_weights import CLIPShape
-from ldm_fast.conditioning import ClassEmbedder, SpatialRescalerConfig
+from ldm_fast.conditioning import BertTextEncoder, ClassEmbedder, SpatialRescalerConfig, TransformerConfig
 from ldm_fast.configs import (
     autoencoder_config_from_compvis,
     encoder_config_from_compvis,
@@ -32,8 +32,11 @@ from ldm_fast.files import CheckpointError
 from ldm_fast.pipeline import LatentDiffusion
 from ldm_fast.published import PUBLISHED, SD1, SD2, UPSCALER, XL, XL_REFINER
 from ldm_fast.state_dicts import identify
+from ldm_fast.tokenizers import WordPieceTokenizer
 from ldm_fast.unet import UNet, UNetConfig
 from ldm_fast.weights import layout
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red"]
 
 
 @pytest.fixture
@@ -181,6 +184,20 @@ def test_whole_checkpoint(kind, whole, tmp_path):
         raw.pipeline()
     with pytest.raises(ValueError, match="has no vae, only unet, first_stage, cond_stage"):
         checkpoints.load(path, config={"unet": UNET}, parts=["vae"])
+
+
+def test_a_text_encoder_without_its_tokenizer(tmp_path):
+    """The file has the network alone, and words say nothing to it."""
+    text = TransformerConfig(vocab_size=len(WORDS), width=8, depth=1, max_length=4)
+    state = compvis(UNET, "model.diffusion_model.") | compvis(KL, "first_stage_model.")
+    state |= compvis(text, "cond_stage_model.")
+    save_file(state, tmp_path / "model.safetensors")
+    config = {"unet": UNET, "cond_stage": text}
+    with pytest.raises(ValueError, match=r"without its tokenizer; give cond_stage, BertTextEncoder.from_transformer"):
+        LatentDiffusion.load(tmp_path / "model.safetensors", config=config)
+    loaded = checkpoints.load(tmp_path / "model.safetensors", config=config)
+    encoder = BertTextEncoder.from_transformer(WordPieceTokenizer(WORDS, max_length=4), loaded.cond_stage)
+    assert loaded.pipeline(encoder).generate("red", steps=1).shape == (1, 16, 16, 3)
 
 
 def test_incomplete_moving_averages(whole, tmp_path):
@@ -376,6 +393,19 @@ def test_our_own_model_file(tmp_path):
     loaded = checkpoints.load(tmp_path / "ours.safetensors", torch_dtype=torch.bfloat16)
     assert loaded.scaling_factor == 0.3 and loaded.cond_stage.config == CLASSES
     assert loaded.unet.dtype == torch.bfloat16
+    alone = checkpoints.load(tmp_path / "ours.safetensors", parts={"first_stage"})
+    assert (alone.unet, alone.cond_stage) == (None, None) and same(alone.first_stage, model.first_stage.state_dict())
+    for options, error, message in (
+        ({"parts": {"vae"}}, ValueError, "has no vae, only unet, first_stage, cond_stage"),
+        ({"parts": "unet"}, TypeError, r"parts must be a collection of names, \['unet'\] say, got 'unet'"),
+        ({"config": UNET}, ValueError, "says what it is; leave config out"),
+    ):
+        with pytest.raises(error, match=message):
+            checkpoints.load(tmp_path / "ours.safetensors", **options)
+    model.cond_stage = None
+    model.save(tmp_path / "ours.safetensors")
+    with pytest.raises(ValueError, match="has no cond_stage, only unet, first_stage"):
+        checkpoints.load(tmp_path / "ours.safetensors", parts=["cond_stage"])
 
 
 # Memory
