@@ -138,7 +138,8 @@ class SpatialRescalerConfig:
 
 
 class SpatialRescaler(nn.Module):
-    """A map (segmentation, low resolution image) brought to the latent's size: (B, C, H, W) -> (B, out, h, w)."""
+    """A map (segmentation, low resolution image) brought to the latent's size: (B, C, H, W) of any dtype, on any
+    device -> (B, out, h, w) of the weights'."""
 
     def __init__(self, config: SpatialRescalerConfig):
         super().__init__()
@@ -146,6 +147,7 @@ class SpatialRescaler(nn.Module):
         self.channel_mapper = nn.Conv2d(config.in_channels, config.out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.channel_mapper.weight)
         for _ in range(self.config.n_stages):
             x = F.interpolate(x, scale_factor=self.config.multiplier, mode="bilinear")
         return self.channel_mapper(x)

@@ -207,3 +207,11 @@ def test_condition():
         Condition(crossattn=torch.zeros(2, 1, 1), adm=torch.zeros(3))
     with pytest.raises(ValueError, match="one has"):
         condition.cat(Condition(adm=torch.zeros(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_map_is_brought_to_the_weights_dtype(dtype):
+    encoder = SpatialRescaler(SpatialRescalerConfig(in_channels=3, out_channels=2)).to(dtype)
+    for x in (torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8, dtype=torch.uint8)):
+        assert encoder(x).dtype == dtype
+    assert encoder.to("meta")(x).is_meta
