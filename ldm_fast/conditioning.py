@@ -228,7 +228,7 @@ class Condition:
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
-    def __getitem__(self, rows: slice) -> Condition:
+    def __getitem__(self, rows: slice | Tensor) -> Condition:
         return Condition(**{name: t[rows] for name, t in self.tensors().items()})
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Condition:

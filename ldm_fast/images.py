@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +22,34 @@ def check_images(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
         raise ValueError(f"images must be uint8 (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
     return images
+
+
+def as_images(pictures: Any) -> Tensor:
+    """uint8 (B, H, W, 3) of a Pillow image, a tensor or an array (H, W, 3) or (B, H, W, 3), or a sequence of such."""
+    images = _as_tensor(pictures, as_images, lambda picture: np.array(_on_white(picture)))
+    return check_images(images if images.ndim == 4 else images[None])
+
+
+def as_masks(masks: Any) -> Tensor:
+    """(B, H, W), not 0 where it is masked, of a Pillow image (masked where it is lighter than mid-grey), a tensor or an
+    array (H, W) or (B, H, W), or a sequence of such."""
+    masks = _as_tensor(masks, as_masks, _lighter_than_mid_grey)
+    return masks if masks.ndim == 3 else masks[None]
+
+
+def _as_tensor(given: Any, of_one: Callable[[Any], Tensor], of_pillow: Callable[[Image], np.ndarray]) -> Tensor:
+    from PIL import Image
+
+    if isinstance(given, Image.Image):
+        return torch.from_numpy(of_pillow(given))
+    if isinstance(given, Tensor | np.ndarray):
+        return torch.as_tensor(given)
+    if not isinstance(given, list | tuple) or not given:
+        raise TypeError(f"images and masks must be tensors, arrays or Pillow images, got {type(given).__name__}")
+    parts = [of_one(one) for one in given]
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise ValueError(f"images and masks of one size are needed, got {[tuple(part.shape[1:]) for part in parts]}")
+    return torch.cat(parts)
 
 
 def check_multiple(side: int, factor: int, what: str) -> None:
@@ -44,8 +73,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     """
     from PIL import Image, ImageOps
 
-    picture = _open(path).convert("RGBA")
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    picture = _on_white(_open(path))
     if size is not None:
         picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture))
@@ -58,7 +86,18 @@ def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     picture = _open(path).convert("L")
     if size is not None:
         picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BOX)
-    return torch.from_numpy(np.array(picture) > 127)
+    return torch.from_numpy(_lighter_than_mid_grey(picture))
+
+
+def _on_white(picture: Image) -> Image:
+    from PIL import Image
+
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def _lighter_than_mid_grey(picture: Image) -> np.ndarray:
+    return np.array(picture.convert("L")) > 127
 
 
 def _open(path: str | Path) -> Image:

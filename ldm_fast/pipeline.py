@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ldm_fast.conditioning import Condition, unet_arguments
 from ldm_fast.diffusion import NoiseSchedule
-from ldm_fast.images import check_images, check_multiple
-from ldm_fast.samplers import SAMPLERS, Step, classifier_free_guidance, noise_like, spaced_timesteps
+from ldm_fast.images import as_images, as_masks, check_images, check_multiple
+from ldm_fast.samplers import SAMPLERS, Step, classifier_free_guidance, noise_like, spaced_timesteps, whole_number
 
 Prompts = str | Sequence[str] | Sequence[int] | Tensor | Condition | int
 Progress = Callable[[int, int], None]
@@ -160,9 +162,9 @@ class LatentDiffusion(nn.Module):
                 )
             return prompts, len(tensors[0])
         if key is None:
-            if not isinstance(prompts, int) or prompts < 1:
+            if not isinstance(prompts, numbers.Integral) or prompts < 1:
                 raise ValueError(f"generate: this model is unconditional and takes a number of images, got {prompts!r}")
-            return Condition(), prompts
+            return Condition(), int(prompts)
         if key == "hybrid":
             raise ValueError("generate: a hybrid model takes a Condition with both crossattn and concat")
         encoded = self._encode(prompts)
@@ -171,8 +173,8 @@ class LatentDiffusion(nn.Module):
     def _encode(self, prompts: Prompts) -> Tensor:
         """Row by row what the encoder makes of prompts, or the prompts themselves where there is no encoder."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        if isinstance(prompts, int) or len(prompts) == 0:
-            raise ValueError(f"generate: at least one prompt is needed, got {prompts!r}")
+        if np.ndim(prompts) == 0 or len(prompts) == 0:
+            raise ValueError(f"generate: prompts must be a list of at least one, got {prompts!r}")
         if self.cond_stage is None:
             return torch.as_tensor(prompts)
         if isinstance(prompts, Tensor):
@@ -192,10 +194,12 @@ class LatentDiffusion(nn.Module):
             if negative is None:
                 encoded = self.cond_stage.unconditional(count)
             else:
-                encoded = self._encode([negative] * count if isinstance(negative, str) else negative)
+                encoded = self._encode([negative] if np.ndim(negative) == 0 else negative)
             hybrid = self.conditioning_key == "hybrid"
             uncondition, given = Condition(**{"crossattn" if hybrid else self.conditioning_key: encoded}), len(encoded)
-        if given != count:
+        if given == 1:
+            uncondition = uncondition[torch.zeros(count, dtype=torch.long)]
+        elif given != count:
             raise ValueError(f"generate: {given} negative prompts for {count} images; give one, or one per image")
         if self.conditioning_key == "hybrid" and uncondition.concat is None:  # other words, under the same map
             return replace(uncondition, concat=condition.concat)
@@ -216,9 +220,9 @@ class LatentDiffusion(nn.Module):
         spacing: str | None = None,
         seed: int = 0,
         size: int | tuple[int, int] | None = None,
-        init: Tensor | None = None,
+        init: Any = None,
         strength: float | None = None,
-        mask: Tensor | None = None,
+        mask: Any = None,
         batch_size: int = 32,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -226,16 +230,18 @@ class LatentDiffusion(nn.Module):
 
         Args:
             prompts: one str, a list, or whatever else `condition` takes. The empty prompt is unconditional.
-            negative: what to steer away from; default the unconditional input. Without effect at guidance 1. For a
-                hybrid model it may be without a map: that of `prompts` is taken.
-            steps, guidance, sampler, eta, spacing: default `self.defaults`; eta is ddim's, spacing is "leading" (the
-                original's), "trailing" or "linspace".
+            negative: what to steer away from, one for all or one per image; default the unconditional input. Without
+                effect at guidance 1. For a hybrid model it may be without a map: that of `prompts` is taken.
+            steps, guidance, sampler, eta, spacing: default `self.defaults`; eta is ddim's alone, spacing is "leading"
+                (the original's), "trailing" or "linspace".
             seed: image i draws all its random numbers from seed + i, whatever the batch size.
             size: height and width, multiples of f; default `init`'s, else the native size.
-            init: uint8 (H, W, 3) or (B, H, W, 3) to start from (SDEdit, Meng et al. 2022); (B, ...) is one per prompt.
+            init: uint8 (H, W, 3) or (B, H, W, 3), or Pillow images, to start from (SDEdit, Meng et al. 2022); (B, ...)
+                is one per prompt.
             strength: share of the steps that are run on a noised `init`, above 0 up to 1; default 0.75, 1 with a mask.
-            mask: bool (H, W) or (B, H, W), True where `init` is to be repainted. The rest is re-noised at every step
-                and pasted back as latent at the end, so it changes by no more than a reconstruction does.
+            mask: bool (H, W) or (B, H, W), True where `init` is to be repainted, or Pillow images, white there. The
+                rest is re-noised at every step and pasted back as latent at the end, so it changes by no more than a
+                reconstruction does.
             batch_size: how many images are sampled at once.
             progress: called with (steps done, steps in all).
 
@@ -247,9 +253,9 @@ class LatentDiffusion(nn.Module):
         settings = self._settings(steps, guidance, sampler, eta, spacing)
         condition, count = self.condition(prompts)
         uncondition = self._uncondition(negative, condition, count) if settings.guidance != 1 else None
-        check_seed(seed, count)
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"generate: batch_size must be at least 1, got {batch_size!r}")
+        seed, batch_size = check_seed(seed, count), whole_number("batch_size", batch_size)
+        if batch_size < 1:
+            raise ValueError(f"generate: batch_size must be at least 1, got {batch_size}")
         start = _Start.prepare(self, count, size, init, strength, mask)
         timesteps = spaced_timesteps(self.schedule.num_train_timesteps, settings.steps, settings.spacing)
         timesteps = timesteps[len(timesteps) - max(1, round(start.strength * len(timesteps))) :]
@@ -278,12 +284,16 @@ class LatentDiffusion(nn.Module):
             **{name: getattr(self.defaults, name) if value is None else value for name, value in given.items()}
         )
         spaced_timesteps(self.schedule.num_train_timesteps, settings.steps, settings.spacing)
+        for name in ("guidance", "eta"):
+            _check_number(name, getattr(settings, name))
         if settings.sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {settings.sampler!r}; known: {', '.join(SAMPLERS)}")
         if not math.isfinite(settings.guidance):
             raise ValueError(f"guidance must be a finite number, got {settings.guidance}")
         if not 0 <= settings.eta <= 1:
             raise ValueError(f"eta must be between 0 and 1, got {settings.eta}")
+        if eta and settings.sampler != "ddim":
+            raise ValueError(f"eta is of the sampler ddim; {settings.sampler} has none, got {eta}")
         return settings
 
     def _denoise(self, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -366,18 +376,19 @@ class _Start:
         if init is None:
             if mask is not None or strength is not None:
                 raise ValueError(f"generate: {'mask' if mask is not None else 'strength'} needs an init image")
-            height, width = model.image_size if size is None else (size, size) if isinstance(size, int) else size
+            height, width = model.image_size if size is None else _height_and_width(size)
             for side in (height, width):
                 check_multiple(side, factor, "size")
             return cls((height // factor, width // factor))
         strength = (0.75 if mask is None else 1.0) if strength is None else strength
+        _check_number("strength", strength)
         if not 0 < strength <= 1:
             raise ValueError(f"generate: strength must be above 0 and at most 1, got {strength}")
-        images = check_images(init if init.ndim == 4 else init[None])
+        images = as_images(init)
         given = tuple(images.shape[1:3])
         if len(images) not in (1, count):
             raise ValueError(f"generate: {len(images)} init images for {count} images; give one, or one per image")
-        if size is not None and given != ((size, size) if isinstance(size, int) else tuple(size)):
+        if size is not None and given != _height_and_width(size):
             raise ValueError(f"generate: init is {given[0]}x{given[1]}, but size {size} is asked for")
         # One by one: a KL-reg first stage draws noise, and that must not depend on the batch.
         z = torch.cat([model.encode(image[None], torch.Generator().manual_seed(0)) for image in images])
@@ -385,10 +396,9 @@ class _Start:
         return cls(tuple(z.shape[2:]), float(strength), z.expand(count, -1, -1, -1), keep)
 
 
-def _keep_in_latent(mask: Tensor, size: tuple[int, int], factor: int, count: int) -> Tensor:
+def _keep_in_latent(mask: Any, size: tuple[int, int], factor: int, count: int) -> Tensor:
     """mask (H, W) or (B, H, W), True = repaint -> (count, 1, H/f, W/f), True = keep: no masked pixel there."""
-    mask = torch.as_tensor(mask)
-    mask = mask if mask.ndim == 3 else mask[None]
+    mask = as_masks(mask)
     if tuple(mask.shape[1:]) != size or len(mask) not in (1, count):
         raise ValueError(
             f"generate: mask has shape {tuple(mask.shape)}; init needs (1 or {count}, {size[0]}, {size[1]})"
@@ -397,9 +407,21 @@ def _keep_in_latent(mask: Tensor, size: tuple[int, int], factor: int, count: int
     return ~touched.expand(count, -1, -1, -1)
 
 
-def check_seed(seed: int, count: int = 1) -> None:
+def check_seed(seed: int, count: int = 1) -> int:
     """PyTorch's CPU generator tells seeds apart by 32 bits; two larger ones could silently be the same."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be a whole number, got {seed!r}")
+    seed = whole_number("seed", seed)
     if not 0 <= seed <= 2**32 - count:
         raise ValueError(f"seed must be between 0 and {2**32 - count}, got {seed}")
+    return seed
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _height_and_width(size: Any) -> tuple[int, int]:
+    sides = (size, size) if np.ndim(size) == 0 else tuple(size)
+    if len(sides) != 2:
+        raise ValueError(f"size must be one number or (height, width), got {size!r}")
+    return whole_number("size", sides[0]), whole_number("size", sides[1])

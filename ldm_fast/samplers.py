@@ -20,8 +20,10 @@ computed in float64.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,15 +65,23 @@ def noise_like(z: Tensor, generator: Generators = None) -> Tensor:
     return torch.stack([noise_like(image, g) for image, g in zip(z, generator, strict=True)])
 
 
+def whole_number(name: str, value: Any) -> int:
+    """An int, of whatever type it is. TypeError for what is no whole number."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+
+
 def spaced_timesteps(num_train_timesteps: int, steps: int, spacing: str = "leading") -> list[int]:
     """`steps` timesteps, strictly decreasing (Lin et al. 2023, table 2).
 
     "leading": 1, 1 + T // steps, ... as the original LDM samplers; "trailing": ends with the last timestep T - 1;
     "linspace": from T - 1 down to 0.
     """
-    total = num_train_timesteps
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be a whole number, got {steps!r}")
+    total, steps = num_train_timesteps, whole_number("steps", steps)
     if not 1 <= steps <= total:
         raise ValueError(f"steps must be between 1 and {total}, got {steps}")
     if spacing == "leading":

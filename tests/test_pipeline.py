@@ -6,8 +6,10 @@ import struct
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ldm_fast import evaluate as evaluation
 from ldm_fast import model_file
@@ -158,6 +160,16 @@ BAD_ARGUMENTS = {
     "spacing": ({"spacing": "log"}, "unknown timestep spacing 'log'"),
     "guidance": ({"guidance": float("nan")}, "guidance must be a finite number"),
     "eta": ({"eta": 1.5}, "eta must be between 0 and 1"),
+    "guidance type": ({"guidance": "7"}, "guidance must be a number, got '7'"),
+    "eta type": ({"eta": "1"}, "eta must be a number, got '1'"),
+    "eta of another sampler": ({"eta": 0.5, "sampler": "plms"}, "eta is of the sampler ddim; plms has none, got 0.5"),
+    "strength type": ({"init": picture(), "strength": "0.5"}, "strength must be a number, got '0.5'"),
+    "size type": ({"size": 16.0}, "size must be a whole number, got 16.0"),
+    "one side": ({"size": (16,)}, r"size must be one number or \(height, width\), got \(16,\)"),
+    "init type": ({"init": "me.png"}, "images and masks must be tensors, arrays or Pillow images, got str"),
+    "inits of two sizes": ({"init": [picture(), picture(8, 8)]}, "of one size are needed"),
+    "mask type": ({"init": picture(), "mask": 1}, "images and masks must be tensors, arrays or Pillow images, got int"),
+    "batch size type": ({"batch_size": 1.5}, "batch_size must be a whole number, got 1.5"),
     "size": ({"size": 17}, "size must be a multiple of 2, got 17; nearest are 16 and 18"),
     "size 0": ({"size": 0}, "size must be a multiple of 2, got 0"),
     "seed": ({"seed": -1}, "seed must be between 0 and 4294967295, got -1"),
@@ -181,6 +193,25 @@ def test_bad_arguments(model, arguments, message):
         warnings.simplefilter("ignore")
         with pytest.raises((ValueError, TypeError), match=message):
             model.generate("red apple", **arguments)
+
+
+def test_numbers_of_numpy(model):
+    expected = model.generate("red apple", size=(16, 16), seed=3, steps=2, guidance=2.0, eta=0.5)
+    for size in (np.int64(16), np.array([16, 16]), [16, 16]):
+        options = {"seed": np.int64(3), "steps": np.int32(2), "batch_size": np.int64(2), "size": size}
+        assert torch.equal(
+            model.generate("red apple", guidance=np.float32(2), eta=np.float64(0.5), **options), expected
+        )
+
+
+def test_init_and_mask_may_be_pictures():
+    model, init = text_model(kl=True), picture()
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[:8] = True
+    expected = model.generate(["red apple"] * 2, init=init, mask=mask)
+    pillow = Image.fromarray(init.numpy()), Image.fromarray(mask.numpy())
+    for given in (pillow, ([pillow[0]] * 2, [pillow[1]] * 2), (init.numpy(), mask.numpy()), ([init], [mask])):
+        assert torch.equal(model.generate(["red apple"] * 2, init=given[0], mask=given[1]), expected)
 
 
 def test_bad_prompts(model):
@@ -288,6 +319,8 @@ def test_class_conditional_model():
     images = model.generate([0, 2])
     assert images.shape == (2, 16, 16, 3)
     assert close(model.generate([0], guidance=3.0, negative=[3]), model.generate([0], guidance=3.0))
+    for negative in (0, [0], np.int64(0), np.array([0])):  # one for all
+        assert torch.equal(model.generate([1, 2], negative=negative), model.generate([1, 2], negative=[0, 0]))
     with pytest.raises(ValueError, match="label 4 is not in 0..3"):
         model.generate([4])
 
@@ -297,6 +330,7 @@ def test_unconditional_and_concat_models():
     model.unet, model.cond_stage = UNet(UNCONDITIONAL_UNET).eval(), None
     model.conditioning_key = None
     assert model.generate(3, guidance=1.0).shape == (3, 16, 16, 3)
+    assert model.generate(np.int64(3), guidance=1.0).shape == (3, 16, 16, 3)
     with pytest.raises(ValueError, match="no unconditional input"):
         model.generate(1, guidance=2.0)
     with pytest.raises(ValueError, match="no unconditional input; give guidance 1"):

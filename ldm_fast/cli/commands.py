@@ -81,7 +81,7 @@ def _load_model(options: argparse.Namespace) -> LatentDiffusion:
 
 def _conditions(
     model: LatentDiffusion, prompts: list[str], negative: str | None
-) -> tuple[list[str] | list[int] | int, str | list[int] | None]:
+) -> tuple[list[str] | list[int] | int, str | int | None]:
     """Prompts and negative prompt as the model takes them: words, labels of classes, or only how many images."""
     from ldm_fast.conditioning import ClassEmbedder
 
@@ -91,7 +91,7 @@ def _conditions(
         return len(prompts), None
     if isinstance(model.cond_stage, ClassEmbedder):
         labels = [_label(model, prompt) for prompt in prompts]
-        return labels, None if negative is None else [_label(model, negative)] * len(labels)
+        return labels, None if negative is None else _label(model, negative)
     if not hasattr(model.cond_stage, "tokenizer"):
         raise ValueError("this model takes neither words nor classes; use LatentDiffusion.generate from Python")
     return prompts, negative
