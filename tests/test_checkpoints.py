@@ -360,6 +360,7 @@ def test_what_would_be_sampled_wrongly_is_loaded_and_refused_as_a_whole(argument
         loaded.pipeline(torch.nn.Identity())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of NumPy, thousands
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_add_the_noise_that_diffusers_adds(name):
     """By their defaults, and by those of Stable Diffusion."""
