@@ -35,6 +35,7 @@ QUICK = dict(block_out_channels=(32, 64), layers_per_block=1)
 def first_stage(options: argparse.Namespace) -> AutoencoderKL:
     torch.manual_seed(0)
     model = AutoencoderKL(AutoencoderConfig(**(QUICK if options.quick else {}))).eval()
+    model.join_projections()
     return model.to(getattr(torch, options.dtype))
 
 

@@ -53,7 +53,9 @@ def build(config: UNetConfig, bench: Bench) -> UNet:
     """A UNet with PyTorch's initial weights, drawn after a fixed seed."""
     torch.manual_seed(0)
     with bench.device:
-        return UNet(config).eval().requires_grad_(False)
+        model = UNet(config).eval().requires_grad_(False)
+    model.join_projections()
+    return model
 
 
 def build_diffusers(model: UNet, bench: Bench) -> Any | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_fast import ops
-from ldm_fast.reuse import Remembering, join, linears
+from ldm_fast.reuse import Remembering, join, linears, separate
 
 # Classes of diffusers that all compute attention as it is, each in its own way.
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
@@ -30,9 +30,11 @@ class AttnProcessor:
 class Attention(Remembering):
     """Multi-head attention from x to `context`, or to x itself where there is none.
 
-    Keys and values of a context are computed once for as long as it stays the same; q, k and v of x (k and v of a
-    context) come from one product. Both only where the three are plain linear layers (see `ldm_fast.reuse`).
+    Keys and values of a context are computed once for as long as it stays the same; after `join`, q, k and v of x (k
+    and v of a context) come from one product. Both only where the three are plain linear layers (see `ldm_fast.reuse`).
     """
+
+    _joined = False
 
     def __init__(
         self, channels: int, *, heads: int, head_dim: int, context_channels: int | None = None, qkv_bias: bool = False
@@ -46,7 +48,6 @@ class Attention(Remembering):
         self.to_out = nn.ModuleList([nn.Linear(inner, channels), nn.Dropout(0.0)])
         self.processor: Any = AttnProcessor()
         self.has_context = context_channels is not None
-        self.join()
 
     def forward(
         self,
@@ -89,15 +90,29 @@ class Attention(Remembering):
         return out
 
     def join(self) -> None:
-        """Puts the projections' weights one behind the other in memory, so that one product can use them all."""
+        """Puts the projections' weights one behind the other in memory, so that one product can use them all.
+
+        Copies and moves of the layer keep this layout; `train()` ends it, for those who train have ordinary parameters.
+        """
+        self._joined = True
         join((self.to_k, self.to_v) if self.has_context else (self.to_q, self.to_k, self.to_v))
 
+    def train(self, mode: bool = True) -> Attention:
+        if mode and self._joined:
+            self._joined = False
+            separate((self.to_q, self.to_k, self.to_v))
+        return super().train(mode)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Attention:
-        before = {(p.device, p.dtype) for p in self.parameters()}
         super()._apply(fn, recurse)
-        if {(p.device, p.dtype) for p in self.parameters()} != before:  # every weight has its own new memory
+        if self._joined:
             self.join()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._joined:  # copy.deepcopy gives every weight memory of its own
+            self.join()
 
     def get_processor(self) -> Any:
         return self.processor
@@ -118,6 +133,13 @@ class Attention(Remembering):
                 f"set_processor: {type(processor).__name__} computes attention in a way of its own, which this layer "
                 f"does not run; it takes IP-Adapters and {', '.join(PLAIN_PROCESSORS)}"
             )
+
+
+def join_projections(model: nn.Module) -> None:
+    """`Attention.join` for every attention in the model."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.join()
 
 
 def _image_parts(

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ldm_fast.attention_layers import join_projections
 from ldm_fast.bands import BANDS_PER_TILE, decode_in_bands, encode_in_bands
 from ldm_fast.coders import Decoder, Encoder
 from ldm_fast.pretrained import Pretrained
@@ -211,6 +212,10 @@ class _FirstStage(Pretrained):
     @property
     def device(self) -> torch.device:
         return self.encoder.conv_in.weight.device
+
+    def join_projections(self) -> None:
+        """Lets q, k and v of every attention come from one product: a layout for inference. See the UNet's."""
+        join_projections(self)
 
     def enable_slicing(self) -> None:
         self.use_slicing = True

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm_fast.attention_layers import join_projections
 from ldm_fast.conditioning import Condition, unet_arguments
 from ldm_fast.diffusion import NoiseSchedule
 from ldm_fast.images import as_images, as_masks, check_images, check_multiple
@@ -94,9 +95,10 @@ class LatentDiffusion(nn.Module):
         """
         from ldm_fast import checkpoints, model_file
 
-        if path is not None and checkpoints.is_foreign(path):
-            return checkpoints.load_pipeline(path, config)
-        return model_file.load(path)
+        foreign = path is not None and checkpoints.is_foreign(path)
+        model = checkpoints.load_pipeline(path, config) if foreign else model_file.load(path)
+        join_projections(model)
+        return model
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the whole model to one .safetensors file. See `model_file.save`."""

@@ -43,6 +43,8 @@ def join(layers: Sequence[nn.Module]) -> None:
     """Moves the weights (and biases) of linear layers one behind the other in memory, for `linears`.
 
     The parameters stay the objects they are, with the values they have. Layers that are not plain stay where they are.
+    This is a layout for inference: programs that look at storages (accelerate, safetensors' `save_model`) take joined
+    weights for tied ones, and store only some of them.
     """
     if not all(is_plain(layer) for layer in layers):
         return
@@ -54,6 +56,15 @@ def join(layers: Sequence[nn.Module]) -> None:
             parts = torch.cat(parameters).split([len(p) for p in parameters])
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.data = part
+
+
+@torch.no_grad()
+def separate(layers: Sequence[nn.Module]) -> None:
+    """Undoes `join`: every weight in memory of its own, even if a layer was wrapped since. The objects stay."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            if type(parameter) is nn.Parameter and parameter.untyped_storage().nbytes() > parameter.nbytes:
+                parameter.data = parameter.data.clone()
 
 
 def linears(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:

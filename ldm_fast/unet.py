@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm_fast.attention_layers import Attention, AttnProcessor, ImagePrompts
+from ldm_fast.attention_layers import Attention, AttnProcessor, ImagePrompts, join_projections
 from ldm_fast.embeddings import TimestepEmbedding, Timesteps, add_embedding, class_embedding, class_label_shape
 from ldm_fast.layers import Conditions, GroupNorm, ResBlock, SelfAttention2d, SpatialTransformer
 from ldm_fast.pretrained import Pretrained
@@ -216,13 +216,16 @@ class UNet(Pretrained, Remembering):
         self.time_embedding.remember(t, self.time_proj(t).to(self.dtype))
 
     def join_projections(self) -> None:
-        """Lets q, k and v (k and v of a context) of every attention come from one product.
+        """Lets q, k and v (k and v of a context) of every attention come from one product: a layout for inference.
 
-        A new UNet does, and so does one that went to another device or dtype; needed after weights were exchanged for
-        other tensors (`load_state_dict(assign=True)`). Moves weights in memory, layer by layer; changes no value.
+        Moves weights in memory, layer by layer; changes no value and exchanges no parameter. Copies, other devices and
+        dtypes keep the layout, `train()` ends it. Needed again after weights were exchanged for other tensors
+        (`load_state_dict(assign=True)`).
+
+        Joined weights share memory. Programs that look at storages (accelerate, `safetensors.torch.save_model`) take
+        them for tied ones and leave some out of what they store: have them store models that are not joined.
         """
-        for layer in self._attention_layers().values():
-            layer.join()
+        join_projections(self)
 
     def forget(self) -> None:
         """Drops what was kept of earlier calls: keys and values of contexts, embeddings of timesteps.

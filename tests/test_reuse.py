@@ -19,6 +19,9 @@ from torch.nn.utils.prune import l1_unstructured
 
 from ldm_fast import attention_layers, reuse
 from ldm_fast.attention_layers import Attention
+from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule
+from ldm_fast.pipeline import LatentDiffusion
 from ldm_fast.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(
@@ -29,6 +32,7 @@ CONFIG = UNetConfig(
     num_attention_heads=2,
     norm_num_groups=8,
 )
+FIRST_STAGE = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=8, layers_per_block=1)
 CROSS_ATTENTIONS = 4  # one on the way down, one in the middle, two on the way up
 TOLERANCE = 1e-6
 
@@ -71,14 +75,6 @@ def fresh(unet: UNet, context: Tensor) -> Tensor:
     other = copy.deepcopy(unet)
     other.forget()
     return run(other, context.clone())
-
-
-def separated(unet: UNet) -> UNet:
-    """A copy whose weights lie apart: every projection is a product of its own."""
-    other = copy.deepcopy(unet)
-    for parameter in other.parameters():
-        parameter.data = parameter.data.clone()
-    return other
 
 
 # ---- keys and values of a context ----
@@ -434,35 +430,56 @@ def joined_products(unet: UNet, context: Tensor, monkeypatch) -> int:
     return len(made)
 
 
+EVERY_PRODUCT = 2 * CROSS_ATTENTIONS  # as many self attentions
+
+
+def lie_apart(model: nn.Module) -> bool:
+    return all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+
+
 def test_joined_projections_are_one_product(unet, context, monkeypatch):
-    every = 2 * CROSS_ATTENTIONS  # as many self attentions
-    assert joined_products(unet, context, monkeypatch) == every
-    apart = separated(unet)
-    assert joined_products(apart, context, monkeypatch) == 0
-    assert relative_error(run(unet, context), run(apart, context)) <= TOLERANCE
-    parameters = dict(apart.named_parameters())
-    apart.join_projections()
-    assert joined_products(apart, context, monkeypatch) == every
-    for name, parameter in apart.named_parameters():
-        assert parameters[name] is parameter and torch.equal(parameter, unet.get_parameter(name))
+    assert joined_products(unet, context, monkeypatch) == 0 and lie_apart(unet)
+    parameters, values = dict(unet.named_parameters()), copy.deepcopy(unet.state_dict())
+    apart = run(unet, context)
+    unet.join_projections()
+    assert joined_products(unet, context, monkeypatch) == EVERY_PRODUCT
+    assert relative_error(run(unet, context), apart) <= TOLERANCE
+    unet.train()
+    assert joined_products(unet.eval(), context, monkeypatch) == 0 and lie_apart(unet)
+    assert torch.equal(run(unet, context), apart)
+    for name, parameter in unet.named_parameters():
+        assert parameters[name] is parameter and torch.equal(parameter, values[name])
 
 
-def test_joined_through_dtypes_and_other_weights(unet, context, monkeypatch):
+def test_joined_through_copies_dtypes_and_other_weights(unet, context, monkeypatch):
+    unet.join_projections()
     load_other_weights(unet, context)
-    assert joined_products(unet.half().float(), context, monkeypatch) == 2 * CROSS_ATTENTIONS
+    for model in (copy.deepcopy(unet), unet.half().float(), copy.deepcopy(unet)):
+        assert joined_products(model, context, monkeypatch) == EVERY_PRODUCT
+    before = [p.clone() for p in model.parameters()]
+    torch.nn.init.zeros_(cross(unet).to_k.weight)  # not the copy's
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_wrapped_projections_are_taken_apart(unet):
+    unet.join_projections()
+    attention = cross(unet)
+    attention.to_v = nn.Sequential(attention.to_v)
+    assert lie_apart(unet.train())
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 def test_training_joined_weights(unet, context, fused):
     """The optimizer's parameters stay the model's, and each is moved by its own gradient alone."""
-    apart, trained = separated(unet), []
+    apart, trained = copy.deepcopy(unet), []
     for model in (unet, apart):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4, fused=fused)
         for step in range(3):
             model(sample(step), 7, context).sample.square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            model.join_projections()
+            if model is unet:
+                model.join_projections()
         trained.append(run(model, context))
     assert relative_error(*trained) <= 1e-5
     assert relative_error(trained[0], fresh(unet, context)) <= TOLERANCE
@@ -470,12 +487,56 @@ def test_training_joined_weights(unet, context, fused):
         assert relative_error(parameter, apart.get_parameter(name)) <= 1e-4, name
 
 
+def trainable(kind: str, state: str) -> nn.Module:
+    """A model that somebody is about to train."""
+    torch.manual_seed(0)
+    model = UNet(CONFIG) if kind == "unet" else AutoencoderKL(FIRST_STAGE)
+    if state == "moved":
+        model.to(torch.float64).to("cpu")
+    elif state == "joined before":
+        model.join_projections()
+        assert not lie_apart(model)
+        model.train()
+    return model
+
+
+MODELS = pytest.mark.parametrize("kind", ["unet", "first stage"])
+STATES = pytest.mark.parametrize("state", ["new", "moved", "joined before"])
+
+
+@MODELS
+@STATES
+def test_programs_that_look_at_storages_store_every_weight(kind, state, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    from safetensors.torch import load_file, save_model
+
+    model = trainable(kind, state)
+    values = copy.deepcopy(model.state_dict())
+    save_model(model, tmp_path / "saved.safetensors")
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.save_model(model, tmp_path / "model")
+    for file in (tmp_path / "saved.safetensors", tmp_path / "model" / "model.safetensors"):
+        stored = load_file(file)
+        assert stored.keys() == values.keys()
+        assert all(torch.equal(stored[name], value) for name, value in values.items())
+
+    model = accelerator.prepare(model)
+    accelerator.save_state(tmp_path / "state")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    accelerator.load_state(tmp_path / "state")
+    assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
+
+
 def test_built_in_inference_mode(unet, context):
     with torch.inference_mode():
         other = UNet(CONFIG).eval()
+        other.join_projections()
         other.load_state_dict(unet.state_dict())
         for _ in range(2):
             assert relative_error(other(sample(), 7, context).sample, run(unet, context)) <= TOLERANCE
+    other.train()
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
@@ -530,12 +591,26 @@ def test_layers_that_cannot_be_joined_stay_where_they_are():
 def test_joined_weights_are_stored_as_any_others(unet, tmp_path):
     from safetensors.torch import load_file, save_file
 
+    unet.join_projections()
     save_file(unet.state_dict(), tmp_path / "unet.safetensors")
     torch.save(unet.state_dict(), tmp_path / "unet.pt")
     for stored in (load_file(tmp_path / "unet.safetensors"), torch.load(tmp_path / "unet.pt", weights_only=True)):
         assert all(torch.equal(stored[name], tensor) for name, tensor in unet.state_dict().items())
     size = sum(t.nbytes for t in unet.state_dict().values())
     assert size <= (tmp_path / "unet.safetensors").stat().st_size < size * 1.1 + 30_000
+
+
+def small_model() -> LatentDiffusion:
+    torch.manual_seed(0)
+    first_stage = AutoencoderKL(FIRST_STAGE)
+    return LatentDiffusion(UNet(CONFIG), first_stage, None, NoiseSchedule(DiffusionConfig())).eval()
+
+
+def test_a_model_loaded_for_inference_is_joined(tmp_path):
+    small_model().save(tmp_path / "model.safetensors")
+    model = LatentDiffusion.load(tmp_path / "model.safetensors")
+    for part in (model.unet, model.first_stage):
+        assert not lie_apart(part) and lie_apart(part.train())
 
 
 # ---- time embeddings of a schedule ----
