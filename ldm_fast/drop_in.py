@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from ldm_fast.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.reuse import fixed_weights
 from ldm_fast.unet import UNet
 
 REPLACED = {"UNet2DConditionModel": UNet, "UNet2DModel": UNet, "AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
@@ -25,8 +26,10 @@ REPLACED = {"UNet2DConditionModel": UNet, "UNet2DModel": UNet, "AutoencoderKL": 
 def accelerate(pipe: Any) -> Any:
     """Replaces every UNet and first stage of a diffusers pipeline by ours, in place; returns the pipeline.
 
-    The weights are shared, not copied. Components of other kinds stay as they are, and so does the pipeline's record of
-    its classes: `save_pretrained` writes a folder that diffusers opens without us.
+    The weights are shared, not copied; `pipe.unet.join_projections()` trades that for fewer products. Components of
+    other kinds stay as they are, and so does the pipeline's record of its classes: `save_pretrained` writes a folder
+    that diffusers opens without us. Weights must not be trained during a call of the pipeline: what does not change
+    between its steps is computed once. Pipelines made of this one's components are accelerated in turn.
 
     Raises TypeError if `pipe` is not a diffusers pipeline, ValueError (naming the component) for a UNet or first stage
     whose configuration we cannot run; nothing is replaced then.
@@ -46,6 +49,7 @@ def accelerate(pipe: Any) -> Any:
     for name, module in replaced.items():
         setattr(pipe, name, module)
         pipe.register_to_config(**{name: ("diffusers", type(module).__name__)})
+    pipe.__class__ = _with_fixed_weights(type(pipe))
     return pipe
 
 
@@ -56,6 +60,17 @@ def require_diffusers() -> Any:
     except ImportError as error:
         raise ImportError('this needs the package diffusers: pip install "ldm_fast[diffusers]"') from error
     return diffusers
+
+
+@functools.cache
+def _with_fixed_weights(pipeline: type) -> type:
+    """The pipeline's class under the same name, with every call in a scope of `fixed_weights`."""
+    if getattr(pipeline.__call__, "_fixes_weights", False):
+        return pipeline
+    call = fixed_weights()(pipeline.__call__)
+    call._fixes_weights = True
+    members = {"__call__": call, "__doc__": pipeline.__doc__, "__module__": pipeline.__module__}
+    return type(pipeline.__name__, (pipeline,), members)
 
 
 def pipeline_class(kind: str) -> type[nn.Module]:

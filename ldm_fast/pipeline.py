@@ -22,6 +22,7 @@ from ldm_fast.attention_layers import join_projections
 from ldm_fast.conditioning import Condition, unet_arguments
 from ldm_fast.diffusion import NoiseSchedule
 from ldm_fast.images import as_images, as_masks, check_images, check_multiple
+from ldm_fast.reuse import fixed_weights
 from ldm_fast.samplers import SAMPLERS, Step, classifier_free_guidance, noise_like, spaced_timesteps, whole_number
 
 Prompts = str | Sequence[str] | Sequence[int] | Tensor | Condition | int
@@ -210,6 +211,7 @@ class LatentDiffusion(nn.Module):
     # Sampling
 
     @torch.no_grad()
+    @fixed_weights()
     def generate(
         self,
         prompts: Prompts,

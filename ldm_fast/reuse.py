@@ -2,12 +2,16 @@
 
 The numbers are the same as without, but for the order of sums inside a larger matrix product. Everything here stands
 aside while gradients are recorded, under autocast, and where a graph is made of the call (compiled, traced, captured).
+Weights that require a gradient are taken for unchanged only inside `fixed_weights`, as which `LatentDiffusion.generate`
+and accelerated pipelines run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -94,20 +98,46 @@ def _one_behind_the_other(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 # ---- results remembered ----
 
+_scope: ContextVar[object | None] = ContextVar("fixed_weights", default=None)
+
+
+@contextlib.contextmanager
+def fixed_weights() -> Iterator[None]:
+    """A promise that nobody trains in here: results may be kept for tensors that require a gradient, too.
+
+    What trains such tensors writes to them without a trace (fused optimizers, moving averages that are copied in), so
+    they are taken for unchanged only from one call to the next within one such scope. Also a decorator.
+    """
+    token = _scope.set(object())
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+def _fixed(tensors: Sequence[Tensor]) -> bool:
+    """Whether no write to the tensors would go unnoticed."""
+    return _scope.get() is not None or not any(t.requires_grad for t in tensors)
+
 
 class _Seen(NamedTuple):
-    """A tensor as it was: the object, where its values lie, and how often they have been written."""
+    """A tensor as it was: the object, where its values lie, how often they have been written, and where that counts."""
 
     tensor: weakref.ref
     address: int
     version: int
+    scope: object | None  # of `fixed_weights`, where the tensor needs one
 
     @classmethod
     def of(cls, tensor: Tensor, when_gone: Callable[[weakref.ref], None] | None = None) -> _Seen:
-        return cls(weakref.ref(tensor, when_gone), tensor.data_ptr(), tensor._version)
+        return cls(weakref.ref(tensor, when_gone), *_state(tensor))
 
     def is_still(self, tensor: Tensor) -> bool:
-        return self.tensor() is tensor and (self.address, self.version) == (tensor.data_ptr(), tensor._version)
+        return self.tensor() is tensor and self[1:] == _state(tensor)
+
+
+def _state(tensor: Tensor) -> tuple[int, int, object | None]:
+    return tensor.data_ptr(), tensor._version, _scope.get() if tensor.requires_grad else None
 
 
 def _unchanged(seen: Sequence[_Seen], tensors: Sequence[Tensor]) -> bool:
@@ -125,9 +155,10 @@ class Memory:
     """Results of linear layers, kept for the last few sources and given again while source and weights are unchanged.
 
     Unchanged means the same tensor objects, at the same place in memory, not written to since: in-place operations,
-    optimizers, `load_state_dict`, other dtypes and devices are all noticed, and nothing is kept of weights that have a
-    gradient. Writing through `.data` or a NumPy view leaves no trace in PyTorch, nor do its fused optimizers; whoever
-    does that between two calls with one and the same source calls `forget`. A result lives no longer than its source.
+    optimizers, `load_state_dict`, other dtypes and devices are all noticed. Writing through `.data` or a NumPy view
+    leaves no trace in PyTorch, nor do its fused optimizers. So for tensors that require a gradient results are kept
+    only within one scope of `fixed_weights`; whoever writes like that to others, between two calls with one and the
+    same source, calls `forget`. A result lives no longer than its source.
 
     Threads may share a memory: entries never change, and lists of them are only exchanged as a whole.
     """
@@ -187,7 +218,7 @@ def _can_be_kept(source: Tensor, weights: Sequence[Tensor]) -> bool:
         and not captured
         and _stands_alone(source)
         and not any(t.is_inference() for t in (source, *weights))  # these do not count their changes
-        and all(w.grad is None for w in weights)  # in training: a fused optimizer would write to them unnoticed
+        and _fixed((source, *weights))
     )
 
 
@@ -235,17 +266,20 @@ class TimeTable:
     def fill(self, timesteps: Tensor, layers: Sequence[nn.Module], compute: Callable[[], Tensor]) -> None:
         """Keeps the rows (T, C) that compute() returns, the embeddings of timesteps (T,) by these layers, if plain."""
         self.forget()
-        if all(is_plain(layer) for layer in layers) and not any(t.is_inference() for t in _weights(layers)):
+        if not all(is_plain(layer) for layer in layers):
+            return
+        weights = _weights(layers)
+        if _fixed(weights) and not any(t.is_inference() for t in weights):
             index = {t: i for i, t in enumerate(timesteps.float().tolist())}
-            weights = tuple(map(_Seen.of, _weights(layers)))
-            self._table = _Table(index, compute(), weights)
+            seen = tuple(map(_Seen.of, weights))
+            self._table = _Table(index, compute(), seen)
 
     def look_up(self, timesteps: Tensor | float, layers: Sequence[nn.Module], like: Tensor) -> Tensor | None:
         """The rows (1 or B, C) for a number or a tensor on the CPU, of the dtype and device of `like`; None without."""
         table = self._table
         if torch.compiler.is_compiling() or table is None:
             return None
-        if not all(is_plain(layer) for layer in layers) or not _stands_alone(like):
+        if not (all(is_plain(layer) for layer in layers) and _fixed(_weights(layers)) and _stands_alone(like)):
             self.forget()
             return None
         if isinstance(timesteps, Tensor) and timesteps.device.type != "cpu":

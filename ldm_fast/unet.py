@@ -27,6 +27,8 @@ class UNet(Pretrained, Remembering):
     """UNet(config)(sample, timestep, encoder_hidden_states) → prediction in the parameterisation it was trained in.
 
     Takes what diffusers' UNet2DConditionModel takes, ControlNet's and T2I-Adapter's residuals and IP-Adapters included.
+    A sampling loop of one's own runs in `torch.no_grad()` and, unless the weights need no gradient, in
+    `ldm_fast.reuse.fixed_weights()`: then keys and values of a context are computed once for all steps.
     Shapes in the comments are for the first-level size H × W; sizes that are not multiples of 2^levels work, since
     upsampling goes to the size of the skip connection.
     """
@@ -210,7 +212,8 @@ class UNet(Pretrained, Remembering):
     def precompute_time(self, timesteps: Tensor | Sequence[float]) -> None:
         """Embeds a whole schedule (T,) at once; later calls find its timesteps by value, if numbers or on the CPU.
 
-        Forgotten when the weights change; calls with `timestep_cond` do not use it.
+        Forgotten when the weights change; calls with `timestep_cond` do not use it. Weights that require a gradient
+        may be written to without a trace: for them this has an effect only inside `reuse.fixed_weights`.
         """
         t = torch.as_tensor(timesteps, device=self.device).reshape(-1)
         self.time_embedding.remember(t, self.time_proj(t).to(self.dtype))
@@ -230,7 +233,8 @@ class UNet(Pretrained, Remembering):
     def forget(self) -> None:
         """Drops what was kept of earlier calls: keys and values of contexts, embeddings of timesteps.
 
-        Changed weights and contexts are noticed, but for writes of which PyTorch keeps no record (`reuse.Memory`).
+        Changed weights and contexts are noticed, but for writes of which PyTorch keeps no record, to tensors that
+        require no gradient (`reuse.Memory`).
         """
         super().forget()
         for module in self.modules():

@@ -1,6 +1,7 @@
 """Our models inside diffusers' pipelines: tiny random ones, each run as it is and accelerated; images are compared."""
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 import ldm_fast
+from ldm_fast.reuse import Memory
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -292,8 +294,35 @@ def test_compiling_the_repeated_blocks():
 
 def test_accelerate_twice_changes_nothing():
     pipe, _ = text_to_image()
-    ours = ldm_fast.accelerate(pipe).unet
-    assert ldm_fast.accelerate(pipe).unet is ours
+    ours, kind = ldm_fast.accelerate(pipe).unet, type(pipe)
+    assert ldm_fast.accelerate(pipe).unet is ours and type(pipe) is kind
+    assert isinstance(pipe, diffusers.StableDiffusionPipeline) and kind.__name__ == "StableDiffusionPipeline"
+    assert inspect.signature(pipe.__call__) == inspect.signature(text_to_image()[0].__call__)
+
+
+def test_keys_and_values_are_computed_once_for_each_call(monkeypatch):
+    """Within a call they are kept; the next one, even of the same embeddings, may follow a write without a trace."""
+    theirs, arguments = text_to_image()
+    ours = ldm_fast.accelerate(copy.deepcopy(theirs))
+    computed, recall = [], Memory.recall
+
+    def counting(memory, source, layers, compute):
+        return recall(memory, source, layers, lambda: computed.append(layers) or compute())
+
+    monkeypatch.setattr(Memory, "recall", counting)
+    layers = sum(name.endswith("attn2") for name, _ in ours.unet.named_modules())
+    embeddings = torch.randn(1, 16, 32), torch.randn(1, 16, 32)
+    arguments = {**arguments, "prompt": None, "prompt_embeds": embeddings[0], "negative_prompt_embeds": embeddings[1]}
+    for calls in (1, 2):
+        assert difference(run(theirs, arguments), run(ours, arguments)) <= TOLERANCE
+        assert len(computed) == calls * layers
+        for pipe in (theirs, ours):
+            for parameter in pipe.unet.parameters():
+                parameter.data.mul_(1.05)
+    with torch.no_grad():  # a loop of one's own says itself whether weights may change
+        for _ in range(2):
+            ours.unet(torch.ones(1, 4, 8, 8), 1, embeddings[0])
+    assert len(computed) == 4 * layers
 
 
 def test_saved_pipelines_open_again_as_diffusers_own(tmp_path):

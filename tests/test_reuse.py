@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -39,8 +40,9 @@ TOLERANCE = 1e-6
 
 @pytest.fixture
 def unet() -> UNet:
+    """One whose weights need no gradient: then results are kept without a scope."""
     torch.manual_seed(0)
-    return UNet(CONFIG).eval()
+    return UNet(CONFIG).eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -132,14 +134,6 @@ def optimise(unet: UNet, context: Tensor) -> None:
     optimiser.step()
 
 
-def optimise_fused(unet: UNet, context: Tensor) -> None:
-    """Not counted as a write, in PyTorch 2.13 at least; the gradient gives it away."""
-    weight = cross(unet).to_v.weight
-    optimiser = torch.optim.AdamW([weight], lr=1.0, fused=True)
-    weight.grad = torch.ones_like(weight)
-    optimiser.step()
-
-
 @torch.inference_mode()
 def write_in_inference_mode(unet: UNet, context: Tensor) -> None:
     context.mul_(2)
@@ -194,7 +188,6 @@ CHANGES = (
     write_view_of_context,
     write_weight,
     optimise,
-    optimise_fused,
     write_in_inference_mode,
     load_other_weights,
     assign_other_weights,
@@ -217,6 +210,66 @@ def test_a_change_is_noticed(unet, context, change: Callable[[UNet, Tensor], Non
     assert not torch.equal(after, before)
     assert relative_error(after, fresh(unet, context)) <= TOLERANCE
     assert torch.equal(run(unet, context), after)
+
+
+# ---- keys and values by weights that are trained ----
+
+
+def test_trained_weights_are_taken_for_unchanged_within_one_scope(unet, context, projected):
+    unet.requires_grad_()
+    for _ in range(2):
+        run(unet, context)
+    assert contexts_projected(projected, context) == 2 * CROSS_ATTENTIONS
+    for scopes in (3, 4):
+        with reuse.fixed_weights():
+            for _ in range(3):
+                run(unet, context)
+        assert contexts_projected(projected, context) == scopes * CROSS_ATTENTIONS
+    run(unet, context)
+    assert contexts_projected(projected, context) == 5 * CROSS_ATTENTIONS
+
+
+def test_a_trained_context_is_taken_for_unchanged_within_one_scope(unet, context):
+    context.requires_grad_()
+    for scope in (contextlib.nullcontext, reuse.fixed_weights):
+        with scope():
+            before = run(unet, context)
+        context.data.mul_(2)
+        with scope():
+            assert relative_error(run(unet, context), before) > 1e-4
+
+
+def copy_average(unet: UNet, context: Tensor) -> None:
+    """As diffusers' EMAModel.copy_to and .restore do."""
+    for parameter in unet.parameters():
+        parameter.data.copy_(1.1 * parameter.data)
+
+
+def train_fused(unet: UNet, context: Tensor) -> None:
+    """Not counted as a write, in PyTorch 2.13 at least."""
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=1e-2, fused=True)
+    unet(sample(), 7, context).sample.square().mean().backward()
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+def train_compiled(unet: UNet, context: Tensor) -> None:
+    torch._dynamo.reset()
+    train_fused(torch.compile(unet, backend="aot_eager"), context)
+
+
+@pytest.mark.parametrize("scope", [contextlib.nullcontext, reuse.fixed_weights], ids=["no scope", "scopes"])
+@pytest.mark.parametrize("write", [copy_average, train_fused, train_compiled], ids=lambda write: write.__name__)
+def test_writes_without_a_trace(unet, context, write, scope):
+    unet.requires_grad_()
+    with scope():
+        unet.precompute_time([7])
+        before = run(unet, context)
+    write(unet, context)
+    with scope():
+        after = run(unet, context)
+    assert relative_error(after, before) > 1e-3
+    assert relative_error(after, fresh(unet, context)) <= TOLERANCE
 
 
 def test_lora_loaded_scaled_fused_and_unloaded(unet, context):
@@ -269,7 +322,7 @@ def fuse_without_a_call(unet: UNet, context: Tensor, before: Tensor) -> Tensor:
 def test_projected_context_is_remembered_with_its_keys_and_values(context, projected):
     torch.manual_seed(0)
     wide = dataclasses.replace(CONFIG, encoder_hid_dim=24, encoder_hid_dim_type="text_proj")
-    unet = UNet(wide).eval()
+    unet = UNet(wide).eval().requires_grad_(False)
     outputs = [run(unet, context) for _ in range(3)]
     assert sum(x.shape == context.shape for x in projected) == CROSS_ATTENTIONS
     with torch.no_grad():
@@ -283,7 +336,7 @@ def test_projected_context_is_remembered_with_its_keys_and_values(context, proje
 
 
 def test_writing_through_data_needs_forget(unet, context):
-    """The one change that PyTorch keeps no record of; a training step, train() or eval() between will do, too."""
+    """PyTorch keeps no record of it; a call that records gradients, train() or eval() between will do, too."""
     for tell in (unet.forget, unet.eval, lambda: unet(sample(), 7, context)):
         run(unet, context)
         cross(unet).to_v.weight.data.mul_(1.5)
@@ -308,7 +361,9 @@ def test_inside_vmap(unet, context):
 
 
 def test_gradients_of_the_context_after_sampling(unet, context):
-    run(unet, context)
+    unet.requires_grad_()
+    with reuse.fixed_weights():
+        run(unet, context)
     context.requires_grad_()
     unet(sample(), 7, context).sample.sum().backward()
     assert context.grad.any() and cross(unet).to_k.weight.grad.any()
@@ -471,7 +526,7 @@ def test_wrapped_projections_are_taken_apart(unet):
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 def test_training_joined_weights(unet, context, fused):
     """The optimizer's parameters stay the model's, and each is moved by its own gradient alone."""
-    apart, trained = copy.deepcopy(unet), []
+    apart, trained = copy.deepcopy(unet.requires_grad_()), []
     for model in (unet, apart):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4, fused=fused)
         for step in range(3):
@@ -693,8 +748,9 @@ def test_schedule_is_forgotten(unet, context, embedded, tell):
     assert embedded == [2]
 
 
+@reuse.fixed_weights()
 def test_precomputed_times_are_not_used_with_gradients_or_in_another_dtype(unet, context, embedded):
-    unet.precompute_time(SCHEDULE)
+    unet.requires_grad_().precompute_time(SCHEDULE)
     unet(sample(), 900, context).sample.sum().backward()
     assert unet.time_embedding.linear_1.weight.grad.any()
     unet.precompute_time(SCHEDULE)
