@@ -31,26 +31,46 @@ def accelerate(pipe: Any) -> Any:
     that diffusers opens without us. Weights must not be trained during a call of the pipeline: what does not change
     between its steps is computed once. Pipelines made of this one's components are accelerated in turn.
 
-    Raises TypeError if `pipe` is not a diffusers pipeline, ValueError (naming the component) for a UNet or first stage
-    whose configuration we cannot run; nothing is replaced then.
+    Raises TypeError if `pipe` is not a diffusers pipeline, ValueError for a UNet or first stage whose configuration we
+    cannot run, or that is compiled or offloaded already, and for a pipeline without either; nothing is replaced then.
     """
     diffusers = require_diffusers()
     if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise TypeError(f"accelerate: pipe must be a diffusers pipeline, got {type(pipe).__name__}")
-    replaced = {}
-    for name, module in pipe.components.items():
+    replaced, ours = {}, tuple(REPLACED.values())
+    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    modules = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # as before torch.compile
+    for name, module in modules.items():
         kind = type(module).__name__
-        if kind not in REPLACED or isinstance(module, REPLACED[kind]):
+        if kind not in REPLACED or isinstance(module, ours):
             continue
+        _check_untouched(name, parts[name])
         try:
             replaced[name] = REPLACED[kind].from_diffusers(module)
         except ValueError as error:
             raise ValueError(f"accelerate: {name}: {error}") from error
+    if not replaced and not any(isinstance(module, ours) for module in modules.values()):
+        found = ", ".join(f"{name} ({type(part).__name__})" for name, part in parts.items())
+        raise ValueError(
+            f"accelerate: {type(pipe).__name__} has no {', '.join(REPLACED)} to replace; its components are {found}"
+        )
     for name, module in replaced.items():
         setattr(pipe, name, module)
         pipe.register_to_config(**{name: ("diffusers", type(module).__name__)})
     pipe.__class__ = _with_fixed_weights(type(pipe))
     return pipe
+
+
+def _check_untouched(name: str, component: nn.Module) -> None:
+    """ValueError if something was put around the component, or a part of it, that its replacement would be without."""
+    for module in component.modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ValueError(f"accelerate: {name} is compiled; accelerate the pipeline first, then compile {name}")
+        if hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"):
+            raise ValueError(
+                f"accelerate: {name} has hooks on it (offloading, device_map, ...); accelerate the pipeline first, "
+                "then enable them"
+            )
 
 
 def require_diffusers() -> Any:

@@ -364,6 +364,48 @@ def test_what_we_cannot_run_is_named():
         ldm_fast.accelerate("stable diffusion")
 
 
+@pytest.mark.parametrize(
+    "touch, message",
+    [
+        (
+            lambda pipe: setattr(pipe, "unet", torch.compile(pipe.unet)),
+            "unet is compiled; accelerate the pipeline first",
+        ),
+        (lambda pipe: setattr(pipe, "vae", torch.compile(pipe.vae)), "vae is compiled"),
+        (lambda pipe: pipe.unet.compile(), "unet is compiled"),
+        (lambda pipe: pipe.unet.compile_repeated_blocks(), "unet is compiled"),
+        (lambda pipe: pipe.enable_model_cpu_offload(device="cpu"), "vae has hooks on it .offloading.*first"),
+        (lambda pipe: pipe.enable_sequential_cpu_offload(device="cpu"), "vae has hooks on it"),
+        (lambda pipe: pipe.unet.enable_layerwise_casting(torch.float16, torch.float32), "unet has hooks on it"),
+    ],
+)
+def test_what_is_compiled_or_offloaded_is_refused(touch, message):
+    pipe, _ = text_to_image()
+    touch(pipe)
+    before = dict(pipe.components)
+    with pytest.raises(ValueError, match=message):
+        ldm_fast.accelerate(pipe)
+    assert all(pipe.components[name] is component for name, component in before.items())
+
+
+def test_compiled_after_it_was_accelerated():
+    pipe, arguments = text_to_image()
+    before = run(ldm_fast.accelerate(pipe), arguments)
+    pipe.unet = compiled = torch.compile(pipe.unet, backend="eager")
+    pipe.vae = torch.compile(pipe.vae, backend="eager")
+    assert ldm_fast.accelerate(pipe).unet is compiled
+    assert difference(before, run(pipe, arguments)) <= TOLERANCE
+
+
+def test_a_pipeline_without_anything_to_replace():
+    network = diffusers.UNet1DModel(
+        block_out_channels=(8, 16), down_block_types=("DownBlock1D",) * 2, up_block_types=("UpBlock1D",) * 2
+    )
+    pipe = diffusers.DanceDiffusionPipeline(unet=network, scheduler=diffusers.IPNDMScheduler())
+    with pytest.raises(ValueError, match=r"DanceDiffusionPipeline has no UNet2DConditionModel.*unet \(UNet1DModel\)"):
+        ldm_fast.accelerate(pipe)
+
+
 # LoRA: files are made by PEFT on diffusers' own UNet
 
 
