@@ -223,8 +223,8 @@ class _FirstStage(Pretrained):
     def disable_slicing(self) -> None:
         self.use_slicing = False
 
-    def enable_tiling(self) -> None:
-        self.use_tiling = True
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        self.use_tiling = use_tiling
 
     def disable_tiling(self) -> None:
         self.use_tiling = False

@@ -439,3 +439,14 @@ def test_vq_decode_quantizes_unless_told_not_to():
     torch.testing.assert_close(model.decode(latents).sample, out.sample)
     torch.testing.assert_close(model.decode(out.regulariser.z_q, force_not_quantize=True).sample, out.sample)
     assert not torch.allclose(model.decode(latents, force_not_quantize=True).sample, out.sample)
+
+
+def test_tiling_is_switched_by_an_argument_too():
+    """As diffusers' `enable_tiling(use_tiling)` was."""
+    model = make("kl")
+    for given in (False, True):
+        model.enable_tiling(given)
+        assert model.use_tiling is given
+    model.disable_tiling()
+    model.enable_tiling()
+    assert model.use_tiling
