@@ -31,12 +31,12 @@ def is_plain(layer: nn.Module) -> bool:
 
 def _stands_alone(x: Tensor) -> bool:
     """Whether nothing but this call's result matters: no gradient, no graph that would hold on to what it used."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or torch.jit.is_tracing()
-        or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
-    )
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing() or under_autocast(x))
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether ops on x are cast by autocast."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 # ---- one product ----

@@ -12,7 +12,7 @@ from ldm_fast.attention_layers import Attention, AttnProcessor, ImagePrompts, jo
 from ldm_fast.embeddings import TimestepEmbedding, Timesteps, add_embedding, class_embedding, class_label_shape
 from ldm_fast.layers import Conditions, GroupNorm, ResBlock, SelfAttention2d, SpatialTransformer
 from ldm_fast.pretrained import Pretrained
-from ldm_fast.reuse import Remembering
+from ldm_fast.reuse import Remembering, under_autocast
 from ldm_fast.unet_blocks import Block, DownBlock, MidBlock, UpBlock
 from ldm_fast.unet_config import UNetConfig
 
@@ -95,7 +95,7 @@ class UNet(Pretrained, Remembering):
             return_dict: `UNetOutput` if True, else a tuple with the sample.
 
         Raises:
-            ValueError: an input is missing, has the wrong shape, or is not for this UNet.
+            ValueError: an input is missing, has the wrong shape or dtype, or is not for this UNet.
         """
         context, images = _split_context(encoder_hidden_states)
         added, extras = added_cond_kwargs or {}, list(down_intrablock_additional_residuals or ())
@@ -188,9 +188,14 @@ class UNet(Pretrained, Remembering):
         config = self.config
         if sample.ndim != 4 or sample.shape[1] != config.in_channels:
             raise ValueError(f"UNet: sample must be (B, {config.in_channels}, H, W), got {tuple(sample.shape)}")
+        plain = "forward" not in self.conv_in.__dict__ and not self.conv_in._forward_pre_hooks  # else these may convert
+        if sample.dtype != self.dtype and plain and not under_autocast(sample):
+            raise ValueError(f"UNet: sample must be {self.dtype} as the weights are, got {sample.dtype}")
         batch, width = sample.shape[0], self.context_channels
-        if isinstance(timestep, Tensor) and tuple(timestep.shape) not in ((), (1,), (batch,)):
-            raise ValueError(f"UNet: timestep must be a number or ({batch},), got {tuple(timestep.shape)}")
+        given = () if isinstance(timestep, float | int) else getattr(timestep, "shape", None)  # NumPy's have one, too
+        if given is None or tuple(given) not in ((), (1,), (batch,)):
+            given = repr(timestep) if given is None else tuple(given)
+            raise ValueError(f"UNet: timestep must be a number or a tensor ({batch},), got {given}")
         if context is None:
             if self.uses_context:
                 raise ValueError("UNet: encoder_hidden_states is missing; this UNet has cross attention")
@@ -205,6 +210,8 @@ class UNet(Pretrained, Remembering):
         labels = class_label_shape(config, batch)
         if class_labels is not None and tuple(class_labels.shape) != labels:
             raise ValueError(f"UNet: class_labels must be {labels}, got {tuple(class_labels.shape)}")
+        if isinstance(self.class_embedding, nn.Embedding) and class_labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"UNet: class_labels must be int64, got {class_labels.dtype}")
         needed = None if config.time_cond_proj_dim is None else (batch, config.time_cond_proj_dim)
         if timestep_cond is not None and tuple(timestep_cond.shape) != needed:
             raise ValueError(f"UNet: timestep_cond must be {needed}, got {tuple(timestep_cond.shape)}")

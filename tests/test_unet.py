@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from eager_torch import assert_same_gradients, eager_torch, gradients, relative_error
@@ -108,7 +109,16 @@ def test_bfloat16_error(name, impl):
 def test_timestep_in_every_form():
     unet, arguments = make("cross-attention"), inputs(CONFIGS["cross-attention"])
     wanted = unet(**{**arguments, "timestep": torch.tensor([37, 37])}).sample
-    for timestep in (37, 37.0, torch.tensor(37), torch.tensor(37.0), torch.tensor([37]), torch.tensor([37.0, 37.0])):
+    for timestep in (
+        37,
+        37.0,
+        np.int64(37),
+        np.array([37, 37]),
+        torch.tensor(37),
+        torch.tensor(37.0),
+        torch.tensor([37]),
+        torch.tensor([37.0, 37.0]),
+    ):
         assert torch.equal(unet(**{**arguments, "timestep": timestep}).sample, wanted), timestep
     assert not torch.allclose(unet(**{**arguments, "timestep": 38}).sample, wanted)
 
@@ -193,10 +203,18 @@ def test_every_parameter_and_input_counts(name):
             r"must be \(2, L, 24\), got \(3, 5, 24\)",
         ),
         ("cross-attention", {"encoder_hidden_states": torch.zeros(2, 24)}, r"must be \(2, L, 24\)"),
-        ("cross-attention", {"timestep": torch.zeros(3)}, r"timestep must be a number or \(2,\), got \(3,\)"),
+        ("cross-attention", {"timestep": torch.zeros(3)}, r"must be a number or a tensor \(2,\), got \(3,\)"),
+        ("cross-attention", {"timestep": [3, 3, 3]}, r"must be a number or a tensor \(2,\), got \[3, 3, 3\]"),
+        ("cross-attention", {"timestep": None}, r"must be a number or a tensor \(2,\), got None"),
+        (
+            "cross-attention",
+            {"sample": torch.zeros(2, 3, 8, 8).half()},
+            "must be torch.float32 as the weights are, got",
+        ),
         ("cross-attention", {"class_labels": torch.zeros(2, dtype=torch.int64)}, "does not take class_labels"),
         ("cross-attention", {"encoder_attention_mask": torch.ones(2, 4, dtype=torch.bool)}, r"must be \(2, 5\), got"),
         ("self-attention", {"class_labels": None}, "needs class_labels"),
+        ("self-attention", {"class_labels": torch.zeros(2)}, "class_labels must be int64, got torch.float32"),
         ("self-attention", {"class_labels": torch.zeros(3, dtype=torch.int64)}, r"class_labels must be \(2,\)"),
     ],
 )
