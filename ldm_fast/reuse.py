@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -26,6 +27,7 @@ def is_plain(layer: nn.Module) -> bool:
         and type(layer.weight) is nn.Parameter
         and "forward" not in layer.__dict__  # replaced there by programs that keep weights elsewhere
         and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)  # on every module there is
     )
 
 

@@ -621,6 +621,20 @@ def test_a_wrapped_or_hooked_projection_is_called(which):
     assert called == [which]
 
 
+@pytest.mark.parametrize("kind", ["hook", "pre_hook"])
+def test_hooks_on_every_module_see_the_projections(unet, context, kind):
+    unet.join_projections()
+    run(unet, context)
+    called = []
+    handle = getattr(nn.modules.module, f"register_module_forward_{kind}")(lambda module, *_: called.append(module))
+    try:
+        run(unet, context)
+    finally:
+        handle.remove()
+    attention = cross(unet)
+    assert all(any(module is layer for module in called) for layer in (attention.to_q, attention.to_k, attention.to_v))
+
+
 def test_gradients_reach_every_projection():
     layers = [nn.Linear(6, 4) for _ in range(3)]
     reuse.join(layers)
