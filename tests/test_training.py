@@ -628,7 +628,9 @@ def test_variants_of_the_recipe_train_and_generate(tmp_path, name):
     recipe = change(recipe, "second_stage", loop=loop, **fields)
     path = train(recipe, tmp_path / "run", progress=False)
     prompts = {"class": [0, 1], "unconditional": 2}.get(name, ["red square", "blue disc"])
-    assert LatentDiffusion.load(path).generate(prompts).shape == (2, 16, 16, 3)
+    trained = LatentDiffusion.load(path)
+    assert trained.generate(prompts).shape == (2, 16, 16, 3)
+    assert trained.card.get("classes") == (["cat", "dog"] if name == "class" else None)
 
 
 def test_a_kl_first_stage_trains_through(tmp_path):

@@ -90,10 +90,12 @@ def export(
     autoencoder = first_stage if given else load_first_stage(recipe.first_stage, first_stage or run_dir)
     if about["first_stage"] != _digest(autoencoder):
         raise CheckpointError(f"the second stage in {run_dir} was trained on another first stage than this one")
-    model = build_model(recipe.second_stage, load_data(recipe.data).training())
+    data = load_data(recipe.data).training()
+    model = build_model(recipe.second_stage, data)
     _load(model, tensors, "weights/ema/", f"the second stage in {run_dir}")
     about = {
         "recipe": to_dict(recipe),
+        **({"classes": list(data.classes)} if recipe.second_stage.condition == "class" else {}),
         "second_stage_steps": state["step"],
         "second_stage_seconds": round(state["seconds"]),
         **_first_stage_facts(run_dir),
