@@ -129,13 +129,10 @@ template <class First, class Between, class Last>
 inline void run_phases(int64_t units, int64_t slabs, int threads, const First& first, const Between& between,
                        const Last& last) {
     if (unit_by_unit(units, slabs, threads)) {
-        const int64_t grain = units / (threads * 4);
-        parallel_for(units, grain, threads, [&](int64_t begin, int64_t end, int slot) {
-            for (int64_t unit = begin; unit < end; ++unit) {
-                for (int64_t slab = 0; slab < slabs; ++slab) first(unit, slab, slot);
-                between(unit);
-                for (int64_t slab = slabs - 1; slab >= 0; --slab) last(unit, slab, slot);
-            }
+        parallel_shares(units, threads, [&](int64_t unit, int slot) {
+            for (int64_t slab = 0; slab < slabs; ++slab) first(unit, slab, slot);
+            between(unit);
+            for (int64_t slab = slabs - 1; slab >= 0; --slab) last(unit, slab, slot);
         });
         return;
     }
