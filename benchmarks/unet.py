@@ -1,4 +1,4 @@
-"""One evaluation of Stable Diffusion 1.x's UNet: ours, the same modules on PyTorch's own ops, and diffusers.
+"""One evaluation of Stable Diffusion 1.x's UNet: ours, with attention alone ours, on PyTorch's own ops, and diffusers.
 
     python benchmarks/unet.py [--full] [--batch 2] [--latent 64] [--compile]
 
@@ -37,15 +37,15 @@ TINY = UNetConfig(
 FLOAT32_ERROR = 1e-5
 PEER_ERROR = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}  # all a peer must show is that it is the same network
 EAGER = "PyTorch's ops"
+EAGER_OPS = {"attention": attention.sdpa, "group_norm_silu": group_norm_silu.eager}
 
 
 @contextlib.contextmanager
-def eager_ops() -> Iterator[None]:
-    """Inside, our modules run on scaled_dot_product_attention and group_norm + silu."""
-    with (
-        mock.patch.object(ops, "attention", attention.sdpa),
-        mock.patch.object(ops, "group_norm_silu", group_norm_silu.eager),
-    ):
+def eager_ops(*names: str) -> Iterator[None]:
+    """Inside, our modules run on PyTorch's functions for the ops named: sdpa, group_norm + silu."""
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(ops, name, EAGER_OPS[name]))
         yield
 
 
@@ -88,15 +88,20 @@ def make_contenders(model: UNet, theirs: Any | None, inputs: tuple[Any, ...], co
     def ours() -> Tensor:
         return model(*inputs).sample
 
-    def eager() -> Tensor:
-        with eager_ops():
+    def one_op() -> Tensor:
+        with eager_ops("group_norm_silu"):
             return model(*inputs).sample
 
-    contenders = {OURS: ours, EAGER: eager}
+    def eager() -> Tensor:
+        with eager_ops(*EAGER_OPS):
+            return model(*inputs).sample
+
+    contenders = {OURS: ours, f"{OURS}, attention alone": one_op, EAGER: eager}
     if theirs is not None:
         contenders["diffusers"] = lambda: theirs(*inputs).sample
     if compiled:
-        contenders |= {f"{name}, torch.compile": compiled_twin(name, model, theirs, inputs) for name in contenders}
+        whole = [name for name in contenders if "alone" not in name]
+        contenders |= {f"{name}, torch.compile": compiled_twin(name, model, theirs, inputs) for name in whole}
     return contenders
 
 
@@ -104,7 +109,7 @@ def compiled_twin(name: str, model: UNet, theirs: Any | None, inputs: tuple[Any,
     twin = torch.compile(theirs if name == "diffusers" else lambda *args: model(*args))
 
     def run() -> Tensor:
-        with eager_ops() if name == EAGER else contextlib.nullcontext():
+        with eager_ops(*EAGER_OPS if name == EAGER else ()):
             return twin(*inputs).sample
 
     return run

@@ -25,7 +25,7 @@ BENCHMARKS = {
     "attention": (["--backward"], {"SDPA", "SDPA flash", "SDPA math", "eager"}, set(), 8),
     "group_norm_silu": ([], {"eager"}, set(), 8),
     "nearest_codebook": ([], NEAREST_CODEBOOK, {"FAISS", "scikit-learn"}, 3),
-    "unet": ([], {"PyTorch's ops"}, {"diffusers"}, 2),
+    "unet": ([], {"PyTorch's ops", "ldm_fast, attention alone"}, {"diffusers"}, 2),
 }
 FIGURES = ("median_ms", "min_ms", "max_ms", "gflops", "gbs", "share_of_matmul_peak", "share_of_copy")
 
