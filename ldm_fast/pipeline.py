@@ -252,8 +252,6 @@ class LatentDiffusion(nn.Module):
         Raises:
             ValueError, TypeError: an argument is out of range; the message names it.
         """
-        if guidance is None and negative is None and not hasattr(self.cond_stage, "unconditional"):
-            guidance = 1.0  # there is nothing to steer away from
         settings = self._settings(steps, guidance, sampler, eta, spacing)
         condition, count = self.condition(prompts)
         uncondition = self._uncondition(negative, condition, count) if settings.guidance != 1 else None
