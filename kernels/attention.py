@@ -133,7 +133,7 @@ def _scores(product, scale_log2, mask_ptr, mask_n, mask_m, row, rows, key, keys,
         else:
             # float32's lowest value stays finite in units of log2: a row of it alone is uniform, not masked
             value = value.to(tl.float32)
-            s += tl.where(value == -INF, -INF, tl.maximum(value * LOG2E, LOWEST))
+            s += tl.where(value == -INF, -INF, tl.maximum(value * LOG2E, LOWEST, propagate_nan=tl.PropagateNan.ALL))
     return s
 
 
@@ -142,7 +142,8 @@ def _probabilities(s, lse, mask_ptr):
     """exp(score - lse), lse broadcast along the keys; a fully masked row has only zeros."""
     exponent = s - tl.where(lse == -INF, 0.0, lse) * LOG2E
     if mask_ptr is not None:
-        exponent = tl.minimum(exponent, 0.0)  # rounding of huge negative scores must not make a probability above one
+        # rounding of huge negative scores must not make a probability above one
+        exponent = tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.exp2(exponent)
 
 
