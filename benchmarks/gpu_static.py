@@ -61,8 +61,9 @@ QUICK = {
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 REGISTERS = 65536  # of a multiprocessor
-THREADS = 2048
-SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes of a multiprocessor; each program takes 1 KB more
+THREADS = {80: 2048, 86: 1536, 90: 2048, 100: 2048, 120: 1536}
+# bytes of a multiprocessor; each program takes 1 KB more
+SHARED = {80: 164 << 10, 86: 100 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
 TENSOR_MEMORY = 512  # columns
 
 
@@ -299,7 +300,8 @@ def _tool(name: str, *arguments: str) -> str:
 
 def _resident(arch: int, warps: int, registers: int, shared: int, tensor_memory: int) -> int:
     """Programs that fit on one multiprocessor at a time; registers are given out 8 to a thread."""
-    fits = [REGISTERS // (32 * warps * (registers + 7 & ~7)), SHARED[arch] // (shared + 1024), THREADS // (32 * warps)]
+    fits = [REGISTERS // (32 * warps * (registers + 7 & ~7)), SHARED[arch] // (shared + 1024)]
+    fits.append(THREADS[arch] // (32 * warps))
     if tensor_memory:
         fits.append(TENSOR_MEMORY // tensor_memory)
     return min(32, *fits)
@@ -513,7 +515,9 @@ def _print_works(all_works: list[Work]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities, 80 = sm_80")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=SHARED, default=[80, 90, 100], help="compute capabilities, 80 = sm_80"
+    )
     parser.add_argument("--op", nargs="+", choices=SHAPES, default=list(SHAPES), help="which ops")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--quick", action="store_true", help="only one shape of each op")

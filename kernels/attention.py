@@ -31,8 +31,9 @@ from . import Launch, refuse, unavailable
 __all__ = ["attention", "attention_backward", "attention_unsupported", "unavailable"]
 
 SHORT_KEYS = 128  # keys that a program keeps
-SHORT_WIDTH = 256  # widest head with which they fit
-SHORT_MASKED = 96, 12800  # with a mask: keys, and keys times columns, both padded
+SHORT_WIDTH = 192  # widest head with which they fit
+# Keys, and keys times columns, both padded, that a program keeps: sm_86, sm_89 and sm_120 have 99 KB for it
+SHORT_UNMASKED, SHORT_MASKED = (128, 16384), (96, 12800)
 SHORT_GRADIENT = 80  # widest head whose dk and dv for all those keys stay in a program's registers
 BOTH, ONE = 128, 160  # widest heads of which a long program keeps both dk and dv of its keys, and one of them
 WIDEST = 1024
@@ -668,8 +669,8 @@ def _plan(d: int, half: bool, masked: bool, backward: bool = False, keys: bool =
 def _is_short(m: int, d: int, masked: bool) -> bool:
     """Whether a program of the forward pass can keep all keys."""
     keys, columns = sum(_pieces(m)), sum(_pieces(d))
-    most_keys, most_elements = SHORT_MASKED if masked else (SHORT_KEYS, SHORT_KEYS * SHORT_WIDTH)
-    return m <= SHORT_KEYS and d <= SHORT_WIDTH and keys <= most_keys and keys * columns <= most_elements
+    most_keys, most_elements = SHORT_MASKED if masked else SHORT_UNMASKED
+    return d <= SHORT_WIDTH and keys <= most_keys and keys * columns <= most_elements
 
 
 def attention_unsupported(
@@ -702,7 +703,10 @@ def forward_launches(
     options = {"D": d, "UNIT": unit, "PER_QUERY": per_query, "num_stages": 2, "enable_fp_fusion": True}
     if half and _is_short(m, d, mask is not None):
         (d0, d1), (m0, m1) = _pieces(d), _pieces(m)
-        block, warps = (128, 8) if (d0, d1) == (128, 0) or d0 > 128 else (64, 4)
+        block, warps = 64, 4
+        if (d0, d1) == (128, 0):  # 16 more keys are too few columns for the warps of a smaller tile
+            block, warps = 128, 8
+            options["num_stages"] = 1  # two tiles of queries and the keys are more than 99 KB
         # more tiles per program spread the loading of k and v, fewer leave programs for every processor
         tiles = max(1, min(4, n // (8 * block)))
         options.update(D0=d0, D1=d1, M0=m0, M1=m1, BLOCK_N=block, num_warps=warps)

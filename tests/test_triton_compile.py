@@ -146,6 +146,30 @@ def test_masks(gpu_static: ModuleType, m: int, d: int) -> None:
         assert gpu_static.compile_launch(launches[0], 80).loads > gpu_static.compile_launch(unmasked, 80).loads
 
 
+def check_that_it_fits(gpu_static: ModuleType, launches: Iterable[kernels.Launch], arch: int) -> None:
+    for launch in launches:
+        static = gpu_static.compile_launch(launch, arch)
+        assert static.resident >= 1, static
+
+
+@pytest.mark.parametrize(("m", "d"), [(77, 128), (80, 192), (77, 256)])
+def test_a_program_fits_small_gpus(gpu_static: ModuleType, m: int, d: int) -> None:
+    """sm_86, sm_89 and sm_120 have 99 KB of shared memory for a program: one that takes more cannot start."""
+    check_that_it_fits(gpu_static, gpu_static.attention_launches((1, 1, 64, m, d), HALF)[:1], 86)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", (86, 120))
+@pytest.mark.parametrize("masked", (False, True))
+def test_every_plan_fits_small_gpus(gpu_static: ModuleType, arch: int, masked: bool) -> None:
+    short = [(1, 1, 64, m, d) for m in (64, 80, 96, 128) for d in (80, 96, 128, 160, 192)]
+    long = [(1, 1, 300, 300, d) for d in (64, 80, 128, 160, 192, 256, 320, 512)]
+    for shape in short + long:
+        b, h, n, m, _ = shape
+        mask = torch.empty(b, h, n, m, dtype=torch.bool, device="meta") if masked else None
+        check_that_it_fits(gpu_static, gpu_static.attention_launches(shape, HALF, mask), arch)
+
+
 def test_one_kernel_for_every_size(gpu_static: ModuleType, model_shapes: ModuleType) -> None:
     """Other numbers of images, heads, queries, keys, channels and pixels need no compiling."""
 
