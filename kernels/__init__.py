@@ -5,12 +5,15 @@ of the ops do need it: ask `unavailable()` first, then import `ldm_fast.kernels.
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+
+_OLDEST = (8, 0)  # compute capability: what Triton supports, and what the shared memory of a program is planned for
 
 
 class Launch(NamedTuple):
@@ -40,6 +43,8 @@ def unavailable() -> str | None:
         return "Triton is not installed: `pip install triton` (Linux) would bring it"
     if not interpreting() and not torch.cuda.is_available():
         return "PyTorch sees no CUDA GPU (TRITON_INTERPRET=1, set before the start, runs the kernels slowly on a CPU)"
+    if not interpreting() and torch.version.cuda is None:
+        return "the Triton kernels are planned for NVIDIA GPUs, and this PyTorch is built for others"
     return None
 
 
@@ -50,4 +55,14 @@ def refuse(x: torch.Tensor) -> str | None:
     if interpreting():
         # its tl.dot multiplies the bits of bfloat16 numbers as integers
         return "Triton's interpreter computes bfloat16 wrongly" if x.dtype == torch.bfloat16 else None
-    return None if x.is_cuda else f"the Triton kernels need tensors on a CUDA GPU, not on {x.device}"
+    if not x.is_cuda:
+        return f"the Triton kernels need tensors on a CUDA GPU, not on {x.device}"
+    major, minor = _capability(x.device)
+    if (major, minor) < _OLDEST:
+        return f"the Triton kernels need a GPU of compute capability 8.0 or newer, {x.device} has {major}.{minor}"
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

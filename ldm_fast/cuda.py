@@ -22,10 +22,17 @@ def unavailable() -> str | None:
     """Why no CUDA kernel can run here, with what would change that; None if they can."""
     if _native_cuda is None:
         return f"the CUDA kernels are not built: put nvcc on PATH and install ldm_fast again ({_import_error})"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA: install a CUDA build of PyTorch"
     if not torch.cuda.is_available():
-        if torch.version.cuda is None:
-            return f"PyTorch {torch.__version__} is built without CUDA: install a CUDA build of PyTorch"
         return "PyTorch finds no CUDA device: it takes an NVIDIA GPU and its driver"
+    info = _native_cuda.build_info()
+    if info.driver_version // 1000 < info.runtime_version // 1000:
+        built, driver = _version(info.runtime_version), _version(info.driver_version)
+        return (
+            f"the CUDA kernels are built with CUDA {built}, and the driver runs {driver} at most: update the driver, "
+            "or put an older nvcc on PATH and install ldm_fast again"
+        )
     return None
 
 

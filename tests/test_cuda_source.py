@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,6 +271,19 @@ def test_wrong_arguments_are_refused_before_the_gpu_is_touched(wrong):
 def test_sizes_beyond_the_kernels_have_no_workspace():
     with pytest.raises(ValueError, match="nearest_codebook: d must be"):
         cuda._native_cuda.nearest_codebook_workspace(n=1, k=1, d=2**31 - 32, stats=False, device=0)
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "driver", "reason"),
+    [("12.4", 12040, "CUDA 13.0, and the driver runs 12.4"), ("13.1", 13000, None), (None, 0, "built without CUDA")],
+)
+def test_what_the_gpu_cannot_run_is_known_before(torch_cuda, driver, reason, monkeypatch):
+    """A driver runs programs of its major version and older ones; a PyTorch for AMD's GPUs calls these CUDA devices."""
+    info = SimpleNamespace(runtime_version=13000, driver_version=driver, architectures=[80])
+    monkeypatch.setattr(cuda, "_native_cuda", SimpleNamespace(build_info=lambda: info))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    assert cuda.unavailable() is None if reason is None else reason in cuda.unavailable()
 
 
 @pytest.mark.parametrize("op", ["nearest_codebook", "nearest_codebook_stats"])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -299,6 +300,21 @@ def test_refusals_say_what_is_needed() -> None:
     if not RUNS_HERE:
         assert "CUDA" in attention.attention_unsupported(q, q, q, None, 1.0)
         assert "CUDA" in kernels.unavailable()
+
+
+@pytest.mark.skipif(kernels.interpreting(), reason="the interpreter runs everywhere")
+def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before sm_80 programs find too little shared memory; a PyTorch for AMD's GPUs calls these CUDA devices."""
+    on_gpu = SimpleNamespace(dtype=torch.float16, is_cuda=True, device="cuda:0")
+    for capability in ((7, 5), (8, 0), (12, 0)):
+        kernels._capability.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert (kernels.refuse(on_gpu) is None) == (capability >= (8, 0))
+    kernels._capability.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for version in (None, "12.4"):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert (kernels.unavailable() is None) == (version is not None)
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
