@@ -359,7 +359,7 @@ def _blackwell_products(ptx: str) -> list[tuple[int, int]]:
 def _divisions(ptx: str) -> tuple[int, int]:
     """Integer divisions and remainders in the PTX, and those of them inside loops."""
     lines = ptx.splitlines()
-    labels = {line[:-1]: number for number, line in enumerate(lines) if re.match(r"\$L\w+:", line)}
+    labels = {match[1]: number for number, line in enumerate(lines) if (match := re.match(r"(\$L\w+):", line))}
     inside = set()
     for number, line in enumerate(lines):
         if (match := re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)) and labels.get(match[1], number) < number:

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -121,6 +122,17 @@ def test_faults_are_found(gpu_static: ModuleType) -> None:
     static = gpu_static.compile_launch(wasteful, 80)
     assert static.matrix == 2 and static.registers > 64
     assert {"matrix work", "occupancy"} <= set(gpu_static.faults(static, HALF))
+
+
+def test_faults_of_memory_are_found(gpu_static: ModuleType, model_shapes: ModuleType) -> None:
+    """Rows of which nothing is known, too few registers, and a loop that divides."""
+    shape = model_shapes.GroupNormShape(2, 320, 64, 64, True, False)
+    launches = gpu_static.group_norm_silu_launches(shape, HALF, CHANNELS_LAST)
+    apply, merge = (next(x for x in launches if x.kernel.__name__ == name) for name in ("_apply", "_merge"))
+    static = gpu_static.compile_launch(apply._replace(options={**apply.options, "UNIT": 1, "maxnreg": 32}), 80)
+    assert set(gpu_static.faults(static, HALF)) == {"spills", "narrow loads", "narrow stores"}
+    divides = gpu_static.compile_launch(merge, 80).loop_divisions
+    assert gpu_static.faults(replace(static, loop_divisions=divides), HALF)[-1] == "division in a loop"
 
 
 def test_sizes_of_one(gpu_static: ModuleType, model_shapes: ModuleType) -> None:
