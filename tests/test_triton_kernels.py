@@ -205,6 +205,14 @@ class TestKernels:
             results.append([y, group_norm_silu.group_norm_silu_backward(y, x, *rest)[0]])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
+    @pytest.mark.parametrize("shape", [(1, 6, 5, 7), (1, 4, 71, 67)], ids=("group", "split"))
+    def test_a_constant_has_no_deviation(self, shape: tuple[int, ...]) -> None:
+        """The mean as it is summed is off by some units in the last place: many times the square root of eps."""
+        x = torch.full(shape, 1e5 / 3, device=DEVICE)
+        y, mean, rstd = group_norm_silu.group_norm_silu(x, 1, None, None, 1e-6, None, None, None)
+        assert (y == 0).all() and (mean == x[0, 0, 0, 0]).all()
+        torch.testing.assert_close(rstd, torch.full_like(rstd, 1e3))
+
     def test_the_lowest_additive_mask_is_no_missing_key(self) -> None:
         """Libraries mask with the lowest finite number: PyTorch's softmax of a row of it alone is uniform."""
         q, k, v = (torch.randn(1, 1, n, 16, device=DEVICE) for n in (3, 5, 5))
@@ -361,4 +369,4 @@ def test_the_kernels_in_the_interpreter() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
-    assert f"{2 * len(ATTENTION) + 2 * len(GROUP_NORM_SILU) + 22} passed" in done.stdout
+    assert f"{2 * len(ATTENTION) + 2 * len(GROUP_NORM_SILU) + 24} passed" in done.stdout
