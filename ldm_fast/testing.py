@@ -122,7 +122,7 @@ _SPLIT = (
     ),
     *(GroupNormSilu((2, 64, 12, 12), 32, data=data) for data in ("constant", "large")),
     *(GroupNormSilu((2, 6, 5, 7), 3, "sliced"), GroupNormSilu((1, 12, 150, 151), 2)),
-    GroupNormSilu((2, 12, 5, 3), 4, "channels_last", modulation="both", affine="none"),
+    GroupNormSilu((2, 12, 5, 3), 4, "channels_last", modulation="both", affine="none", data="offset"),
     GroupNormSilu((2, 12, 5, 3), 4, activation=None, modulation="scale", affine="bias"),
 )
 
