@@ -89,15 +89,28 @@ def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     return torch.from_numpy(_lighter_than_mid_grey(picture))
 
 
+def _eight_bits(picture: Image) -> Image:
+    """Greyscale of 16 bits by its upper ones, as Pillow reads colours of 16; its own conversion would clip, to white
+    for the most part. ValueError for other numbers: no file says what is black and what is white."""
+    from PIL import Image
+
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    values = np.asarray(picture)
+    if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError("a picture of 32-bit numbers has no black and white of its own; make it one of 8 or 16 bits")
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
 def _on_white(picture: Image) -> Image:
     from PIL import Image
 
-    picture = picture.convert("RGBA")
+    picture = _eight_bits(picture).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def _lighter_than_mid_grey(picture: Image) -> np.ndarray:
-    return np.array(picture.convert("L")) > 127
+    return np.array(_eight_bits(picture).convert("L")) > 127
 
 
 def _open(path: str | Path) -> Image:
@@ -105,7 +118,7 @@ def _open(path: str | Path) -> Image:
 
     try:
         with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened)
+            return _eight_bits(ImageOps.exif_transpose(opened))
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image file: {path}") from None
     except UnidentifiedImageError:

@@ -109,6 +109,31 @@ def test_captions_in_one_file(tmp_path):
     assert folder_images(tmp_path, 8).captions == ("rouge",)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "captions.jsonl"])
+def test_captions_as_editors_write_them(tmp_path, name):
+    """With a byte order mark, and characters in JSON that Python, but not JSON, takes for the end of a line."""
+    picture(tmp_path / "a.png", "red")
+    caption = "rote\u2028Fläche"
+    text = caption if name == "a.txt" else json.dumps({"file": "a.png", "caption": caption}, ensure_ascii=False)
+    (tmp_path / name).write_text(text + "\n", encoding="utf-8-sig")
+    assert folder_images(tmp_path, 8).captions == (caption,)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "captions.jsonl"])
+def test_captions_in_another_encoding_are_named(tmp_path, name):
+    picture(tmp_path / "a.png", "red")
+    (tmp_path / name).write_bytes("Fläche".encode("latin1"))
+    with pytest.raises(DataError, match=rf"cannot read .*{name}: 'utf-8' codec"):
+        folder_images(tmp_path, 8)
+
+
+def test_pictures_that_are_too_large_are_named(tmp_path, monkeypatch):
+    picture(tmp_path / "a.png", "red")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    with pytest.raises(DataError, match=r"cannot read the image .*a\.png: Image size \(600 pixels\) exceeds"):
+        folder_images(tmp_path, 8)
+
+
 def test_classes_from_sub_folders(tmp_path):
     for name in ("dog/1.png", "cat/1.png", "dog/2.png"):
         picture(tmp_path / name, "green")
@@ -131,9 +156,13 @@ def test_transparency_becomes_white_and_the_middle_is_kept(tmp_path):
     [
         ({}, "no images"),
         ({"note.txt": "x"}, "no images"),
-        ({"a.png": "this is no picture"}, r"cannot read the image .*a\.png"),
+        ({"a.png": "this is no picture"}, r"a\.png is not an image"),
         ({"ok.png": None, "captions.jsonl": '{"file": "b.png", "caption": "x"}'}, r"ok\.png has no caption in"),
         ({"ok.png": None, "captions.jsonl": '{"file": "b.png"}'}, r"captions\.jsonl, line 1"),
+        (
+            {"ok.png": None, "captions.jsonl": '{"file": "ok.png", "caption": null}'},
+            "the caption must be a string",
+        ),
         ({"ok.png": None, "b.png": None, "b.txt": "x"}, r"ok\.png has no \.txt"),
         ({"ok.png": None, "cat/b.png": None}, r"ok\.png lies in no sub-folder"),
     ],

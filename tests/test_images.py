@@ -5,12 +5,13 @@ import stat
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ldm_fast.files import check_writable, write_atomically
-from ldm_fast.images import grid, png_bytes, read_image, read_mask, to_pil
+from ldm_fast.images import as_images, as_masks, grid, png_bytes, read_image, read_mask, to_pil
 
 
 def numbered(height, width):
@@ -58,6 +59,23 @@ def test_fitting_covers_the_size_and_cuts_the_middle(tmp_path):
 def test_mask_is_true_where_it_is_light(tmp_path):
     Image.frombytes("L", (4, 1), bytes([0, 127, 128, 255])).save(tmp_path / "m.png")
     assert read_mask(tmp_path / "m.png").tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_not_clipped_to_white(tmp_path, suffix):
+    values = np.array([[0, 255, 256, 32767, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    for found in (read_image(tmp_path / f"a.{suffix}"), as_images(Image.open(tmp_path / f"a.{suffix}"))[0]):
+        assert found[0].tolist() == [[n] * 3 for n in (0, 0, 1, 127, 128, 255)]
+    assert read_mask(tmp_path / f"a.{suffix}").tolist() == [[False] * 4 + [True] * 2]
+    assert as_masks(Image.open(tmp_path / f"a.{suffix}")).tolist() == [[[False] * 4 + [True] * 2]]
+
+
+@pytest.mark.parametrize("values", [np.float32([[0, 0.5]]), np.int32([[0, 65536]]), np.int32([[-1, 5]])])
+def test_numbers_without_a_black_and_white_are_no_picture(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif: a picture of 32-bit numbers"):
+        read_image(tmp_path / "a.tif")
 
 
 def test_grid_places_images_by_rows():

@@ -19,6 +19,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from ldm_fast.images import read_image
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -302,17 +304,10 @@ def folder_images(path: str | Path, size: int) -> ImageSet:
 
 
 def _read_image(file: Path, size: int) -> torch.Tensor:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"cannot read the image {file}: {error}") from error
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image).convert("RGB")
-    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return read_image(file, (size, size)).permute(2, 0, 1)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _captions(root: Path, files: list[Path], names: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -325,7 +320,7 @@ def _captions(root: Path, files: list[Path], names: tuple[str, ...]) -> tuple[st
         for file, name in zip(files, names, strict=True):
             beside = file.with_suffix(".txt")
             if beside.is_file():
-                given[name] = beside.read_text(encoding="utf-8").strip()
+                given[name] = _read_text(beside).strip()
         if not given:
             return None
         where = "no .txt file with a caption beside it"
@@ -337,15 +332,26 @@ def _captions(root: Path, files: list[Path], names: tuple[str, ...]) -> tuple[st
 
 def _read_listing(listing: Path) -> dict[str, str]:
     given = {}
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_text(listing).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            given[Path(entry["file"]).as_posix()] = str(entry["caption"])
+            name, caption = Path(entry["file"]).as_posix(), entry["caption"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f'{listing}, line {number}: need {{"file": ..., "caption": ...}}') from error
+        if not isinstance(caption, str):
+            raise DataError(f"{listing}, line {number}: the caption must be a string, got {caption!r}")
+        given[name] = caption
     return given
+
+
+def _read_text(file: Path) -> str:
+    """UTF-8, with the byte order mark that some editors write or without. DataError names the file."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {file}: {error}") from error
 
 
 def _labels(names: tuple[str, ...]) -> tuple[torch.Tensor | None, tuple[str, ...]]:
