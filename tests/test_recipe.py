@@ -32,6 +32,7 @@ condition = "none"
 [second_stage.unet]
 block_out_channels = [16]
 down_block_types = ["DownBlock2D"]
+mid_block_type = "UNetMidBlock2D"
 norm_num_groups = 4
 [second_stage.loop]
 steps = 2
@@ -63,6 +64,16 @@ def test_values_become_what_the_fields_say():
         ("steps = 2", "steps = true", r"first_stage\.loop\.steps: needs a whole number, got True"),
         ("steps = 2", "steps = 0", r"first_stage\.loop: steps must be at least 1"),
         ("learning_rate = 1e-3", "learning_rate = -1.0", r"learning_rate must be positive"),
+        ("learning_rate = 1e-3", "learning_rate = nan", r"learning_rate must be positive"),
+        ("learning_rate = 1e-3", "learning_rate = 1e-3\nwarmup_steps = -1", r"warmup_steps must not be negative"),
+        ("learning_rate = 1e-3", "learning_rate = 1e-3\ngrad_clip = -1", r"grad_clip must be positive, got -1\.0"),
+        (
+            "[first_stage.vq]",
+            "[first_stage]\nquantize_from = 2\n[first_stage.vq]",
+            "quantize_from is 2; between",
+        ),
+        ("[first_stage.vq]", "[first_stage]\nshift = -1\n[first_stage.vq]", r"shift must not be negative"),
+        ("[first_stage.vq]", "[first_stage]\ndisc_layers = 0\n[first_stage.vq]", r"disc_layers must be at least 1"),
         ("learning_rate = 1e-3", 'learning_rate = "fast"', r"learning_rate: needs a number"),
         ('kind = "synthetic"', 'kind = "emojis"', r"data\.kind: 'emojis' is not one of.*did you mean 'emoji'"),
         ('kind = "synthetic"\n', "", r"data\.kind: this field is missing; it is one of"),
@@ -71,6 +82,15 @@ def test_values_become_what_the_fields_say():
         ("[8, 16]", "[8, 18]", r"first_stage\.vq: .*norm_num_groups 4 must divide 18"),
         ("[first_stage.vq]", "[first_stage.vqq]", r"first_stage\.vqq.*did you mean 'vq'"),
         ('condition = "none"', "", r"second_stage: condition \"text\" needs the section text"),
+        ('condition = "none"', 'condition = "class"', r"condition \"class\" needs a unet with cross attention"),
+        ('mid_block_type = "UNetMidBlock2D"\n', "", r"condition \"none\" needs a unet with no cross attention"),
+        ('condition = "none"', 'condition = "none"\nmin_snr_gamma = 0', r"min_snr_gamma must be positive, got 0\.0"),
+        ("[second_stage.loop]", "[second_stage.sampling]\nsteps = 2000\n[second_stage.loop]", r"between 1 and 1000"),
+        (
+            "[second_stage.loop]",
+            '[second_stage.sampling]\nsampler = "dimm"\n[second_stage.loop]',
+            r"second_stage: sampling\.sampler must be one of ddim, .*, got 'dimm'",
+        ),
         ('name = "minimal"', "", r"name: this field is missing"),
         ('name = "minimal"', 'name = "minimal', r"not valid TOML"),
         ('name = "minimal"', 'name = "minimal"\nfirst_stage = 3', r"TOML|first_stage"),
@@ -85,6 +105,12 @@ def test_errors_name_the_field(old, new, message):
     assert old in MINIMAL
     with pytest.raises(RecipeError, match=message):
         parse_recipe(MINIMAL.replace(old, new, 1), "mine.toml")
+
+
+def test_a_text_encoder_as_wide_as_the_context():
+    stage = load_recipe("tiny").second_stage
+    with pytest.raises(ValueError, match=r"text\.width is 24, but the unet takes a context of width 16"):
+        dataclasses.replace(stage, text=dataclasses.replace(stage.text, width=24))
 
 
 def test_exactly_one_kind_of_first_stage():

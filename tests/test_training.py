@@ -21,12 +21,13 @@ from ldm_fast.autoencoder import AutoencoderConfig
 from ldm_fast.pipeline import LatentDiffusion
 from ldm_fast.training import CheckpointError, DataError, TrainingError, TrainingStopped, export, load_recipe, train
 from ldm_fast.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
-from ldm_fast.training.data import DataConfig, load_data, synthetic_images
+from ldm_fast.training.data import DataConfig, synthetic_images
 from ldm_fast.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from ldm_fast.training.ema import Ema, decay_at
 from ldm_fast.training.first_stage import FirstStage
 from ldm_fast.training.loop import DataOrder, learning_rate_factor, seeded, update_weights
 from ldm_fast.training.recipe import LoopConfig, Phase
+from ldm_fast.training.run import _alone_in
 from ldm_fast.training.second_stage import SecondStage, multiscale_error
 
 CPU = torch.device("cpu")
@@ -162,6 +163,23 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_resumes(tmp_path, whole, monke
     assert newest_checkpoint(tmp_path / "first_stage" / "checkpoints")[1]["step"] == 4
     train(TINY, tmp_path, progress=False)
     assert_same_run(tmp_path, whole)
+
+
+def test_asked_to_stop_in_the_last_step_it_does_not_begin_the_second_stage(tmp_path, whole, monkeypatch):
+    evaluate = FirstStage.evaluate
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self)
+
+    monkeypatch.setattr(FirstStage, "evaluate", interrupted)
+    recipe = change(TINY, "first_stage", loop={"evaluate_every": 12})
+    with pytest.raises(TrainingStopped, match="first_stage stopped after step 12 of 12"):
+        train(recipe, tmp_path, progress=False)
+    monkeypatch.undo()
+    train(recipe, tmp_path, progress=False)
+    exported = (LatentDiffusion.load(folder / "model.safetensors").state_dict() for folder in (tmp_path, whole))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*(e.values() for e in exported), strict=True))
 
 
 def test_more_steps_continue_whatever_the_memory_layout(tmp_path):
@@ -677,9 +695,76 @@ def test_sizes_and_channels_that_do_not_fit():
         SecondStage(dataclasses.replace(TINY.second_stage, unet=unet), first.ema.module, synthetic_images(16), 0, CPU)
 
 
-def test_captions_are_needed_for_text(tmp_path):
+UNFIT = {
+    "captions": ({}, "have no captions"),
+    "classes": ({"condition": "class"}, "have no classes"),
+    "channels": ({"in_channels": 4}, "4 input and 3 output channels"),
+    "size": ({"sample_size": 8}, "sample_size is 8; the latents have 4 a side"),
+    "scales": ({"loss_levels": 4}, "loss_levels is 4: means over 8 × 8 cells; the latents have 4 a side"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_does_not_fit_is_known_before_the_first_stage_is_trained(tmp_path, name):
+    fields, message = UNFIT[name]
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-    data = load_data(DataConfig("folder", 16, path=str(tmp_path)))
-    first = FirstStage(TINY.first_stage, data, 0, CPU)
-    with pytest.raises(DataError, match="have no captions"):
-        SecondStage(TINY.second_stage, first.ema.module, data, 0, CPU)
+    unet = TINY.second_stage.unet
+    of_unet = {key: value for key, value in fields.items() if hasattr(unet, key)}
+    fields = {key: value for key, value in fields.items() if key not in of_unet}
+    recipe = change(TINY, "second_stage", unet=dataclasses.replace(unet, **of_unet), **fields)
+    if name in ("captions", "classes"):
+        recipe = dataclasses.replace(recipe, data=DataConfig("folder", 16, path=str(tmp_path)))
+    with pytest.raises(DataError, match=message):
+        train(recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_too_small_for_the_discriminator():
+    """Known before the first step, not at disc_start."""
+    FirstStage(dataclasses.replace(TINY.first_stage, disc_layers=2), synthetic_images(16), 0, CPU)
+    with pytest.raises(DataError, match=r"data\.size 16 is too small for disc_layers = 3: 24 is needed"):
+        FirstStage(dataclasses.replace(TINY.first_stage, disc_layers=3), synthetic_images(16), 0, CPU)
+    for layers in (1, 2, 3):
+        images = torch.zeros(1, 3, *(2 * [PatchDiscriminator.least_side(layers)]))
+        assert PatchDiscriminator(8, layers).eval()(images).shape == (1, 1, 1, 1)
+
+
+def test_a_first_stage_is_for_the_second(tmp_path, whole):
+    with pytest.raises(ValueError, match='with stage="first" give none'):
+        train(TINY, tmp_path, stage="first", first_stage=whole, progress=False)
+
+
+def test_one_process_trains_in_a_folder(tmp_path, monkeypatch):
+    with _alone_in(tmp_path), pytest.raises(TrainingError, match="another process is training in"):
+        train(TINY, tmp_path, progress=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="training is done by one process; this is one of 2"):
+        train(TINY, tmp_path, progress=False)
+
+
+def folder_recipe(folder, steps):
+    recipe = dataclasses.replace(TINY, data=DataConfig("folder", 16, path=str(folder)))
+    recipe = change(recipe, "first_stage", loop={"steps": 2})
+    return change(recipe, "second_stage", loop={"steps": steps, "lr_schedule": "constant"})
+
+
+def test_other_data_is_refused_wherever_it_lies(tmp_path):
+    """A caption changed between two parts of a run would give other words to the numbers that were learned."""
+    folder, run_dir = tmp_path / "pictures", tmp_path / "run"
+    folder.mkdir()
+    for name in ("red", "blue"):
+        Image.new("RGB", (16, 16), name).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"{name} thing")
+    train(folder_recipe(folder, 2), run_dir, progress=False)
+    folder = folder.rename(tmp_path / "moved")
+    train(folder_recipe(folder, 3), run_dir, progress=False)
+    (folder / "red.txt").write_text("aaa thing")
+    train(folder_recipe(folder, 4), run_dir, stage="first", progress=False)
+    with pytest.raises(CheckpointError, match=r"second_stage was trained with .* other data \(data\.conditions"):
+        train(folder_recipe(folder, 4), run_dir, progress=False)
+    with pytest.raises(CheckpointError, match="with other captions or classes than these"):
+        export(folder_recipe(folder, 3), run_dir)
+    (folder / "red.txt").write_text("red thing")
+    Image.new("RGB", (16, 16), "green").save(folder / "blue.png")
+    with pytest.raises(CheckpointError, match=r"first_stage was trained with .* other data \(data\.images"):
+        train(folder_recipe(folder, 4), run_dir, progress=False)

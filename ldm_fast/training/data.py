@@ -34,7 +34,7 @@ class DataConfig:
 
     kind: Literal["emoji", "folder", "synthetic"]
     size: int
-    path: str | None = None
+    path: str | None = field(default=None, metadata={"free": True})  # the same pictures may lie somewhere else
     limit: int | None = None
 
 

@@ -31,6 +31,11 @@ class PatchDiscriminator(nn.Module):
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
+    @staticmethod
+    def least_side(layers: int) -> int:
+        """Of images that give one patch at least: `layers` convolutions halve it, two more take one each."""
+        return 3 * 2**layers
+
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
 

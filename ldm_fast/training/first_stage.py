@@ -39,6 +39,8 @@ class FirstStage:
             raise DataError(
                 f"data.size {side} is no multiple of the first stage's f = {recipe.model.downsampling_factor}"
             )
+        if recipe.disc_weight > 0 and side < (least := PatchDiscriminator.least_side(recipe.disc_layers)):
+            raise DataError(f"data.size {side} is too small for disc_layers = {recipe.disc_layers}: {least} is needed")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (), generator=seeded(seed, self.name, "weights"))))
             self._build()

@@ -163,8 +163,8 @@ def _check_unchanged(
             del changes[phases]
     if changes:
         raise CheckpointError(
-            f"{folder} was trained with another recipe ({'; '.join(list(changes.values())[:5])}): "
-            "restore the recipe, train in another folder or start again without resuming"
+            f"{folder} was trained with another recipe or other data ({'; '.join(list(changes.values())[:5])}): "
+            "restore them, train in another folder or start again without resuming"
         )
 
 
@@ -229,7 +229,8 @@ class _Loop:
             if not math.isfinite(value):
                 raise TrainingError(
                     f"{stage.name}: {name} is {value} at step {number + 1}; "
-                    "lower the learning rate or clip gradients (grad_clip); the last checkpoint is unharmed"
+                    "the last checkpoint is unharmed, but the same recipe would come to the same end: "
+                    "lower the learning rate or clip gradients (grad_clip), and start again"
                 )
         return metrics
 
@@ -252,7 +253,7 @@ class _Loop:
             picture = self.stage.sample(seeded(self.seed, self.stage.name, "sample"))
             self._write_sample(done, picture)
         state["seconds"] += time.perf_counter() - start
-        stopping = stop["requested"] and not last
+        stopping = stop["requested"]
         if last or stopping or done % config.checkpoint_every == 0:
             self.log.sync()
             about = {**state, "fingerprint": self.fingerprint}
@@ -282,7 +283,7 @@ class _Loop:
 
 
 def capture(stage: Stage) -> dict[str, Tensor]:
-    """Every tensor of a stage's state under a flat name."""
+    """Every tensor of a stage's state under a flat name, copied to the CPU: a device may not hold it twice."""
     tensors = {}
     for name, module in stage.modules().items():
         tensors.update({f"weights/{name}/{key}": value for key, value in module.state_dict().items()})
@@ -290,7 +291,7 @@ def capture(stage: Stage) -> dict[str, Tensor]:
         for number, values in optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer/{name}/{number}/{key}": value for key, value in values.items()})
     tensors.update({f"extra/{name}": value for name, value in stage.extra().items()})
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def restore(stage: Stage, tensors: dict[str, Tensor]) -> None:

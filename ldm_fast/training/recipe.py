@@ -20,6 +20,7 @@ from typing import Any, Literal, Union
 from ldm_fast.autoencoder import AutoencoderConfig, VQConfig
 from ldm_fast.diffusion import DiffusionConfig
 from ldm_fast.pipeline import Defaults
+from ldm_fast.samplers import SAMPLERS, spaced_timesteps
 from ldm_fast.training.data import DataConfig
 from ldm_fast.unet import UNetConfig
 
@@ -31,6 +32,12 @@ class RecipeError(ValueError):
 def free(default: Any) -> Any:
     """A field that may change between two parts of one run: it has no influence on the weights."""
     return field(default=default, metadata={"free": True})
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,11 @@ class LoopConfig:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.learning_rate <= 0 or not 0 <= self.ema_decay < 1:
+        if not self.learning_rate > 0 or not 0 <= self.ema_decay < 1:
             raise ValueError("learning_rate must be positive and ema_decay in [0, 1)")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise ValueError(f"grad_clip must be positive, got {self.grad_clip}")
+        _not_negative(self, "warmup_steps", "final_lr_ratio", "weight_decay", "sample_every", "evaluate_every")
         bounds = [0, *self.lr_restarts, self.steps]
         if any(b <= a for a, b in itertools.pairwise(bounds)):
             raise ValueError(f"lr_restarts must rise from above 0 to below steps ({self.steps}), got {bounds[1:-1]}")
@@ -96,6 +106,16 @@ class FirstStageRecipe:
     def __post_init__(self) -> None:
         if (self.vq is None) == (self.kl is None):
             raise ValueError("give exactly one of the sections vq and kl")
+        _not_negative(self, "lpips_weight", "kl_weight", "codebook_weight", "latent_noise", "revive_every")
+        _not_negative(self, "disc_weight", "disc_start", "shift")
+        for name in ("disc_channels", "disc_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.vq is not None and not 0 <= self.quantize_from < self.loop.steps:
+            raise ValueError(
+                f"quantize_from is {self.quantize_from}; between 0 and loop.steps ({self.loop.steps}) the codebook has "
+                "to start, or the decoder never learns to decode it"
+            )
 
     @property
     def model(self) -> AutoencoderConfig:
@@ -145,8 +165,8 @@ class SecondStageRecipe:
     export_half: bool = free(True)  # float16 weights in the exported model
 
     def __post_init__(self) -> None:
-        if self.condition == "text" and self.text is None:
-            raise ValueError('condition "text" needs the section text')
+        self._check_condition()
+        self._check_sampling()
         if not 0 <= self.condition_dropout <= 1:
             raise ValueError(f"condition_dropout must be in [0, 1], got {self.condition_dropout}")
         if self.loss_levels < 1:
@@ -158,6 +178,25 @@ class SecondStageRecipe:
             self.at(start)
         if not self.timestep_shift > 0:
             raise ValueError(f"timestep_shift must be positive, got {self.timestep_shift}")
+        for name in ("min_snr_gamma", "scaling_factor"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def _check_condition(self) -> None:
+        if self.condition == "text" and self.text is None:
+            raise ValueError('condition "text" needs the section text')
+        unet = self.unet
+        if (self.condition != "none") != (unet.uses_context or unet.addition_embed_type == "text"):
+            needed = "no cross attention" if self.condition == "none" else "cross attention, or nothing reads it"
+            raise ValueError(f'condition "{self.condition}" needs a unet with {needed}')
+        needed = unet.cross_attention_dim if unet.encoder_hid_dim is None else unet.encoder_hid_dim
+        if self.condition == "text" and self.text.width != needed:
+            raise ValueError(f"text.width is {self.text.width}, but the unet takes a context of width {needed}")
+
+    def _check_sampling(self) -> None:
+        spaced_timesteps(self.diffusion.num_train_timesteps, self.sampling.steps, self.sampling.spacing)
+        if self.sampling.sampler not in SAMPLERS:
+            raise ValueError(f"sampling.sampler must be one of {', '.join(SAMPLERS)}, got {self.sampling.sampler!r}")
 
     def at(self, step: int) -> SecondStageRecipe:
         """The recipe in the phase of `step` (from 0), itself without phases."""
@@ -183,7 +222,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     path = Path(name_or_path)
     if path.suffix == ".toml":
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read the recipe {path}: {error}") from error
     else:
@@ -335,34 +374,37 @@ class Fingerprint:
     """Every field that has an influence on the weights, flat: {"loop.batch_size": 64, ...}.
 
     `defaults` are those whose values are the defaults: what an earlier version had no field for did as they say.
+    `free` are the fields without influence, which an earlier version may have taken for others.
     """
 
     fields: dict[str, Any]
     defaults: frozenset[str] = frozenset()
+    free: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, value: Any, path: str = "") -> Fingerprint:
         """The fingerprint of a dataclass, whose own name is `path`."""
-        flat, defaults = {}, set()
+        flat, defaults, free = {}, set(), set()
         for f in dataclasses.fields(value):
             name, inner = _join(path, f.name), getattr(value, f.name)
             if f.metadata.get("free"):
-                continue
-            if dataclasses.is_dataclass(inner):
+                free.add(name)
+            elif dataclasses.is_dataclass(inner):
                 part = cls.of(inner, name)
                 flat.update(part.fields)
                 defaults |= part.defaults
+                free |= part.free
             else:
                 flat[name] = to_dict(inner)
                 if inner == f.default:
                     defaults.add(name)
-        return cls(flat, frozenset(defaults))
+        return cls(flat, frozenset(defaults), frozenset(free))
 
     def __or__(self, other: Fingerprint) -> Fingerprint:
-        return Fingerprint(self.fields | other.fields, self.defaults | other.defaults)
+        return Fingerprint(self.fields | other.fields, self.defaults | other.defaults, self.free | other.free)
 
     def changes(self, before: dict[str, Any]) -> dict[str, str]:
         """What differs from the fields of an earlier run, as {"field": "field: old -> new"}."""
         now = json.loads(json.dumps(self.fields))
-        names = sorted((before.keys() | now.keys()) - (self.defaults - before.keys()))
+        names = sorted((before.keys() | now.keys()) - (self.defaults - before.keys()) - self.free)
         return {n: f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names if before.get(n) != now.get(n)}

@@ -2,12 +2,16 @@
 
 RUN/first_stage/   checkpoints/  samples/  metrics.jsonl
 RUN/second_stage/  checkpoints/  samples/  metrics.jsonl
-RUN/model.safetensors
+RUN/model.safetensors  lock
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ldm_fast.autoencoder import AutoencoderKL, VQModel
-from ldm_fast.files import CheckpointError
+from ldm_fast.files import CheckpointError, reason
 from ldm_fast.pipeline import LatentDiffusion
 from ldm_fast.training.checkpoint import list_checkpoints, newest_checkpoint
-from ldm_fast.training.data import load_data
+from ldm_fast.training.data import ImageSet, load_data
 from ldm_fast.training.first_stage import FirstStage
-from ldm_fast.training.loop import run_stage
+from ldm_fast.training.loop import TrainingError, run_stage
 from ldm_fast.training.recipe import Fingerprint, FirstStageRecipe, Recipe, load_recipe, to_dict
-from ldm_fast.training.second_stage import SecondStage, assemble, build_model
+from ldm_fast.training.second_stage import SecondStage, assemble, build_model, check_fits
 from ldm_fast.weights import without_training_state
 
 
@@ -46,23 +50,32 @@ def train(
     """
     if stage not in ("all", "first", "second"):
         raise ValueError(f'train: stage must be "all", "first" or "second", got {stage!r}')
+    if stage == "first" and first_stage is not None:
+        raise ValueError('train: a first_stage is what the second stage is trained on; with stage="first" give none')
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise TrainingError(f"training is done by one process; this is one of {processes} (WORLD_SIZE): start it alone")
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     run_dir, device = Path(run_dir), _device(device)
+    autoencoder = None if first_stage is None else load_first_stage(recipe.first_stage, first_stage)
     data = load_data(recipe.data)
-    if stage != "second" and first_stage is None:
-        folder = run_dir / "first_stage"
-        about = _fingerprint(recipe, "first_stage")
-        trained = FirstStage(recipe.first_stage, data, recipe.seed, device)
-        run_stage(trained, recipe.first_stage.loop, recipe.seed, folder, about, progress, resume)
-        if stage == "first":
-            return list_checkpoints(folder / "checkpoints")[-1]
-    if first_stage is None:
-        _check_finished(recipe, run_dir)
-    autoencoder = load_first_stage(recipe.first_stage, first_stage or run_dir)
-    about = _fingerprint(recipe, "second_stage") | Fingerprint({"first_stage": _digest(autoencoder)})
-    trained = SecondStage(recipe.second_stage, autoencoder, data, recipe.seed, device)
-    run_stage(trained, recipe.second_stage.loop, recipe.seed, run_dir / "second_stage", about, progress, resume)
-    return export(recipe, run_dir, first_stage=autoencoder)
+    if stage != "first":
+        check_fits(recipe.second_stage, recipe.first_stage.model if autoencoder is None else autoencoder.config, data)
+    with _alone_in(run_dir):
+        if stage != "second" and autoencoder is None:
+            folder = run_dir / "first_stage"
+            about = _fingerprint(recipe, "first_stage", data)
+            trained = FirstStage(recipe.first_stage, data, recipe.seed, device)
+            run_stage(trained, recipe.first_stage.loop, recipe.seed, folder, about, progress, resume)
+            if stage == "first":
+                return list_checkpoints(folder / "checkpoints")[-1]
+        if autoencoder is None:
+            _check_finished(recipe, run_dir)
+            autoencoder = load_first_stage(recipe.first_stage, run_dir)
+        about = _fingerprint(recipe, "second_stage", data)
+        about |= Fingerprint({"first_stage": _digest(autoencoder.state_dict())})
+        trained = SecondStage(recipe.second_stage, autoencoder, data, recipe.seed, device)
+        run_stage(trained, recipe.second_stage.loop, recipe.seed, run_dir / "second_stage", about, progress, resume)
+        return export(recipe, run_dir, first_stage=autoencoder)
 
 
 def export(
@@ -88,9 +101,12 @@ def export(
     about = state["fingerprint"]
     given = isinstance(first_stage, nn.Module)
     autoencoder = first_stage if given else load_first_stage(recipe.first_stage, first_stage or run_dir)
-    if about["first_stage"] != _digest(autoencoder):
+    if about["first_stage"] != _digest(autoencoder.state_dict()):
         raise CheckpointError(f"the second stage in {run_dir} was trained on another first stage than this one")
-    data = load_data(recipe.data).training()
+    data = load_data(recipe.data)
+    if any(about.get(name, digest) != digest for name, digest in _conditions(recipe, data).items()):
+        raise CheckpointError(f"the second stage in {run_dir} was trained with other captions or classes than these")
+    data = data.training()
     model = build_model(recipe.second_stage, data)
     _load(model, tensors, "weights/ema/", f"the second stage in {run_dir}")
     about = {
@@ -146,15 +162,47 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], prefix: str, what: str) 
         raise CheckpointError(f"{what} does not fit the recipe: {error}") from error
 
 
-def _fingerprint(recipe: Recipe, stage: str) -> Fingerprint:
-    """What must not change between two parts of one run."""
-    seed = Fingerprint({"seed": recipe.seed})
-    return seed | Fingerprint.of(recipe.data, "data") | Fingerprint.of(getattr(recipe, stage), stage)
+def _fingerprint(recipe: Recipe, stage: str, data: ImageSet) -> Fingerprint:
+    """What must not change between two parts of one run. The first stage sees no conditions: these may be put right
+    after it."""
+    seen = {"data.images": _digest({"images": data.images, "held_out": data.held_out})[:16]}
+    if stage == "second_stage":
+        seen |= _conditions(recipe, data)
+    fixed = Fingerprint({"seed": recipe.seed}) | Fingerprint(seen, defaults=frozenset(seen))
+    return fixed | Fingerprint.of(recipe.data, "data") | Fingerprint.of(getattr(recipe, stage), stage)
 
 
-def _digest(module: nn.Module) -> str:
+def _conditions(recipe: Recipe, data: ImageSet) -> dict[str, str]:
+    """A digest of what the words' and the classes' numbers in a trained second stage depend on."""
+    labels = None if data.labels is None else data.labels.tolist()
+    seen = {"none": None, "text": data.captions, "class": [data.classes, labels]}[recipe.second_stage.condition]
+    return {"data.conditions": hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]}
+
+
+@contextlib.contextmanager
+def _alone_in(run_dir: Path) -> Iterator[None]:
+    """One process at a time trains in a folder. Its lock ends with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / "lock", "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise TrainingError(f"cannot write {run_dir}: {reason(error)}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(f"another process is training in {run_dir}") from None
+        yield
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_fast.autoencoder import AutoencoderConfig
 from ldm_fast.conditioning import ClassEmbedder, ClassEmbedderConfig, TextEncoder, WordTokenizer
 from ldm_fast.diffusion import NoiseSchedule
 from ldm_fast.pipeline import LatentDiffusion
@@ -38,6 +39,7 @@ class SecondStage:
         self, recipe: SecondStageRecipe, first_stage: nn.Module, data: ImageSet, seed: int, device: torch.device
     ):
         self.recipe, self.loop, self.seed, self.device = recipe, recipe.loop, seed, device
+        check_fits(recipe, first_stage.config, data)
         self.first_stage = first_stage.to(device).eval().requires_grad_(False)
         self.data = data.training()
         held_out = data.evaluation() if bool(data.held_out.any()) else self.data
@@ -56,30 +58,10 @@ class SecondStage:
             fused=True,
         )
         self.ema = Ema(self.model, self.loop.ema_decay)
-        self._check_shapes()
         self.latents = Latents(self.first_stage, self.data, recipe.horizontal_flip)
-        self._check_levels()
         self.held_out_latents = Latents(self.first_stage, self.held_out)
         self.conditions = condition_inputs(recipe, self.model, self.data)
         self.scaling_factor = torch.tensor(self._scaling_factor(), dtype=torch.float64)
-
-    def _check_shapes(self) -> None:
-        channels, unet = self.first_stage.config.latent_channels, self.recipe.unet
-        if (unet.in_channels, unet.out_channels) != (channels, channels):
-            raise DataError(
-                f"second_stage.unet has {unet.in_channels} input and {unet.out_channels} output channels; "
-                f"the first stage's latents have {channels}"
-            )
-
-    def _check_levels(self) -> None:
-        """The coarsest scale of the loss is one that the latents have."""
-        phases = [0, *(phase.start for phase in self.recipe.phases)]
-        levels, side = max(self.recipe.at(step).loss_levels for step in phases), min(self.latents.mean.shape[-2:])
-        if 2 ** (levels - 1) > side:
-            raise DataError(
-                f"second_stage.loss_levels is {levels}: means over {2 ** (levels - 1)} × {2 ** (levels - 1)} cells; "
-                f"the latents have {side} a side"
-            )
 
     def _scaling_factor(self) -> float:
         """1 / standard deviation of the first batch's latents, unless the recipe gives it."""
@@ -245,6 +227,33 @@ class Latents:
         return mean + self.deviation[flip, index] * torch.randn(mean.shape, generator=generator).to(mean)
 
 
+def check_fits(recipe: SecondStageRecipe, first_stage: AutoencoderConfig, data: ImageSet) -> None:
+    """DataError where the UNet, the first stage and the data do not belong together. What it tells needs no trained
+    first stage, so that it is known before days are spent on one."""
+    channels, side = first_stage.latent_channels, data.images.shape[-1] // first_stage.downsampling_factor
+    unet = recipe.unet
+    if (unet.in_channels, unet.out_channels) != (channels, channels):
+        raise DataError(
+            f"second_stage.unet has {unet.in_channels} input and {unet.out_channels} output channels; "
+            f"the first stage's latents have {channels}"
+        )
+    if unet.sample_size != side:
+        raise DataError(
+            f"second_stage.unet.sample_size is {unet.sample_size}; the latents have {side} a side "
+            f"(data.size {data.images.shape[-1]}, f = {first_stage.downsampling_factor})"
+        )
+    levels = max(recipe.at(step).loss_levels for step in (0, *(phase.start for phase in recipe.phases)))
+    if 2 ** (levels - 1) > side:
+        raise DataError(
+            f"second_stage.loss_levels is {levels}: means over {2 ** (levels - 1)} × {2 ** (levels - 1)} cells; "
+            f"the latents have {side} a side"
+        )
+    if recipe.condition == "text" and data.captions is None:
+        raise DataError('second_stage.condition is "text", but the training images have no captions')
+    if recipe.condition == "class" and data.labels is None:
+        raise DataError('second_stage.condition is "class", but the training images have no classes (sub-folders)')
+
+
 # The model: {"unet": UNet, "condition": TextEncoder | ClassEmbedder}, the latter only where there is a condition
 
 
@@ -253,16 +262,12 @@ def build_model(recipe: SecondStageRecipe, data: ImageSet) -> nn.ModuleDict:
     parts: dict[str, nn.Module] = {"unet": UNet(recipe.unet)}
     parts["unet"].zero_residuals()
     if recipe.condition == "text":
-        if data.captions is None:
-            raise DataError('second_stage.condition is "text", but the training images have no captions')
         text = recipe.text
         tokenizer = WordTokenizer.from_captions(data.captions, max_length=text.max_length)
         parts["condition"] = TextEncoder.from_tokenizer(
             tokenizer, width=text.width, depth=text.depth, heads=text.heads, head_dim=text.head_dim
         )
     elif recipe.condition == "class":
-        if data.labels is None:
-            raise DataError('second_stage.condition is "class", but the training images have no classes (sub-folders)')
         classes, width = len(data.classes), recipe.unet.cross_attention_dim
         parts["condition"] = ClassEmbedder(ClassEmbedderConfig(classes + 1, width, null_class=classes))
     return nn.ModuleDict(parts)
