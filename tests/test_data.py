@@ -177,6 +177,27 @@ def test_bad_folders(tmp_path, files, message):
         folder_images(tmp_path, 8)
 
 
+def test_a_share_of_a_folder_is_held_out_whatever_else_is_there(tmp_path):
+    for number in range(40):
+        picture(tmp_path / f"{number}.png", "red")
+    found = load_data(DataConfig("folder", 8, path=str(tmp_path), held_out=0.3))
+    held_out = set(found.evaluation().names)
+    assert 6 <= len(held_out) <= 18 and len(found.training()) == 40 - len(held_out)
+    picture(tmp_path / "new.png", "blue")
+    again = load_data(DataConfig("folder", 8, path=str(tmp_path), held_out=0.3))
+    assert set(again.evaluation().names) - {"new.png"} == held_out
+    assert not load_data(DataConfig("folder", 8, path=str(tmp_path))).held_out.any()
+
+
+@pytest.mark.parametrize(
+    "config", [{"kind": "folder", "held_out": 1.0}, {"kind": "synthetic", "held_out": 0.1}], ids=str
+)
+def test_what_cannot_be_held_out(tmp_path, config):
+    picture(tmp_path / "a.png", "red")
+    with pytest.raises(DataError, match=r'data\.held_out is in \[0, 1\), and for data\.kind "folder" alone'):
+        load_data(DataConfig(size=8, path=str(tmp_path), **config))
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
         load_data(DataConfig("folder", 8, path=str(tmp_path / "none")))

@@ -554,6 +554,26 @@ def test_scaling_factor_is_one_over_the_first_batchs_deviation(second_stage):
     assert float(second_stage.scaling_factor) == pytest.approx(1 / float(z.std()), rel=1e-5)
 
 
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_loss_says_what_it_is_of(second_stage, held_out):
+    data = second_stage.data if not held_out else synthetic_images(16)
+    stage = SecondStage(TINY.second_stage, second_stage.first_stage, data, 0, CPU)
+    assert list(stage.evaluate()) == ["held_out_loss" if held_out else "trained_loss"]
+    assert stage.evaluate() == stage.evaluate()
+
+
+def test_convolutions_are_deterministic_while_it_trains(tmp_path, monkeypatch):
+    step, seen = FirstStage.step, set()
+
+    def looking(self, *arguments):
+        seen.add(torch.backends.cudnn.deterministic)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(FirstStage, "step", looking)
+    train(change(TINY, "first_stage", loop={"steps": 1}), tmp_path, stage="first", progress=False)
+    assert seen == {True} and not torch.backends.cudnn.deterministic
+
+
 def test_stratified_timesteps_cover_the_range(second_stage):
     t = second_stage._timesteps(10, seeded(0), shift=1.0)
     assert (t // 100).tolist() == list(range(10))

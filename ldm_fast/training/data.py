@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,12 +30,15 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which pictures to train on. `path` is for kind "folder", `limit` keeps only the first so many."""
+    """Which pictures to train on. `limit` keeps only the first so many. `path` and `held_out` are for kind "folder":
+    the latter is the share of pictures that are not trained on but measured on, chosen by their names alone; the other
+    kinds hold out what they say."""
 
     kind: Literal["emoji", "folder", "synthetic"]
     size: int
     path: str | None = field(default=None, metadata={"free": True})  # the same pictures may lie somewhere else
     limit: int | None = None
+    held_out: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,16 @@ def load_data(config: DataConfig) -> ImageSet:
     """The data set a recipe asks for. Raises DataError where it cannot be had."""
     if config.size < 1:
         raise DataError(f"data.size must be at least 1, got {config.size}")
+    if not 0 <= config.held_out < 1 or (config.held_out and config.kind != "folder"):
+        raise DataError(f'data.held_out is in [0, 1), and for data.kind "folder" alone, got {config.held_out}')
     if config.kind == "emoji":
         data = emoji_images(config.size)
     elif config.kind == "folder":
         if config.path is None:
             raise DataError('data.path is needed when data.kind is "folder"')
         data = folder_images(config.path, config.size)
+        held_out = [zlib.crc32(name.encode()) < config.held_out * 2**32 for name in data.names]
+        data = replace(data, held_out=torch.tensor(held_out))
     else:
         data = synthetic_images(config.size)
     if config.limit is not None:
@@ -130,7 +137,7 @@ def load_data(config: DataConfig) -> ImageSet:
             raise DataError(f"data.limit must be at least 1, got {config.limit}")
         data = data.select(torch.arange(min(config.limit, len(data))))
     if bool(data.held_out.all()):
-        raise DataError(f"all {len(data)} images are held out: nothing is left to train on; raise data.limit")
+        raise DataError(f"all {len(data)} images are held out: nothing is left to train on; there must be more")
     return data
 
 

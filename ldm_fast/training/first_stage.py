@@ -230,7 +230,8 @@ class FirstStage:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Of the EMA weights: PSNR on held-out images (their mean, and of their pooled error), and codebook usage."""
+        """Of the EMA weights: PSNR on held-out images, or on trained ones where nothing is held out (their mean, and of
+        their pooled error), and codebook usage."""
         squares, values = [], {}
         index = torch.arange(min(len(self.held_out), EVALUATION_IMAGES))
         for part in index.split(self.loop.batch_size):

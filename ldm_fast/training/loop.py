@@ -137,7 +137,7 @@ def run_stage(
         for old in (folder / "checkpoints").glob("step_*"):
             old.unlink()
     log = MetricsLog(folder / "metrics.jsonl", keep_until=done)
-    with torch.random.fork_rng(devices=[]), _stop_requests() as stop:
+    with torch.random.fork_rng(devices=[]), _deterministic_convolutions(), _stop_requests() as stop:
         _Loop(stage, config, seed, folder, fingerprint.fields, log, state).run(done, progress, stop)
 
 
@@ -369,6 +369,17 @@ def image_grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         grid[:, top : top + height, left : left + width] = image
     return grid
+
+
+@contextlib.contextmanager
+def _deterministic_convolutions() -> Iterator[None]:
+    """cuDNN's fastest gradients depend on which thread adds first."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 @contextlib.contextmanager

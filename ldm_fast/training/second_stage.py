@@ -61,6 +61,7 @@ class SecondStage:
         self.latents = Latents(self.first_stage, self.data, recipe.horizontal_flip)
         self.held_out_latents = Latents(self.first_stage, self.held_out)
         self.conditions = condition_inputs(recipe, self.model, self.data)
+        self.held_out_conditions = condition_inputs(recipe, self.model, self.held_out)
         self.scaling_factor = torch.tensor(self._scaling_factor(), dtype=torch.float64)
 
     def _scaling_factor(self) -> float:
@@ -145,16 +146,16 @@ class SecondStage:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The EMA weights' loss on held-out images, the mean square at the first phase's timesteps, with the same noise
-        every time."""
+        every time. Where nothing is held out it is that on trained images, and is called so."""
         recipe = replace(self.recipe, loss_levels=1)
         generator, total = seeded(self.seed, self.name, "evaluate"), 0.0
-        conditions = condition_inputs(self.recipe, self.model, self.held_out)
+        conditions, name = self.held_out_conditions, "held_out" if self.held_out.held_out.all() else "trained"
         for index in torch.arange(len(self.held_out)).split(self.loop.batch_size):
             condition = None if conditions is None else conditions[index]
             z = self.held_out_latents.take(index, generator)
             loss = self._loss(self.ema.module, z, condition, generator, recipe)
             total += float(loss) * len(index)
-        return {"held_out_loss": total / len(self.held_out)}
+        return {f"{name}_loss": total / len(self.held_out)}
 
     def latent_diffusion(self, card: dict[str, Any] | None = None) -> LatentDiffusion:
         """The whole model with the EMA weights."""
