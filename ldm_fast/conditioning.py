@@ -6,6 +6,7 @@ them in: as context of its cross attention, as extra input channels, as both, or
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -39,8 +40,14 @@ class ClassEmbedder(nn.Module):
         self.embedding = nn.Embedding(config.num_classes, config.width)
 
     def forward(self, labels: Tensor | Sequence[int]) -> Tensor:
-        """labels (B,) integers in [0, num_classes) -> (B, 1, width). ValueError for a label out of range."""
-        labels = torch.as_tensor(labels, dtype=torch.int64, device=self.embedding.weight.device)
+        """labels (B,) integers in [0, num_classes) -> (B, 1, width). TypeError for what is no integer, ValueError for a
+        label out of range."""
+        given = labels
+        with contextlib.suppress(TypeError, ValueError):  # words
+            labels = torch.as_tensor(given, device=self.embedding.weight.device)
+        if not isinstance(labels, Tensor) or (labels.is_floating_point() and labels.numel()):
+            raise TypeError(f"ClassEmbedder: labels must be whole numbers, got {given!r}")
+        labels = labels.long()
         if labels.ndim != 1:
             raise ValueError(
                 f"ClassEmbedder: labels have shape {tuple(labels.shape)}; one label per image (B,) is needed"

@@ -39,6 +39,8 @@ def evaluate(
     report = report or (lambda what, done, total: None)
     if data.captions is None:
         raise ValueError("evaluate: the images have no captions")
+    if not hasattr(model.cond_stage, "tokenizer"):
+        raise ValueError("evaluate: this model takes no words, and how well words find their emoji is what is measured")
     metrics = first_stage_metrics(model, data, batch_size, report)
     fingerprints = fingerprint(data.images)
     held = data.held_out.nonzero().flatten().tolist()[:held_out]

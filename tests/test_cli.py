@@ -304,6 +304,7 @@ BAD_INPUT = {
     "reconstruct to nowhere": (["reconstruct", "photo.png", "--out", "no/x.png"], "there is no folder no"),
     "recipe missing": (["train", "no_such_recipe"], "no_such_recipe"),
     "recipe typo": (["train", "typo.toml"], "nmae"),
+    "train on a device that is not here": (["train", "tiny", "--device", "cuda:77"], "device cuda:77 cannot be used"),
     "command": (["paint"], "invalid choice: 'paint'"),
 }
 
@@ -380,6 +381,14 @@ def test_evaluate_prints_a_table_and_a_json_line(run, monkeypatch):
     assert f"PSNR {metrics['psnr']:.2f} dB" in out
 
 
+def test_evaluate_needs_a_model_of_words(run, class_model_path, monkeypatch):
+    from ldm_fast.training import data
+
+    monkeypatch.setattr(data, "load_data", lambda config: data.synthetic_images(config.size))
+    code, out, err = run("evaluate", "--model", class_model_path)
+    assert (code, out) == (1, "") and err.startswith("ldm-fast: evaluate: this model takes no words")
+
+
 def test_doctor(run):
     code, out, _ = run("doctor")
     assert code == 0
@@ -410,10 +419,12 @@ def test_train_calls_the_training(run, monkeypatch):
 
     monkeypatch.setattr(ldm_fast.training, "train", train)
     assert run("train", "emoji")[0] == 0
-    assert run("train", "my/own.toml", "--run-dir", "here", "--stage", "first", "--restart")[0] == 0
+    assert (
+        run("train", "my/own.toml", "--run-dir", "here", "--stage", "first", "--restart", "--device", "cuda:1")[0] == 0
+    )
     assert calls == [
-        ("emoji", os.path.join("runs", "emoji"), {"stage": "all", "resume": True, "first_stage": None}),
-        ("my/own.toml", "here", {"stage": "first", "resume": False, "first_stage": None}),
+        ("emoji", os.path.join("runs", "emoji"), {"stage": "all", "resume": True, "first_stage": None, "device": None}),
+        ("my/own.toml", "here", {"stage": "first", "resume": False, "first_stage": None, "device": "cuda:1"}),
     ]
 
 

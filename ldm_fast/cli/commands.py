@@ -198,7 +198,12 @@ def train(options: argparse.Namespace) -> None:
 
     run_dir = Path(options.run_dir or Path("runs") / Path(options.recipe).stem)
     path = run_training(
-        options.recipe, run_dir, stage=options.stage, resume=not options.restart, first_stage=options.first_stage
+        options.recipe,
+        run_dir,
+        stage=options.stage,
+        resume=not options.restart,
+        first_stage=options.first_stage,
+        device=options.device,
     )
     print(f"{path}: written")
 

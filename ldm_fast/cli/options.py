@@ -68,9 +68,10 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    with_model = argparse.ArgumentParser(add_help=False)
+    with_device = argparse.ArgumentParser(add_help=False)
+    with_device.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    with_model = argparse.ArgumentParser(add_help=False, parents=[with_device])
     with_model.add_argument("--model", metavar="PATH", help="a model file (default: the text-to-emoji model shipped)")
-    with_model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
     parser = Parser(
         prog="ldm-fast",
@@ -104,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch-size", type=_positive, default=48, metavar="N")
 
-    p = command(commands.train, "train both stages by a recipe", TRAIN_EXAMPLES)
+    p = command(commands.train, "train both stages by a recipe", TRAIN_EXAMPLES, with_device)
     p.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or the path of a .toml file")
     p.add_argument("--run-dir", metavar="DIR", help="checkpoints, samples, metrics (default: runs/RECIPE)")
     p.add_argument("--stage", choices=("all", "first", "second"), default="all")
