@@ -9,8 +9,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-UNFINISHED = ".tmp"  # how the name of a file ends that a killed process leaves behind
-
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or read, or is not what it should be; the message names it and says why."""
@@ -22,7 +20,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     after an error it is gone, and `path` is as it was. Several may write at once: the last one stands, as a whole.
     Where `path` is a symbolic link, what it points to is replaced. Raises OSError with the path."""
     target = Path(os.path.realpath(path))
-    unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}{UNFINISHED}")
+    unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield unfinished
         with open(unfinished, "rb+") as file:
@@ -36,6 +34,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
             raise type(error)(error.errno, f"cannot write: {error.strerror}", str(path)) from error
         raise
     _sync_folder(target.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `replacing` left in a folder when its process was killed. Not while another one writes there."""
+    for unfinished in folder.glob(f"*.{'[0-9a-f]' * 8}.tmp"):
+        unfinished.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

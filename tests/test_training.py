@@ -27,7 +27,7 @@ from ldm_fast.training.ema import Ema, decay_at
 from ldm_fast.training.first_stage import FirstStage
 from ldm_fast.training.loop import DataOrder, learning_rate_factor, seeded, update_weights
 from ldm_fast.training.recipe import LoopConfig, Phase
-from ldm_fast.training.run import _alone_in
+from ldm_fast.training.run import _alone_in, load_first_stage
 from ldm_fast.training.second_stage import SecondStage, multiscale_error
 
 CPU = torch.device("cpu")
@@ -279,11 +279,33 @@ def test_the_last_two_are_kept(tmp_path):
     ]
 
 
-def test_what_a_killed_run_was_writing_is_removed(tmp_path):
-    path = saved(tmp_path, 1, 1.0)
-    (tmp_path / "step_00000002.safetensors.0123abcd.tmp").write_bytes(b"half of it")
-    assert newest_checkpoint(tmp_path)[1]["step"] == 1
-    assert list(tmp_path.iterdir()) == [path]
+def test_what_a_killed_run_was_writing_is_removed_by_the_next(tmp_path):
+    """And by nobody who only reads, such as export: a run may be writing it."""
+    short = change(TINY, "first_stage", loop={"steps": 1})
+    train(short, tmp_path, stage="first", progress=False)
+    stage = tmp_path / "first_stage"
+    names = (
+        stage / "checkpoints" / "step_00000002.safetensors",
+        stage / "metrics.jsonl",
+        tmp_path / "model.safetensors",
+    )
+    unfinished = [name.with_name(f"{name.name}.0123abcd.tmp") for name in names]
+    for path in (*unfinished, tmp_path / "mine.tmp"):
+        path.write_bytes(b"half of it")
+    load_first_stage(short.first_stage, tmp_path)
+    assert all(path.exists() for path in unfinished)
+    train(short, tmp_path, stage="first", progress=False)
+    assert list(tmp_path.rglob("*.tmp")) == [tmp_path / "mine.tmp"]
+
+
+def test_starting_again_leaves_nothing_of_the_run_before(tmp_path):
+    loop = {"sample_every": 1, "checkpoint_every": 1}
+    train(change(TINY, "first_stage", loop={"steps": 3, **loop}), tmp_path, stage="first", progress=False)
+    train(change(TINY, "first_stage", loop={"steps": 1, **loop}), tmp_path, stage="first", resume=False, progress=False)
+    found = sorted(path.name for path in tmp_path.rglob("step_*"))
+    assert found == ["step_00000001.png", "step_00000001.safetensors"]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "first_stage" / "metrics.jsonl").read_text().splitlines()]
+    assert set(steps) == {1}
 
 
 def test_no_readable_checkpoint_is_an_error(tmp_path):

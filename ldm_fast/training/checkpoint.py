@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_fast.files import UNFINISHED, CheckpointError, reason, write_atomically
+from ldm_fast.files import CheckpointError, reason, write_atomically
 
 KEEP = 2
 _NAME = re.compile(r"step_(\d{8})\.safetensors")
@@ -68,11 +68,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def newest_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The newest readable checkpoint, None if there is none at all.
 
-    A damaged one is left out with a warning; CheckpointError if checkpoints are there and none can be read. What a
-    killed run was writing is removed.
+    A damaged one is left out with a warning; CheckpointError if checkpoints are there and none can be read.
     """
-    for unfinished in folder.glob(f"*{UNFINISHED}"):
-        unfinished.unlink(missing_ok=True)
     paths = list_checkpoints(folder)
     for path in reversed(paths):
         try:

@@ -133,8 +133,8 @@ def run_stage(
         _check_unchanged(saved, fingerprint, config, stage.name, folder)
         restore(stage, tensors)
         done, state = saved["step"], {key: saved[key] for key in state}
-    elif (folder / "checkpoints").is_dir() and not resume:
-        for old in (folder / "checkpoints").glob("step_*"):
+    elif not resume:
+        for old in (*folder.glob("checkpoints/step_*"), *folder.glob("samples/step_*")):
             old.unlink()
     log = MetricsLog(folder / "metrics.jsonl", keep_until=done)
     with torch.random.fork_rng(devices=[]), _deterministic_convolutions(), _stop_requests() as stop:

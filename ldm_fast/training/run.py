@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_fast.autoencoder import AutoencoderKL, VQModel
-from ldm_fast.files import CheckpointError, reason
+from ldm_fast.files import CheckpointError, reason, remove_unfinished
 from ldm_fast.pipeline import LatentDiffusion
 from ldm_fast.training.checkpoint import list_checkpoints, newest_checkpoint
 from ldm_fast.training.data import ImageSet, load_data
@@ -181,22 +182,30 @@ def _conditions(recipe: Recipe, data: ImageSet) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _alone_in(run_dir: Path) -> Iterator[None]:
-    """One process at a time trains in a folder. Its lock ends with the process, however that ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    """One process at a time trains in a folder; what a killed one was writing there is removed."""
+    with _locked(run_dir / "lock"):
+        stages = [run_dir / stage for stage in ("first_stage", "second_stage")]
+        for folder in (run_dir, *stages, *(stage / name for stage in stages for name in ("checkpoints", "samples"))):
+            remove_unfinished(folder)
         yield
-        return
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The lock ends with the process, however that ends."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / "lock", "w")  # noqa: SIM115 - closed below
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise TrainingError(f"cannot write {run_dir}: {reason(error)}") from error
+        raise TrainingError(f"cannot write {path}: {reason(error)}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainingError(f"another process is training in {run_dir}") from None
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TrainingError(f"another process is training in {path.parent}") from None
         yield
 
 
