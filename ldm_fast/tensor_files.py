@@ -193,7 +193,11 @@ def read_shards(index: Path) -> TensorFile:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a .safetensors file, whole or not at all. Raises OSError with the path."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with replacing(path) as unfinished:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+    try:
+        with replacing(path) as unfinished:
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"{path}: cannot write: {error}") from error

@@ -32,6 +32,7 @@ from ldm_fast.files import CheckpointError
 from ldm_fast.pipeline import LatentDiffusion
 from ldm_fast.published import PUBLISHED, SD1, SD2, UPSCALER, XL, XL_REFINER
 from ldm_fast.state_dicts import identify
+from ldm_fast.tensor_files import write_tensors
 from ldm_fast.tokenizers import WordPieceTokenizer
 from ldm_fast.unet import UNet, UNetConfig
 from ldm_fast.weights import layout
@@ -460,3 +461,16 @@ def test_peak_memory(suffix, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0.9 < float(done.stdout) <= 1.15
+
+
+def test_a_full_disk_while_writing(tmp_path):
+    """A limit on file sizes stops the write half-way, as a disk that runs full does."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"x\.safetensors: cannot write: .*File too large"):
+            write_tensors(tmp_path / "x.safetensors", {"w": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
