@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm_fast.autoencoder import AutoencoderConfig
+from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm_fast.pipeline import LatentDiffusion
 from ldm_fast.training import CheckpointError, DataError, TrainingError, TrainingStopped, export, load_recipe, train
 from ldm_fast.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -249,6 +249,18 @@ def test_second_stage_needs_a_first_that_is_finished(tmp_path, whole):
     path = train(TINY, tmp_path, stage="second", first_stage=whole, progress=False)
     mine, theirs = (LatentDiffusion.load(p).state_dict() for p in (path, whole / "model.safetensors"))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_published_first_stage(tmp_path):
+    kl = AutoencoderConfig(block_out_channels=(32, 32, 32), layers_per_block=1, latent_channels=3)
+    published = AutoencoderKL(kl).eval()
+    published.save_pretrained(tmp_path / "vae")
+    torch.save({"state_dict": published.to_compvis()}, tmp_path / "published.ckpt")
+    for source in ("vae", "published.ckpt"):
+        recipe = change(TINY, "second_stage", loop={"steps": 1})
+        model = LatentDiffusion.load(train(recipe, tmp_path / "run", first_stage=tmp_path / source, progress=False))
+        mine, theirs = model.first_stage.state_dict(), published.state_dict()
+        assert all(torch.equal(mine[name], theirs[name].half().float()) for name in theirs)
 
 
 # Checkpoints

@@ -109,9 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or the path of a .toml file")
     p.add_argument("--run-dir", metavar="DIR", help="checkpoints, samples, metrics (default: runs/RECIPE)")
     p.add_argument("--stage", choices=("all", "first", "second"), default="all")
-    p.add_argument(
-        "--first-stage", metavar="PATH", help="a first stage already trained: a run's folder or a model file"
-    )
+    trained = "a first stage already trained: a run's folder, a model file or a published checkpoint"
+    p.add_argument("--first-stage", metavar="PATH", help=trained)
     p.add_argument("--restart", action="store_true", help="start again instead of going on from the last checkpoint")
 
     command(commands.doctor, "what was built, and which code would run here", DOCTOR_EXAMPLES)

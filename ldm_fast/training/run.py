@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm_fast.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.checkpoints import load
 from ldm_fast.files import CheckpointError, reason, remove_unfinished
-from ldm_fast.pipeline import LatentDiffusion
 from ldm_fast.training.checkpoint import list_checkpoints, newest_checkpoint
 from ldm_fast.training.data import ImageSet, load_data
 from ldm_fast.training.first_stage import FirstStage
@@ -43,8 +43,9 @@ def train(
 ) -> Path:
     """Trains a recipe (a `Recipe`, a shipped one's name or a path) in `run_dir`, going on where a former call ended.
 
-    stage: "first" and "second" train one alone; "second" needs a first stage, in `run_dir` or given as `first_stage`
-    (another run's folder, or a model file). Returns the exported model's path, for "first" the last checkpoint's.
+    stage: "first" and "second" train one alone; "second" needs a first stage, in `run_dir` or given as `first_stage`:
+    another run's folder, or any file or folder in which `ldm_fast.load` finds one, Stable Diffusion's say. Returns the
+    exported model's path, for "first" the last checkpoint's.
 
     Raises RecipeError, DataError, CheckpointError, TrainingError, each with one line that names what is wrong, and
     TrainingStopped after SIGINT or SIGTERM, once a checkpoint is written.
@@ -126,10 +127,11 @@ def export(
 
 
 def load_first_stage(recipe: FirstStageRecipe, source: str | Path) -> nn.Module:
-    """A trained first stage with its EMA weights from a run's folder, or from a model file."""
+    """A trained first stage in float32: with its EMA weights from a run's folder, or what `ldm_fast.load` finds."""
     source = Path(source)
-    if source.is_file():
-        return LatentDiffusion.load(source).first_stage
+    if source.is_file() or any((source / name).is_file() for name in ("config.json", "model_index.json")):
+        model = load(source, parts=["first_stage"], torch_dtype=torch.float32).first_stage
+        return model.eval().requires_grad_(False)
     found = newest_checkpoint(source / "first_stage" / "checkpoints")
     if found is None:
         raise CheckpointError(f"there is no first stage in {source}: train it first, or give one")
