@@ -91,6 +91,8 @@ def test_values_become_what_the_fields_say():
             '[second_stage.sampling]\nsampler = "dimm"\n[second_stage.loop]',
             r"second_stage: sampling\.sampler must be one of ddim, .*, got 'dimm'",
         ),
+        ("[second_stage.loop]", "[second_stage.sampling]\neta = 2\n[second_stage.loop]", r"sampling\.eta in \[0, 1\]"),
+        ('name = "minimal"', 'name = "minimal"\nseed = -1', r"seed must be in \[0, 2\^31\), got -1"),
         ('name = "minimal"', "", r"name: this field is missing"),
         ('name = "minimal"', 'name = "minimal', r"not valid TOML"),
         ('name = "minimal"', 'name = "minimal"\nfirst_stage = 3', r"TOML|first_stage"),

@@ -773,6 +773,21 @@ def test_what_does_not_fit_is_known_before_the_first_stage_is_trained(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("part", "fields", "message"),
+    [
+        ("text", {"max_length": 1}, "max_length is 1; at least 2"),
+        ("unet", {"num_attention_heads": 3}, "32 channels do not divide into 3 heads"),
+        ("diffusion", {"num_train_timesteps": 100, "beta_start": -1.0}, "linspace"),
+    ],
+)
+def test_what_cannot_be_built_is_known_before_the_first_stage_is_trained(tmp_path, part, fields, message):
+    config = dataclasses.replace(getattr(TINY.second_stage, part), **fields)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        train(change(TINY, "second_stage", **{part: config}), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_images_too_small_for_the_discriminator():
     """Known before the first step, not at disc_start."""
     FirstStage(dataclasses.replace(TINY.first_stage, disc_layers=2), synthetic_images(16), 0, CPU)

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -197,6 +198,8 @@ class SecondStageRecipe:
         spaced_timesteps(self.diffusion.num_train_timesteps, self.sampling.steps, self.sampling.spacing)
         if self.sampling.sampler not in SAMPLERS:
             raise ValueError(f"sampling.sampler must be one of {', '.join(SAMPLERS)}, got {self.sampling.sampler!r}")
+        if not math.isfinite(self.sampling.guidance) or not 0 <= self.sampling.eta <= 1:
+            raise ValueError("sampling.guidance must be finite and sampling.eta in [0, 1]")
 
     def at(self, step: int) -> SecondStageRecipe:
         """The recipe in the phase of `step` (from 0), itself without phases."""
@@ -214,6 +217,10 @@ class Recipe:
     first_stage: FirstStageRecipe
     second_stage: SecondStageRecipe
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be in [0, 2^31), got {self.seed}")
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

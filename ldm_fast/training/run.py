@@ -19,8 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm_fast.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQModel
 from ldm_fast.checkpoints import load
+from ldm_fast.diffusion import NoiseSchedule
 from ldm_fast.files import CheckpointError, reason, remove_unfinished
 from ldm_fast.training.checkpoint import list_checkpoints, newest_checkpoint
 from ldm_fast.training.data import ImageSet, load_data
@@ -61,7 +62,7 @@ def train(
     autoencoder = None if first_stage is None else load_first_stage(recipe.first_stage, first_stage)
     data = load_data(recipe.data)
     if stage != "first":
-        check_fits(recipe.second_stage, recipe.first_stage.model if autoencoder is None else autoencoder.config, data)
+        _check_second_stage(recipe, data, recipe.first_stage.model if autoencoder is None else autoencoder.config)
     with _alone_in(run_dir):
         if stage != "second" and autoencoder is None:
             folder = run_dir / "first_stage"
@@ -138,6 +139,14 @@ def load_first_stage(recipe: FirstStageRecipe, source: str | Path) -> nn.Module:
     model = AutoencoderKL(recipe.kl) if recipe.vq is None else VQModel(recipe.vq.trained)
     _load(model, found[0], "weights/ema/", f"the first stage in {source}")
     return model.eval().requires_grad_(False)
+
+
+def _check_second_stage(recipe: Recipe, data: ImageSet, first_stage: AutoencoderConfig) -> None:
+    """What is wrong with the second stage is said now, not once the first one is trained."""
+    check_fits(recipe.second_stage, first_stage, data)
+    NoiseSchedule(recipe.second_stage.diffusion)
+    with torch.device("meta"):
+        build_model(recipe.second_stage, data.training())
 
 
 def _check_finished(recipe: Recipe, run_dir: Path) -> None:
