@@ -26,7 +26,7 @@ from ldm_fast.training.discriminator import PatchDiscriminator, adaptive_weight,
 from ldm_fast.training.ema import Ema, decay_at
 from ldm_fast.training.first_stage import FirstStage
 from ldm_fast.training.loop import DataOrder, learning_rate_factor, seeded, update_weights
-from ldm_fast.training.recipe import LoopConfig, Phase
+from ldm_fast.training.recipe import LoopConfig, Phase, RecipeError
 from ldm_fast.training.run import _alone_in, load_first_stage
 from ldm_fast.training.second_stage import SecondStage, multiscale_error
 
@@ -257,10 +257,17 @@ def test_a_published_first_stage(tmp_path):
     published.save_pretrained(tmp_path / "vae")
     torch.save({"state_dict": published.to_compvis()}, tmp_path / "published.ckpt")
     for source in ("vae", "published.ckpt"):
-        recipe = change(TINY, "second_stage", loop={"steps": 1})
+        recipe = dataclasses.replace(change(TINY, "second_stage", loop={"steps": 1}), first_stage=None)
         model = LatentDiffusion.load(train(recipe, tmp_path / "run", first_stage=tmp_path / source, progress=False))
         mine, theirs = model.first_stage.state_dict(), published.state_dict()
         assert all(torch.equal(mine[name], theirs[name].half().float()) for name in theirs)
+    with pytest.raises(RecipeError, match="first_stage: this section is missing; write it, or give"):
+        train(recipe, tmp_path / "run", progress=False)
+
+
+def test_the_first_stage_of_a_run_needs_its_recipe(tmp_path, whole):
+    with pytest.raises(RecipeError, match="first_stage: this section is missing; the run in"):
+        train(dataclasses.replace(TINY, first_stage=None), tmp_path, first_stage=whole, progress=False)
 
 
 # Checkpoints

@@ -45,6 +45,7 @@ on from the last checkpoint and gives bit for bit what an uninterrupted run woul
 examples:
   ldm-fast train emoji --run-dir runs/emoji                 the shipped model, by the recipe that comes along
   ldm-fast train my/recipe.toml --run-dir runs/mine --stage first
+  ldm-fast train my/recipe.toml --first-stage sd-v1-4/vae   on the latents of another's first stage; none is trained
 """
 DOCTOR_EXAMPLES = """\
 Tells what was built, which implementation each op would use on this machine, and why not a better one.

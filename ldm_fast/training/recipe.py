@@ -212,10 +212,12 @@ class SecondStageRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
+    """`first_stage` may be left out where one that is trained is given to `train`."""
+
     name: str
     data: DataConfig
-    first_stage: FirstStageRecipe
     second_stage: SecondStageRecipe
+    first_stage: FirstStageRecipe | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

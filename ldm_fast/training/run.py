@@ -27,7 +27,14 @@ from ldm_fast.training.checkpoint import list_checkpoints, newest_checkpoint
 from ldm_fast.training.data import ImageSet, load_data
 from ldm_fast.training.first_stage import FirstStage
 from ldm_fast.training.loop import TrainingError, run_stage
-from ldm_fast.training.recipe import Fingerprint, FirstStageRecipe, Recipe, load_recipe, to_dict
+from ldm_fast.training.recipe import (
+    Fingerprint,
+    FirstStageRecipe,
+    Recipe,
+    RecipeError,
+    load_recipe,
+    to_dict,
+)
 from ldm_fast.training.second_stage import SecondStage, assemble, build_model, check_fits
 from ldm_fast.weights import without_training_state
 
@@ -58,6 +65,8 @@ def train(
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise TrainingError(f"training is done by one process; this is one of {processes} (WORLD_SIZE): start it alone")
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if recipe.first_stage is None and first_stage is None:
+        raise RecipeError("first_stage: this section is missing; write it, or give a first stage that is trained")
     run_dir, device = Path(run_dir), _device(device)
     autoencoder = None if first_stage is None else load_first_stage(recipe.first_stage, first_stage)
     data = load_data(recipe.data)
@@ -127,7 +136,7 @@ def export(
     return path
 
 
-def load_first_stage(recipe: FirstStageRecipe, source: str | Path) -> nn.Module:
+def load_first_stage(recipe: FirstStageRecipe | None, source: str | Path) -> nn.Module:
     """A trained first stage in float32: with its EMA weights from a run's folder, or what `ldm_fast.load` finds."""
     source = Path(source)
     if source.is_file() or any((source / name).is_file() for name in ("config.json", "model_index.json")):
@@ -136,6 +145,8 @@ def load_first_stage(recipe: FirstStageRecipe, source: str | Path) -> nn.Module:
     found = newest_checkpoint(source / "first_stage" / "checkpoints")
     if found is None:
         raise CheckpointError(f"there is no first stage in {source}: train it first, or give one")
+    if recipe is None:
+        raise RecipeError(f"first_stage: this section is missing; the run in {source} does not say what it trained")
     model = AutoencoderKL(recipe.kl) if recipe.vq is None else VQModel(recipe.vq.trained)
     _load(model, found[0], "weights/ema/", f"the first stage in {source}")
     return model.eval().requires_grad_(False)
