@@ -141,6 +141,15 @@ def test_classes_from_sub_folders(tmp_path):
     assert found.classes == ("cat", "dog") and found.labels.tolist() == [0, 1, 1] and found.captions is None
 
 
+def test_what_is_hidden_is_no_class(tmp_path):
+    """What Jupyter and macOS leave among pictures; the folder itself may be hidden."""
+    root = tmp_path / ".data"
+    for name in ("dog/1.png", "cat/1.png", ".ipynb_checkpoints/1.png"):
+        picture(root / name, "green")
+    (root / "dog" / "._1.png").write_bytes(b"\0\5\x16\7")
+    assert folder_images(root, 8).classes == ("cat", "dog")
+
+
 def test_transparency_becomes_white_and_the_middle_is_kept(tmp_path):
     picture(tmp_path / "a.png", (0, 0, 0, 0), mode="RGBA")
     wide = Image.new("RGB", (30, 10), "red")

@@ -288,7 +288,8 @@ def _write_cache(path: Path, images: torch.Tensor, drawn: torch.Tensor) -> None:
 
 
 def folder_images(path: str | Path, size: int) -> ImageSet:
-    """All pictures below `path`, resized so that the short side is `size` and cropped in the middle to a square.
+    """All pictures below `path`, resized so that the short side is `size` and cropped in the middle to a square. What
+    is hidden (.ipynb_checkpoints/, ._1.png) is left out.
 
     Captions come from `captions.jsonl` ({"file": ..., "caption": ...} a line) or from NAME.txt beside NAME.png; else
     the names of the sub-folders are class labels; else the pictures are unconditional. Transparency becomes white.
@@ -297,6 +298,7 @@ def folder_images(path: str | Path, size: int) -> ImageSet:
     if not root.is_dir():
         raise DataError(f"{root} is not a folder")
     files = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     if not files:
         raise DataError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {root}")
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
