@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -813,6 +814,10 @@ def test_a_first_stage_is_for_the_second(tmp_path, whole):
 def test_one_process_trains_in_a_folder(tmp_path, monkeypatch):
     with _alone_in(tmp_path), pytest.raises(TrainingError, match="another process is training in"):
         train(TINY, tmp_path, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+        with _alone_in(tmp_path):
+            pass
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match="training is done by one process; this is one of 2"):
         train(TINY, tmp_path, progress=False)

@@ -228,6 +228,8 @@ def _locked(path: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise TrainingError(f"another process is training in {path.parent}") from None
+            except OSError:  # a file system without locks
+                pass
         yield
 
 
