@@ -6,7 +6,6 @@ them in: as context of its cross attention, as extra input channels, as both, or
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -40,13 +39,15 @@ class ClassEmbedder(nn.Module):
         self.embedding = nn.Embedding(config.num_classes, config.width)
 
     def forward(self, labels: Tensor | Sequence[int]) -> Tensor:
-        """labels (B,) integers in [0, num_classes) -> (B, 1, width). TypeError for what is no integer, ValueError for a
-        label out of range."""
+        """labels (B,) integers in [0, num_classes) -> (B, 1, width). ValueError for a label out of range, TypeError for
+        what is no integer."""
         given = labels
-        with contextlib.suppress(TypeError, ValueError):  # words
+        try:
             labels = torch.as_tensor(given, device=self.embedding.weight.device)
-        if not isinstance(labels, Tensor) or (labels.is_floating_point() and labels.numel()):
-            raise TypeError(f"ClassEmbedder: labels must be whole numbers, got {given!r}")
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"ClassEmbedder: labels must be integers, got {given!r}") from error
+        if labels.is_floating_point() and labels.numel():  # the dtype of an empty list says nothing
+            raise TypeError(f"ClassEmbedder: labels must be integers, got {given!r}")
         labels = labels.long()
         if labels.ndim != 1:
             raise ValueError(

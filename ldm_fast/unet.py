@@ -189,8 +189,11 @@ class UNet(Pretrained, Remembering):
         if sample.ndim != 4 or sample.shape[1] != config.in_channels:
             raise ValueError(f"UNet: sample must be (B, {config.in_channels}, H, W), got {tuple(sample.shape)}")
         plain = "forward" not in self.conv_in.__dict__ and not self.conv_in._forward_pre_hooks  # else these may convert
-        if sample.dtype != self.dtype and plain and not under_autocast(sample):
-            raise ValueError(f"UNet: sample must be {self.dtype} as the weights are, got {sample.dtype}")
+        if plain and not under_autocast(sample):
+            inputs = {"sample": sample, "encoder_hidden_states": context, "timestep_cond": timestep_cond}
+            for name, tensor in inputs.items():
+                if tensor is not None and tensor.dtype != self.dtype:
+                    raise ValueError(f"UNet: {name} must be {self.dtype} as the weights are, got {tensor.dtype}")
         batch, width = sample.shape[0], self.context_channels
         given = () if isinstance(timestep, float | int) else getattr(timestep, "shape", None)  # NumPy's have one, too
         if given is None or tuple(given) not in ((), (1,), (batch,)):
