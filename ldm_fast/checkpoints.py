@@ -115,7 +115,9 @@ def is_foreign(path: str | Path) -> bool:
         return False
 
 
-def load_pipeline(path: str | Path, config: Config | Mapping[str, Any] | None = None) -> LatentDiffusion:
+def load_pipeline(
+    path: str | Path, config: Config | Mapping[str, Any] | None = None, variant: str | None = None
+) -> LatentDiffusion:
     """The whole model in a folder as diffusers writes it, with its text encoder, or in a checkpoint of the original
     code whose condition needs no tokenizer; float32.
 
@@ -123,9 +125,9 @@ def load_pipeline(path: str | Path, config: Config | Mapping[str, Any] | None = 
     """
     from ldm_fast.clip import load_text_encoder
 
-    checkpoint = load(path, config=config, torch_dtype=torch.float32)
+    checkpoint = load(path, config=config, variant=variant, torch_dtype=torch.float32)
     missing = checkpoint.cond_stage is None and checkpoint.conditioning_key == "crossattn"
-    model = checkpoint.pipeline(load_text_encoder(path) if missing and Path(path).is_dir() else None)
+    model = checkpoint.pipeline(load_text_encoder(path, variant=variant) if missing and Path(path).is_dir() else None)
     model.origin = f"{Path(path).name} ({checkpoint.found.model})"
     return model.eval()
 

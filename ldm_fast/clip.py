@@ -54,9 +54,11 @@ class CLIPTextEncoder(nn.Module):
         skip: int = 0,
         final_norm: bool = True,
         dtype: torch.dtype | None = None,
+        variant: str | None = None,
     ) -> CLIPTextEncoder:
-        """From a local folder with `model` and `tokenizer` in it, as diffusers' pipelines have them. Loads nothing from
-        the network. FileNotFoundError where a folder is missing, ValueError where weights are."""
+        """From a local folder with `model` and `tokenizer` in it, as diffusers' pipelines have them. `variant`: part of
+        the weights' file name ("fp16"). Loads nothing from the network. FileNotFoundError where a folder is missing,
+        ValueError where weights are."""
         transformers = require_transformers()
         folders = [Path(path) / name for name in (model, tokenizer)]
         for folder in folders:
@@ -65,7 +67,9 @@ class CLIPTextEncoder(nn.Module):
         kind = json.loads((folders[0] / "config.json").read_text()).get("architectures", [])
         projected = "CLIPTextModelWithProjection" in kind
         build = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-        loaded, report = build.from_pretrained(folders[0], local_files_only=True, output_loading_info=True)
+        loaded, report = build.from_pretrained(
+            folders[0], local_files_only=True, variant=variant, output_loading_info=True
+        )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"CLIPTextEncoder: {folders[0]} lacks {len(missing)} tensors: {', '.join(missing)}")
         vocabulary = transformers.CLIPTokenizer.from_pretrained(folders[1], local_files_only=True)
@@ -130,17 +134,25 @@ class CLIPTextEncoders(nn.Module):
         return EncodedText(*(t.expand(batch, *t.shape[1:]) for t in tensors))
 
 
-def load_text_encoder(path: str | Path, dtype: torch.dtype | None = None) -> CLIPTextEncoder | CLIPTextEncoders:
+def load_text_encoder(
+    path: str | Path, dtype: torch.dtype | None = None, variant: str | None = None
+) -> CLIPTextEncoder | CLIPTextEncoders:
     """What encodes the prompts of the diffusers pipeline in the folder `path`: Stable Diffusion 1.x, 2.x or XL.
 
     Loads nothing from the network. FileNotFoundError where the folder holds no text encoder.
     """
     path = Path(path)
     if not (path / "text_encoder_2").is_dir():
-        return CLIPTextEncoder.from_pretrained(path, dtype=dtype)
+        return CLIPTextEncoder.from_pretrained(path, dtype=dtype, variant=variant)
     encoders = [
         CLIPTextEncoder.from_pretrained(
-            path, model=f"text_encoder{i}", tokenizer=f"tokenizer{i}", skip=1, final_norm=False, dtype=dtype
+            path,
+            model=f"text_encoder{i}",
+            tokenizer=f"tokenizer{i}",
+            skip=1,
+            final_norm=False,
+            dtype=dtype,
+            variant=variant,
         )
         for i in ("", "_2")
         if (path / f"text_encoder{i}").is_dir()  # the refiner has the second alone

@@ -88,16 +88,17 @@ class LatentDiffusion(nn.Module):
         return height * self.downsampling_factor, width * self.downsampling_factor
 
     @classmethod
-    def load(cls, path: str | Path | None = None, config: Any = None) -> LatentDiffusion:
+    def load(cls, path: str | Path | None = None, config: Any = None, *, variant: str | None = None) -> LatentDiffusion:
         """The model stored at `path`, or the shipped one; float32 on the CPU. See `model_file.load`.
 
         A folder as diffusers writes it or a checkpoint of the original code is loaded too, where it is a whole model
-        that `generate` can run; `config` is what it does not say of itself. See `checkpoints.load_pipeline`.
+        that `generate` can run; `config` is what it does not say of itself, `variant` a part of the weights' file names
+        in such a folder ("fp16"). See `checkpoints.load_pipeline`.
         """
         from ldm_fast import checkpoints, model_file
 
         foreign = path is not None and checkpoints.is_foreign(path)
-        model = checkpoints.load_pipeline(path, config) if foreign else model_file.load(path)
+        model = checkpoints.load_pipeline(path, config, variant) if foreign else model_file.load(path)
         join_projections(model)
         return model
 

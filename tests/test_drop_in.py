@@ -349,6 +349,18 @@ def test_our_pipeline_makes_the_images_of_theirs(tmp_path, prediction):
     assert "StableDiffusionPipeline" in model.origin
 
 
+def test_a_variant_of_the_weights_alone(tmp_path):
+    """As `variant="fp16"` downloads a folder: every component's weights in files of that name, and no others."""
+    pipe = text_to_image()[0].to(torch.float16)
+    pipe.save_pretrained(tmp_path / "plain")
+    pipe.save_pretrained(tmp_path / "variant", variant="fp16")
+    with pytest.raises(ValueError, match="weights there: diffusion_pytorch_model.fp16.safetensors"):
+        ldm_fast.LatentDiffusion.load(tmp_path / "variant")
+    plain = ldm_fast.LatentDiffusion.load(tmp_path / "plain")
+    ours = ldm_fast.LatentDiffusion.load(tmp_path / "variant", variant="fp16")
+    assert torch.equal(*(model.generate("a cat", steps=1, size=16) for model in (plain, ours)))
+
+
 def test_xl_is_left_to_diffusers_pipeline(tmp_path):
     xl_base()[0].save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Stable Diffusion XL; run it in diffusers' pipeline"):
