@@ -32,6 +32,7 @@ from ldm_fast.weights import LAYOUTS, Config, current_names
 
 OUR_FILE = "a model of ldm_fast"
 NO_SCHEDULE = "a schedule that is none of ours"
+OPEN_CLIP_LAYERS = 24  # of Stable Diffusion 2.x' text encoder; that of 1.x has 12
 
 
 @dataclass
@@ -66,10 +67,14 @@ class Checkpoint:
         cond_stage = self.cond_stage if cond_stage is None else cond_stage
         clip = type(cond_stage).__module__.startswith("transformers")
         if clip or isinstance(cond_stage, TransformerEmbedder):
-            complete = "CLIPTextEncoder({}, tokenizer)" if clip else "BertTextEncoder.from_transformer(tokenizer, {})"
+            network = "checkpoint.cond_stage"
+            # Stable Diffusion 2.x takes the last layer but one of 24; where a file lacks the last, all of 23.
+            skip = ", skip=1" if clip and cond_stage.config.num_hidden_layers == OPEN_CLIP_LAYERS else ""
+            complete = f"CLIPTextEncoder({network}, tokenizer{skip})"
+            if not clip:
+                complete = f"BertTextEncoder.from_transformer(tokenizer, {network})"
             raise ValueError(
-                f"{self.found.path} holds a text encoder without its tokenizer; give cond_stage, "
-                f"{complete.format('checkpoint.cond_stage')}"
+                f"{self.found.path} holds a text encoder without its tokenizer; give cond_stage, {complete}"
             )
         return LatentDiffusion(
             **parts,

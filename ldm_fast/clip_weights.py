@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 HEAD_WIDTH = 64  # of every published text model
 HF, OPEN_CLIP = "transformer.text_model.", "model."
@@ -66,6 +66,15 @@ def _layer(width: int, inner: int) -> nn.ModuleDict:
             "layer_norm2": nn.LayerNorm(width),
         }
     )
+
+
+def with_text_model(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that OpenAI's CLIP was published with; some programs leave "text_model." out."""
+    short, parts = HF.removesuffix("text_model."), ("embeddings.", "encoder.", "final_layer_norm.")
+    starts = tuple(short + part for part in parts)
+    return {
+        HF + name.removeprefix(short) if name.startswith(starts) else name: tensor for name, tensor in tensors.items()
+    }
 
 
 def clip_names(config: CLIPShape) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm_fast import published, recognise
 from ldm_fast.autoencoder import AutoencoderConfig, VQConfig
-from ldm_fast.clip_weights import CLIPShape, CLIPSkeleton, as_transformers
+from ldm_fast.clip_weights import CLIPShape, CLIPSkeleton, as_transformers, with_text_model
 from ldm_fast.diffusion import DiffusionConfig, beta_schedule
 from ldm_fast.files import CheckpointError
 from ldm_fast.pretrained import assemble
@@ -165,6 +165,8 @@ def _add_part(
     if name == "cond_stage" and "encoder.conv_in.weight" in tensors:
         found.ignored["the first stage once more, as encoder of the condition"] = list(tensors)
         return
+    if name.startswith("cond_stage"):
+        tensors = with_text_model(tensors)
     if config is None and names == "diffusers":
         raise CheckpointError(f"{name} under diffusers' names without config.json: put that beside it, or give config=")
     if config is None:

@@ -201,6 +201,28 @@ def test_a_text_encoder_without_its_tokenizer(tmp_path):
     assert loaded.pipeline(encoder).generate("red", steps=1).shape == (1, 16, 16, 3)
 
 
+@pytest.mark.parametrize(("open_clip", "layers", "skip"), [(False, 12, 0), (True, 24, 1), (True, 23, 0)])
+def test_how_a_clip_encoder_is_completed(open_clip, layers, skip, tmp_path):
+    """Stable Diffusion 2.x was trained on the last layer but one, which files of 23 layers end with."""
+    pytest.importorskip("transformers")
+    state = compvis(UNET, "model.diffusion_model.") | compvis(KL, "first_stage_model.")
+    state |= compvis(CLIPShape(20, 64, layers, 8, 7, 48 if open_clip else None, open_clip), "cond_stage_model.")
+    save_file(state, tmp_path / "model.safetensors")
+    how = r"CLIPTextEncoder\(checkpoint.cond_stage, tokenizer" + (r", skip=1\)" if skip else r"\)")
+    with pytest.raises(ValueError, match=f"without its tokenizer; give cond_stage, {how}"):
+        checkpoints.load(tmp_path / "model.safetensors", config={"unet": UNET}).pipeline()
+
+
+def test_clip_without_text_model_in_its_names(tmp_path):
+    pytest.importorskip("transformers")
+    shape = CLIPShape(20, 64, 2, 96, 7, None, False)
+    for prefix in ("cond_stage_model.", EMBEDDER.format(0)):
+        full = compvis(shape, prefix)
+        short = {name.replace(".text_model.", "."): tensor for name, tensor in full.items()}
+        models = [identify(state, tmp_path).parts["cond_stage"].load(None) for state in (full, short)]
+        assert short.keys() != full.keys() and same(models[0], models[1].state_dict())
+
+
 def test_incomplete_moving_averages(whole, tmp_path):
     del whole["model_ema.diffusion_modelout2weight"]
     whole["model_ema.extra"] = torch.zeros(1)
