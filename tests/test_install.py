@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,21 @@ def test_instruction_sets_the_compiler_lacks_are_left_out(build, monkeypatch, tm
     assert list(build.find_isas(["c++"], tmp_path)) == ["portable", "avx2", "avx512"]
     monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
     assert list(build.find_isas(["c++"], tmp_path)) == ["portable"]
+
+
+def test_a_source_distribution_holds_the_whole_checkout(tmp_path):
+    """What builds, what runs and what tests it."""
+    source, folders = tmp_path / "source", ("ldm_fast", "kernels", "csrc", "tests", "benchmarks")
+    for name in folders:
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns(*BUILT))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "DESIGN.md", "CHANGELOG.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    there = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    done = subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next((source / "dist").glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert not there - held
 
 
 @pytest.mark.slow
