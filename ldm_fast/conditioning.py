@@ -246,10 +246,14 @@ class Condition:
         )
 
     def cat(self, other: Condition) -> Condition:
-        """Both batches, one after the other. ValueError when they do not hold the same kinds of tensor."""
+        """Both batches, one after the other. ValueError when they do not hold tensors of the same kinds and shapes."""
         mine, theirs = self.tensors(), other.tensors()
         if mine.keys() != theirs.keys():
             raise ValueError(f"Condition.cat: one has {sorted(mine)}, the other {sorted(theirs)}")
+        for name in mine:
+            one, another = (tuple(tensors[name].shape) for tensors in (mine, theirs))
+            if one[1:] != another[1:]:
+                raise ValueError(f"Condition.cat: {name} is {one} in one, {another} in the other; only B may differ")
         return Condition(**{name: torch.cat([t, theirs[name]]) for name, t in mine.items()})
 
 
@@ -266,7 +270,7 @@ def unet_arguments(key: str | None, z_t: Tensor, condition: Condition) -> dict[s
     """The UNet's arguments for a noisy latent z_t (B, C, H, W) under a conditioning key.
 
     crossattn -> encoder_hidden_states; concat -> channels appended to the sample; hybrid -> both; adm -> class_labels.
-    ValueError for an unknown key or where the condition does not hold exactly what the key needs.
+    ValueError for an unknown key or where the condition does not hold exactly what the key needs, a map in z_t's size.
     """
     if key not in CONDITIONING_KEYS:
         raise ValueError(
@@ -277,6 +281,9 @@ def unet_arguments(key: str | None, z_t: Tensor, condition: Condition) -> dict[s
         raise ValueError(f"unet_arguments: key {key!r} needs {list(CONDITIONING_KEYS[key])}, got {sorted(given)}")
     arguments = {"sample": z_t}
     if "concat" in given:
+        if given["concat"].shape[2:] != z_t.shape[2:]:
+            sizes = [" x ".join(map(str, t.shape[2:])) for t in (given["concat"], z_t)]
+            raise ValueError(f"unet_arguments: concat is {sizes[0]}, the latent {sizes[1]}; give a size that fits it")
         arguments["sample"] = torch.cat([z_t, given["concat"].to(z_t.dtype)], dim=1)
     if "crossattn" in given:
         arguments["encoder_hidden_states"] = given["crossattn"]

@@ -201,6 +201,8 @@ def test_unet_arguments_refuse_what_they_cannot_use():
         unet_arguments(None, torch.ones(2, 4, 4, 4), Condition(crossattn=PARTS["crossattn"]))
     with pytest.raises(ValueError, match="unknown conditioning key 'film'"):
         unet_arguments("film", torch.ones(2, 4, 4, 4), Condition())
+    with pytest.raises(ValueError, match="concat is 4 x 4, the latent 4 x 6; give a size that fits"):
+        unet_arguments("concat", torch.ones(2, 4, 4, 6), Condition(concat=PARTS["concat"]))
 
 
 def test_condition():
@@ -211,6 +213,8 @@ def test_condition():
         Condition(crossattn=torch.zeros(2, 1, 1), adm=torch.zeros(3))
     with pytest.raises(ValueError, match="one has"):
         condition.cat(Condition(adm=torch.zeros(3)))
+    with pytest.raises(ValueError, match=r"crossattn is \(3, 1, 1\) in one, \(3, 2, 1\) in the other"):
+        condition.cat(Condition(crossattn=torch.zeros(3, 2, 1), adm=torch.zeros(3)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
