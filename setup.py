@@ -201,7 +201,7 @@ if __name__ == "__main__":  # tests import the functions
     setup(
         packages=[*find_packages(include=["ldm_fast", "ldm_fast.*"]), "ldm_fast.kernels"],
         package_dir={"ldm_fast.kernels": "kernels"},
-        package_data={"ldm_fast": ["assets/*", "training/recipes/*.toml"]},
+        package_data={"ldm_fast": ["py.typed", "assets/*", "training/recipes/*.toml"]},
         # The sources are listed by the build functions; naming none keeps setuptools from compiling them its own way.
         ext_modules=[Extension(name, sources=[], optional=True) for name in (CPU_MODULE, CUDA_MODULE)],
         cmdclass={"build_ext": BuildNative},

@@ -8,9 +8,9 @@
 """
 
 from ldm_fast import ops
-from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQModel
+from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
 from ldm_fast.checkpoints import inspect, load
-from ldm_fast.diffusion import NoiseSchedule
+from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule
 from ldm_fast.dispatch import use_impl
 from ldm_fast.drop_in import accelerate
 from ldm_fast.explain import explain
@@ -22,10 +22,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoencoderConfig",
     "AutoencoderKL",
+    "DiffusionConfig",
     "LatentDiffusion",
     "NoiseSchedule",
     "UNet",
     "UNetConfig",
+    "VQConfig",
     "VQModel",
     "accelerate",
     "explain",

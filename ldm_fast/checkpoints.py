@@ -70,9 +70,9 @@ class Checkpoint:
             network = "checkpoint.cond_stage"
             # Stable Diffusion 2.x takes the last layer but one of 24; where a file lacks the last, all of 23.
             skip = ", skip=1" if clip and cond_stage.config.num_hidden_layers == OPEN_CLIP_LAYERS else ""
-            complete = f"CLIPTextEncoder({network}, tokenizer{skip})"
+            complete = f"ldm_fast.clip.CLIPTextEncoder({network}, tokenizer{skip})"
             if not clip:
-                complete = f"BertTextEncoder.from_transformer(tokenizer, {network})"
+                complete = f"ldm_fast.conditioning.BertTextEncoder.from_transformer(tokenizer, {network})"
             raise ValueError(
                 f"{self.found.path} holds a text encoder without its tokenizer; give cond_stage, {complete}"
             )

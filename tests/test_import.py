@@ -66,3 +66,13 @@ def test_works_from_the_repository_root() -> None:
 def test_public_names_exist(tmp_path: Path) -> None:
     code = "import ldm_fast; print([name for name in ldm_fast.__all__ if not hasattr(ldm_fast, name)])"
     assert run(code, tmp_path).strip() == "[]"
+
+
+def test_what_public_classes_are_made_from_is_public(tmp_path: Path) -> None:
+    code = """if True:
+        import typing
+        import ldm_fast
+        made = (ldm_fast.UNet, ldm_fast.AutoencoderKL, ldm_fast.VQModel, ldm_fast.NoiseSchedule)
+        print([typing.get_type_hints(cls.__init__)["config"].__name__ in ldm_fast.__all__ for cls in made])
+    """
+    assert run(code, tmp_path).strip() == "[True, True, True, True]"

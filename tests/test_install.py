@@ -118,5 +118,7 @@ def test_install_succeeds_without_kernels(tmp_path, compiler, reason):
     record = json.loads((target / "ldm_fast/_build.json").read_text())
     assert not record["_native"]["built"] and reason in record["_native"]["message"]
     assert not list(target.glob("ldm_fast/_native*.so"))
+    for name in ("py.typed", "assets/emoji.safetensors", "training/recipes/emoji.toml", "kernels/attention.py"):
+        assert (target / "ldm_fast" / name).is_file()
     asked = subprocess.run([sys.executable, "-c", ASK, target], capture_output=True, text=True, cwd=tmp_path)
     assert asked.stdout.startswith(str(target)) and reason in asked.stdout, asked.stdout + asked.stderr
