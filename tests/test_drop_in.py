@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 
 import numpy as np
 import pytest
@@ -323,6 +324,22 @@ def test_keys_and_values_are_computed_once_for_each_call(monkeypatch):
         for _ in range(2):
             ours.unet(torch.ones(1, 4, 8, 8), 1, embeddings[0])
     assert len(computed) == 4 * layers
+
+
+def test_copies_and_pickles():
+    sample, context = torch.ones(1, 4, 8, 8), torch.ones(1, 3, unet().config.cross_attention_dim)
+    ours = {"unet": ldm_fast.UNet.from_diffusers(unet()), "vae": ldm_fast.AutoencoderKL.from_diffusers(vae())}
+    for again in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+        assert {name: type(part) for name, part in again.items()} == {name: type(part) for name, part in ours.items()}
+        assert torch.equal(*(parts["unet"](sample, 3, context).sample for parts in (ours, again)))
+        assert torch.equal(*(parts["vae"].decode(sample).sample for parts in (ours, again)))
+        assert again["unet"].config == ours["unet"].config and again["unet"].config.sample_size == 8
+
+    class Mine(type(ours["unet"])):
+        pass
+
+    ours["unet"].__class__ = Mine
+    assert type(copy.deepcopy(ours["unet"])) is Mine
 
 
 def test_saved_pipelines_open_again_as_diffusers_own(tmp_path):
