@@ -64,6 +64,9 @@ class DiffusionConfig:
                 f"DiffusionConfig: prediction_type must be one of {', '.join(PREDICTION_TYPES)}, "
                 f"got {self.prediction_type!r}"
             )
+        for name in ("beta_start", "beta_end"):
+            if not 0 < getattr(self, name) < 1:  # a share of the variance; else roots of negative numbers come of it
+                raise ValueError(f"DiffusionConfig: {name} must be between 0 and 1, got {getattr(self, name)}")
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise ValueError("DiffusionConfig: zero_terminal_snr needs prediction_type v_prediction or sample")
 

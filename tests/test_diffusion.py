@@ -154,6 +154,8 @@ def test_min_snr_weight_at_zero_snr_is_finite():
     [
         ({"schedule": "sqrt_linear"}, "schedule must be one of scaled_linear, linear, cosine, sqrt, got 'sqrt_linear'"),
         ({"prediction_type": "eps"}, "prediction_type must be one of epsilon, sample, v_prediction, got 'eps'"),
+        ({"beta_end": 2.0}, "beta_end must be between 0 and 1, got 2.0"),
+        ({"beta_start": -0.1}, "beta_start must be between 0 and 1, got -0.1"),
         ({"zero_terminal_snr": True}, "zero_terminal_snr needs prediction_type v_prediction or sample"),
     ],
 )
