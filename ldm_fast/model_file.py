@@ -55,8 +55,8 @@ PARTS: dict[str, dict[str, tuple[Callable[..., nn.Module], type]]] = {
 def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Writes `model` to `path`, whole or not at all. `dtype` (torch.float16, say) is what weights are stored in.
 
-    Raises ValueError for a part that has no row in PARTS and for weights that are not finite in `dtype`, OSError where
-    the file cannot be written.
+    Raises ValueError for a part that has no row in PARTS or has adapters in it, and for weights that are not finite in
+    `dtype`, OSError where the file cannot be written.
     """
     from safetensors.torch import save as serialize
 
@@ -111,6 +111,12 @@ def _describe(part: str, module: nn.Module | None) -> dict[str, Any] | None:
     name = type(module).__name__
     if name not in PARTS[part]:
         raise ValueError(f"cannot save a {part} of class {name}; known: {', '.join(PARTS[part])}")
+    with torch.device("meta"):
+        plain = PARTS[part][name][0](module.config)
+    try:
+        _check_tensors(plain.state_dict(), module.state_dict())
+    except ValueError as error:  # a file that nobody could load
+        raise ValueError(f"cannot save the {part}; adapters are to be merged or unloaded first: {error}") from error
     return {"class": name, "config": asdict(module.config)}
 
 

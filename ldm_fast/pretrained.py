@@ -73,18 +73,23 @@ class Pretrained(nn.Module):
 
         layout: "diffusers", a folder that diffusers' `from_pretrained` opens; or "compvis", with the parameter names of
         the original code, as its programs read them (a UNet under `model.diffusion_model.`).
+
+        Raises CheckpointError (a ValueError) where adapters are in the model: they are to be merged or unloaded first.
         """
         from ldm_fast import configs
         from ldm_fast.files import write_atomically
         from ldm_fast.tensor_files import write_tensors
         from ldm_fast.unet import UNet
-        from ldm_fast.weights import UNET_PREFIX, without_training_state
+        from ldm_fast.weights import UNET_PREFIX, check_names, without_training_state
+        from ldm_fast.weights import layout as tensors_of
 
         if layout not in SAVED_LAYOUTS:
             raise ValueError(f"save_pretrained: layout must be one of {', '.join(SAVED_LAYOUTS)}, got {layout!r}")
         config = self._own_config()
         if layout == "diffusers":
             name, tensors = f"{WEIGHTS}.safetensors", without_training_state(self.state_dict())
+            shapes = {ours: entry.our_shape for entry in tensors_of(config) for ours in entry.ours}
+            check_names(tensors, shapes, f"{type(self).__name__} to save; adapters are to be merged or unloaded first")
         else:
             prefix = UNET_PREFIX if isinstance(self, UNet) else ""
             name, tensors = COMPVIS_WEIGHTS, {prefix + key: tensor for key, tensor in self.to_compvis().items()}

@@ -402,6 +402,14 @@ def test_half_precision_file(tmp_path, model):
     LatentDiffusion.load(path)
 
 
+def test_adapters_are_not_saved_into_a_file_nobody_could_load(tmp_path):
+    model = text_model()
+    model.unet.conv_in.lora_A = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="cannot save the unet; adapters .* unexpected conv_in.lora_A.weight"):
+        model.save(tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model file at .*nowhere"):
         LatentDiffusion.load(tmp_path / "nowhere.safetensors")

@@ -37,6 +37,11 @@ def test_from_pretrained_and_back(tmp_path):
     assert same(UNet.from_compvis(UNET, model.to_compvis()), model.state_dict())
     with pytest.raises(ValueError, match="layout must be one of diffusers, compvis, got 'webui'"):
         model.save_pretrained(tmp_path / "c", layout="webui")
+    model.conv_in.lora_A = torch.nn.Linear(2, 2)
+    for layout in ("diffusers", "compvis"):
+        with pytest.raises(ValueError, match="2 unexpected: conv_in.lora_A.weight, conv_in.lora_A.bias"):
+            model.save_pretrained(tmp_path / "d", layout=layout)
+        assert not (tmp_path / "d").exists()
 
 
 def test_used_models_are_saved(tmp_path):
