@@ -160,6 +160,19 @@ def test_group_norm_on_every_isa(isa, channels_last, dtype, shape, groups):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_silu_of_numbers_of_any_size(isa, channels_last):
+    """exp2 in the sigmoid runs out at both ends: SiLU is then h or nearly 0, never NaN."""
+    x, groups, _, _, *_ = group_norm_arguments((2, 64, 9, 9), 32, channels_last)
+    weight = torch.logspace(-30, 36, 64)
+    y, _, _ = cpu.group_norm_silu(x, groups, weight, None, 1e-5, "silu", None, None)
+    h, _, _ = reference.group_norm_silu(x.double(), groups, weight.double(), None, 1e-5, None, None, None)
+    error = (y.double() - torch.nn.functional.silu(h)).abs()
+    assert (error <= 2e-6 * h.abs().amax((2, 3), keepdim=True)).all()
+    assert (y[h < -200].abs() < 1e-30).all()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_group_norm_with_mean_far_above_std(isa, channels_last):
     x, groups, weight, bias, *_ = group_norm_arguments((2, 64, 64, 64), 32, channels_last)
     x = x + 1000

@@ -25,7 +25,7 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
-#include "simd/stream.h"
+#include "simd/pair.h"
 
 namespace ldm::LDM_ISA {
 
@@ -97,19 +97,28 @@ constexpr int DEGREE<f16> = 4;
 template <>
 constexpr int DEGREE<bf16> = 3;
 
-// The activation of h = t / STRETCH; SiLU is t / (STRETCH + STRETCH 2^t). A division takes less than a reciprocal and
-// what mends it.
-template <class T, bool silu>
-[[gnu::always_inline]] inline F activate(F t) {
-    return silu ? t / (exp2<DEGREE<T>>(t, STRETCH<silu>) + STRETCH<silu>) : t;
+// The activation of h = t / STRETCH, in place; SiLU is t / (STRETCH + STRETCH 2^t). A division takes less than a
+// reciprocal and what mends it.
+template <class T, bool silu, int n>
+[[gnu::always_inline]] inline void activate(F (&t)[n]) {
+    if constexpr (silu) {
+        F divisor[n];
+        exp2<DEGREE<T>>(t, divisor, STRETCH<silu>, STRETCH<silu>);
+        for (int v = 0; v < n; ++v) t[v] = t[v] / divisor[v];
+    }
 }
 
-// grad times the derivative of the activation at h = t / STRETCH.
-template <class T, bool silu>
-[[gnu::always_inline]] inline F through_activation(F grad, F t) {
-    if (!silu) return grad;
-    const F s = 1.0f / (exp2<DEGREE<T>>(t) + 1.0f);
-    return grad * s * fma(t * (1.0f / STRETCH<silu>), 1.0f - s, set(1.0f));
+// grad times the derivative of the activation at h = t / STRETCH, in place.
+template <class T, bool silu, int n>
+[[gnu::always_inline]] inline void through_activation(F (&grad)[n], const F (&t)[n]) {
+    if constexpr (silu) {
+        F divisor[n];
+        exp2<DEGREE<T>>(t, divisor, 1.0f, 1.0f);
+        for (int v = 0; v < n; ++v) {
+            const F s = 1.0f / divisor[v];
+            grad[v] = grad[v] * s * fma(t[v] * (1.0f / STRETCH<silu>), 1.0f - s, set(1.0f));
+        }
+    }
 }
 
 template <class Args>

@@ -30,15 +30,15 @@ struct Pixels {
     static constexpr int n = count;
 };
 
-// body(channel of the first lane, offset of the first pixel's vector, pixels, offset of what comes next, lanes) for n
-// pixels, `at_once` at a time: the numbers per channel are loaded for all of them at once. That makes as many streams
-// of memory as pixels, which the processor does not foresee well; `next` grows in the order of memory, by a vector for
-// each pixel, for the body to prefetch from.
+// body(channel of the first lane, offset of the first pixel's vectors, pixels, offset of what comes next, vectors) for
+// n pixels, `at_once` at a time: the numbers per channel are loaded for all of them at once. That makes as many streams
+// of memory as pixels, which the processor does not foresee well; `next` grows in the order of memory, by its vectors
+// for each pixel, for the body to prefetch from.
 template <int at_once, class Body>
 inline void each_pixel(int64_t n, int64_t channels, const Body& body) {
     const auto go = [&](int64_t i, auto pixels) {
-        each_vector(channels, [&](int64_t c, auto lanes) {
-            body(c, i * channels + c, pixels, (i + pixels.n) * channels + c * pixels.n, lanes);
+        each_pair(channels, [&](int64_t c, auto vectors) {
+            body(c, i * channels + c, pixels, (i + pixels.n) * channels + c * pixels.n, vectors);
         });
     };
     int64_t i = 0;
@@ -74,18 +74,24 @@ inline void measure(const T* x, int64_t n, int64_t channels, int64_t groups, flo
     const int64_t per_group = channels / groups;
     float *const shift = work, *const sums = work + channels, *const squares = work + 2 * channels;
     near_means(x, n, channels, groups, shift);
+    to_order_of<T>(shift, channels);
     fill(sums, 2 * channels, 0.0f);
-    each_pixel<8>(n, channels, [&](int64_t c, int64_t i, auto pixels, int64_t next, auto lanes) {
-        const F m = load(shift + c, lanes);
-        F s = load(sums + c, lanes), t = load(squares + c, lanes);
+    each_pixel<8>(n, channels, [&](int64_t c, int64_t i, auto pixels, int64_t next, auto vectors) {
+        constexpr int V = decltype(vectors)::n;
+        F m[V], s[V], t[V], d[V];
+        load(shift + c, m, vectors), load(sums + c, s, vectors), load(squares + c, t, vectors);
         for (int k = 0; k < pixels.n; ++k) {
-            __builtin_prefetch(x + next + k * W, 0, 2);
-            const F d = load(x + i + k * channels, lanes) - m;
-            s += d;
-            t = fma(d, d, t);
+            load(x + i + k * channels, d, vectors);
+            for (int v = 0; v < V; ++v) {
+                __builtin_prefetch(x + next + (k * V + v) * W, 0, 2);
+                d[v] = d[v] - m[v];
+                s[v] += d[v];
+                t[v] = fma(d[v], d[v], t[v]);
+            }
         }
-        store(sums + c, s, lanes), store(squares + c, t, lanes);
+        store<false>(sums + c, s, vectors), store<false>(squares + c, t, vectors);
     });
+    for (int row = 0; row < 3; ++row) from_order_of<T>(work + row * channels, channels);
     for (int64_t g = 0; g < groups; ++g) {
         double s = 0, t = 0;
         for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) s += sums[c], t += squares[c];
@@ -122,6 +128,7 @@ bool forward(const GroupNormSilu& a) {
             fill(rows + MEAN * C + c, per_group, group.mean);
             write_affine<silu>(a, unit, c, per_group, group, rows + GAIN * C + c, rows + OFFSET * C + c);
         }
+        for (int row = 0; row < FORWARD_ROWS; ++row) to_order_of<T>(rows + row * C, C);
     };
     const auto last = [&](int64_t unit, int64_t slab, int) {
         if (a.phases == Phases::measure) return;
@@ -129,13 +136,19 @@ bool forward(const GroupNormSilu& a) {
         const int64_t begin = slabs.begin(slab), at = unit * per_sample + begin * C;
         const T* const from = x + at;
         T* const to = y + at;
-        each_pixel<4>(slabs.end(slab) - begin, C, [&](int64_t c, int64_t i, auto pixels, int64_t next, auto lanes) {
-            const F mean = load(rows + MEAN * C + c, lanes), p = load(rows + GAIN * C + c, lanes);
-            const F q = load(rows + OFFSET * C + c, lanes);
+        each_pixel<4>(slabs.end(slab) - begin, C, [&](int64_t c, int64_t i, auto pixels, int64_t next, auto vectors) {
+            constexpr int V = decltype(vectors)::n;
+            F mean[V], p[V], q[V], t[V];
+            load(rows + MEAN * C + c, mean, vectors), load(rows + GAIN * C + c, p, vectors);
+            load(rows + OFFSET * C + c, q, vectors);
             for (int k = 0; k < pixels.n; ++k) {
-                __builtin_prefetch(from + next + k * W, 0, 2);
-                const F t = fma(load(from + i + k * C, lanes) - mean, p, q);
-                store_or_stream<streamed>(to + i + k * C, activate<T, silu>(t), lanes);
+                load(from + i + k * C, t, vectors);
+                for (int v = 0; v < V; ++v) {
+                    __builtin_prefetch(from + next + (k * V + v) * W, 0, 2);
+                    t[v] = fma(t[v] - mean[v], p[v], q[v]);
+                }
+                activate<T, silu>(t);
+                store<streamed>(to + i + k * C, t, vectors);
             }
         });
         if (streamed) finish_streaming();
@@ -148,7 +161,7 @@ bool forward(const GroupNormSilu& a) {
 // and of dL/dx̂ · x̂ in them: -(MEAN_G + MEAN_G_X (x - mean)).
 enum BackwardRow { MEAN_G = FORWARD_ROWS, MEAN_G_X, BACKWARD_ROWS };
 
-template <bool silu>
+template <class T, bool silu>
 inline void write_coefficients(const GroupNormSiluBackward& a, int64_t unit, float* rows) {
     const int64_t C = a.channels, per_group = C / a.groups;
     for (int64_t g = 0; g < a.groups; ++g) {
@@ -157,59 +170,76 @@ inline void write_coefficients(const GroupNormSiluBackward& a, int64_t unit, flo
         fill(rows + MEAN * C + c, per_group, group.mean);
         write_affine<silu>(a, unit, c, per_group, group, rows + GAIN * C + c, rows + OFFSET * C + c);
     }
+    for (int row = 0; row < FORWARD_ROWS; ++row) to_order_of<T>(rows + row * C, C);
 }
 
 // The rows of means from the sums of dh and dh·x̂ over the pixels of each channel.
-template <bool silu>
+template <class T, bool silu>
 inline void write_means(const GroupNormSiluBackward& a, int64_t unit, const float* s, const float* t, float* rows) {
     const int64_t C = a.channels, per_group = C / a.groups;
+    float *const gain = rows + GAIN * C, *const mean_g = rows + MEAN_G * C, *const mean_g_x = rows + MEAN_G_X * C;
+    from_order_of<T>(gain, C);
     for (int64_t g = 0; g < a.groups; ++g) {
         double sum_g = 0, sum_g_x = 0;
         const int64_t begin = g * per_group, end = begin + per_group;
-        for (int64_t c = begin; c < end; ++c)
-            sum_g += double{rows[GAIN * C + c]} * s[c], sum_g_x += double{rows[GAIN * C + c]} * t[c];
+        for (int64_t c = begin; c < end; ++c) sum_g += double{gain[c]} * s[c], sum_g_x += double{gain[c]} * t[c];
         const double factor = -1.0 / (STRETCH<silu> * static_cast<double>(per_group * a.spatial));
-        fill(rows + MEAN_G * C + begin, per_group, static_cast<float>(sum_g * factor));
-        fill(rows + MEAN_G_X * C + begin, per_group,
-             static_cast<float>(sum_g_x * factor * a.rstd[unit * a.groups + g]));
+        fill(mean_g + begin, per_group, static_cast<float>(sum_g * factor));
+        fill(mean_g_x + begin, per_group, static_cast<float>(sum_g_x * factor * a.rstd[unit * a.groups + g]));
     }
+    to_order_of<T>(gain, C), to_order_of<T>(mean_g, C), to_order_of<T>(mean_g_x, C);
 }
 
 // Adds dh and dh (x - mean) of n pixels to sums (2, C); dh goes to `kept` if that is not null.
 template <class T, bool silu>
 inline void add_pixels(const T* x, const T* grad, int64_t n, int64_t C, const float* rows, float* kept, float* sums) {
-    each_pixel<4>(n, C, [&](int64_t c, int64_t first, auto pixels, int64_t next, auto lanes) {
-        const F mean = load(rows + MEAN * C + c, lanes), p = load(rows + GAIN * C + c, lanes);
-        const F q = load(rows + OFFSET * C + c, lanes);
-        F s = load(sums + c, lanes), t = load(sums + C + c, lanes);
+    each_pixel<4>(n, C, [&](int64_t c, int64_t first, auto pixels, int64_t next, auto vectors) {
+        constexpr int V = decltype(vectors)::n;
+        F mean[V], p[V], q[V], s[V], t[V], off[V], h[V], d[V];
+        load(rows + MEAN * C + c, mean, vectors), load(rows + GAIN * C + c, p, vectors);
+        load(rows + OFFSET * C + c, q, vectors), load(sums + c, s, vectors), load(sums + C + c, t, vectors);
         for (int k = 0; k < pixels.n; ++k) {
             const int64_t i = first + k * C;
-            __builtin_prefetch(x + next + k * W, 0, 2), __builtin_prefetch(grad + next + k * W, 0, 2);
-            const F off = load(x + i, lanes) - mean;
-            const F d = through_activation<T, silu>(load(grad + i, lanes), fma(off, p, q));
-            s += d;
-            t = fma(d, off, t);
-            if (kept) store(kept + i, d, lanes);
+            load(x + i, off, vectors), load(grad + i, d, vectors);
+            for (int v = 0; v < V; ++v) {
+                const int64_t ahead = next + (k * V + v) * W;
+                __builtin_prefetch(x + ahead, 0, 2), __builtin_prefetch(grad + ahead, 0, 2);
+                off[v] = off[v] - mean[v], h[v] = fma(off[v], p[v], q[v]);
+            }
+            through_activation<T, silu>(d, h);
+            for (int v = 0; v < V; ++v) s[v] += d[v], t[v] = fma(d[v], off[v], t[v]);
+            if (kept) store<false>(kept + i, d, vectors);
         }
-        store(sums + c, s, lanes), store(sums + C + c, t, lanes);
+        store<false>(sums + c, s, vectors), store<false>(sums + C + c, t, vectors);
     });
 }
 
 // dx of n pixels from dh, kept or computed again.
 template <class T, bool silu, bool streamed>
 inline void apply_pixels(const T* x, const T* grad, const float* kept, T* dx, int64_t n, int64_t C, const float* rows) {
-    each_pixel<4>(n, C, [&](int64_t c, int64_t first, auto pixels, int64_t next, auto lanes) {
-        const F mean = load(rows + MEAN * C + c, lanes), p = load(rows + GAIN * C + c, lanes);
-        const F q = load(rows + OFFSET * C + c, lanes), slope = p * (1.0f / STRETCH<silu>);
-        const F g = load(rows + MEAN_G * C + c, lanes), g_x = load(rows + MEAN_G_X * C + c, lanes);
+    each_pixel<4>(n, C, [&](int64_t c, int64_t first, auto pixels, int64_t next, auto vectors) {
+        constexpr int V = decltype(vectors)::n;
+        F mean[V], p[V], q[V], g[V], g_x[V], off[V], h[V], d[V];
+        load(rows + MEAN * C + c, mean, vectors), load(rows + GAIN * C + c, p, vectors);
+        load(rows + OFFSET * C + c, q, vectors);
+        load(rows + MEAN_G * C + c, g, vectors), load(rows + MEAN_G_X * C + c, g_x, vectors);
         for (int k = 0; k < pixels.n; ++k) {
             const int64_t i = first + k * C;
-            __builtin_prefetch(x + next + k * W, 0, 2);
-            if (!kept) __builtin_prefetch(grad + next + k * W, 0, 2);
-            const F off = load(x + i, lanes) - mean;
-            const F d =
-                kept ? load(kept + i, lanes) : through_activation<T, silu>(load(grad + i, lanes), fma(off, p, q));
-            store_or_stream<streamed>(dx + i, fma(d, slope, fma(off, g_x, g)), lanes);
+            load(x + i, off, vectors);
+            for (int v = 0; v < V; ++v) {
+                const int64_t ahead = next + (k * V + v) * W;
+                __builtin_prefetch(x + ahead, 0, 2);
+                if (!kept) __builtin_prefetch(grad + ahead, 0, 2);
+                off[v] = off[v] - mean[v], h[v] = fma(off[v], p[v], q[v]);
+            }
+            if (kept) {
+                load(kept + i, d, vectors);
+            } else {
+                load(grad + i, d, vectors);
+                through_activation<T, silu>(d, h);
+            }
+            for (int v = 0; v < V; ++v) d[v] = fma(d[v], p[v] * (1.0f / STRETCH<silu>), fma(off[v], g_x[v], g[v]));
+            store<streamed>(dx + i, d, vectors);
         }
     });
 }
@@ -226,7 +256,7 @@ bool backward(const GroupNormSiluBackward& a) {
     Kept<T> kept(dx, per_sample, unit_by_unit(units, slabs.per_unit, threads), threads);
     if (!coefficients.data || !sums.data || !dh.data || !dh_x.data || !kept.scratch.data) return false;
     for (int64_t unit = 0; unit < units; ++unit)
-        write_coefficients<silu>(a, unit, coefficients.data + unit * BACKWARD_ROWS * C);
+        write_coefficients<T, silu>(a, unit, coefficients.data + unit * BACKWARD_ROWS * C);
 
     const auto first = [&](int64_t unit, int64_t slab, int slot) {
         float *const s = sums.data + (unit * slabs.per_unit + slab) * 2 * C, *const keep = kept.at(unit, slot);
@@ -242,9 +272,10 @@ bool backward(const GroupNormSiluBackward& a) {
             const float* const from = sums.data + (unit * slabs.per_unit + slab) * 2 * C;
             for (int64_t c = 0; c < C; ++c) s[c] += from[c], t[c] += from[C + c];
         }
+        from_order_of<T>(s, C), from_order_of<T>(t, C);
         for (int64_t g = 0; g < a.groups; ++g)
             for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) t[c] *= a.rstd[unit * a.groups + g];
-        write_means<silu>(a, unit, s, t, coefficients.data + unit * BACKWARD_ROWS * C);
+        write_means<T, silu>(a, unit, s, t, coefficients.data + unit * BACKWARD_ROWS * C);
     };
     const auto last = [&](int64_t unit, int64_t slab, int slot) {
         const float* const keep = kept.at(unit, slot);

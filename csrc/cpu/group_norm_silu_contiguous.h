@@ -3,7 +3,6 @@
 #pragma once
 
 #include "group_norm_silu.h"
-#include "simd/pair.h"
 
 namespace ldm::LDM_ISA::contiguous {
 
@@ -46,7 +45,7 @@ inline Moments measure(const T* x, int64_t n) {
         int64_t i = 0;
         for (; i + 4 * W <= count; i += 4 * W) {
             F v[4];
-            load_pair(chunk + i, v[0], v[1]), load_pair(chunk + i + 2 * W, v[2], v[3]);
+            load(chunk + i, v, Pairs<2>{});
             a.add(v[0] - shift), b.add(v[1] - shift), c.add(v[2] - shift), d.add(v[3] - shift);
         }
         each_vector(count - i, [&](int64_t j, auto lanes) { a.add(only(load(chunk + i + j, lanes) - shift, lanes)); });
@@ -80,18 +79,14 @@ struct Slabs {
 template <class T, bool silu, bool streamed>
 inline void apply(const T* x, T* y, int64_t n, float mean, float gain, float offset, int64_t ahead) {
     const F m = set(mean), p = set(gain), q = set(offset);
-    int64_t done = 0;
-    for (; done + 2 * W <= n; done += 2 * W) {
-        constexpr int64_t LINE = 64 / sizeof(T);
-        for (int64_t i = 0; i < 2 * W; i += LINE) __builtin_prefetch(x + done + i + ahead, 0, 2);
-        F a, b;
-        load_pair(x + done, a, b);
-        store_pair<streamed>(y + done, activate<T, silu>(fma(a - m, p, q)), activate<T, silu>(fma(b - m, p, q)));
-    }
-    x += done, y += done;
-    each_vector(n - done, [&](int64_t i, auto lanes) {
-        __builtin_prefetch(x + i + ahead, 0, 2);
-        store_or_stream<streamed>(y + i, activate<T, silu>(fma(load(x + i, lanes) - m, p, q)), lanes);
+    constexpr int64_t LINE = 64 / sizeof(T);
+    each_pair<2>(n, [&](int64_t i, auto vectors) {
+        for (int64_t j = 0; j < vectors.n * W; j += LINE) __builtin_prefetch(x + i + j + ahead, 0, 2);
+        F t[vectors.n];
+        load(x + i, t, vectors);
+        for (F& h : t) h = fma(h - m, p, q);
+        activate<T, silu>(t);
+        store<streamed>(y + i, t, vectors);
     });
 }
 
@@ -143,15 +138,21 @@ inline void add_channel(const T* x, const T* grad, int64_t n, float mean, float 
     for (int64_t begin = 0; begin < n; begin += SLAB_ELEMENTS) {
         const int64_t count = n - begin < SLAB_ELEMENTS ? n - begin : SLAB_ELEMENTS;
         F s = zero(), t = zero();
-        each_vector(count, [&](int64_t j, auto lanes) {
+        each_pair(count, [&](int64_t j, auto vectors) {
+            constexpr int V = decltype(vectors)::n;
             const int64_t i = begin + j;
-            const F off = only(load(x + i, lanes) - m, lanes);
-            // A lane behind the end has grad = 0, but 0 times an overflow would be NaN.
-            const F d = only(through_activation<T, silu>(load(grad + i, lanes), fma(off, p, q)), lanes);
-            s += d;
-            t = fma(d, off, t);
-            if (kept) store(kept + i, d, lanes), __builtin_prefetch(dx + i, 1, 2);
-            __builtin_prefetch(x + i + ahead, 0, 2), __builtin_prefetch(grad + i + ahead, 0, 2);
+            F off[V], h[V], d[V];
+            load(x + i, off, vectors), load(grad + i, d, vectors);
+            for (int v = 0; v < V; ++v) off[v] = only(off[v] - m, vectors.lanes), h[v] = fma(off[v], p, q);
+            through_activation<T, silu>(d, h);
+            for (int v = 0; v < V; ++v) {
+                d[v] = only(d[v], vectors.lanes);  // behind the end grad is 0, but 0 times an overflow would be NaN
+                s += d[v];
+                t = fma(d[v], off[v], t);
+                if (kept) __builtin_prefetch(dx + i + v * W, 1, 2);
+                __builtin_prefetch(x + i + v * W + ahead, 0, 2), __builtin_prefetch(grad + i + v * W + ahead, 0, 2);
+            }
+            if (kept) store<false>(kept + i, d, vectors);
         });
         sums[0] += sum(s), sums[1] += sum(t);
     }
@@ -168,10 +169,21 @@ inline void apply_channel(const T* x, const T* grad, const float* kept, T* dx, i
                           float offset, Means means) {
     const F m = set(mean), p = set(gain), q = set(offset), slope = set(gain / STRETCH<silu>);
     const F minus_g = set(-means.g), minus_g_x = set(-means.g_x);
-    each_vector(n, [&](int64_t i, auto lanes) {
-        const F off = load(x + i, lanes) - m;
-        const F d = kept ? load(kept + i, lanes) : through_activation<T, silu>(load(grad + i, lanes), fma(off, p, q));
-        store_or_stream<streamed>(dx + i, fma(d, slope, fma(off, minus_g_x, minus_g)), lanes);
+    each_pair(n, [&](int64_t i, auto vectors) {
+        constexpr int V = decltype(vectors)::n;
+        F off[V], d[V];
+        load(x + i, off, vectors);
+        for (F& o : off) o = o - m;
+        if (kept) {
+            load(kept + i, d, vectors);
+        } else {
+            F h[V];
+            for (int v = 0; v < V; ++v) h[v] = fma(off[v], p, q);
+            load(grad + i, d, vectors);
+            through_activation<T, silu>(d, h);
+        }
+        for (int v = 0; v < V; ++v) d[v] = fma(d[v], slope, fma(off[v], minus_g_x, minus_g));
+        store<streamed>(dx + i, d, vectors);
     });
 }
 

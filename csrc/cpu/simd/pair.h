@@ -1,10 +1,33 @@
 // Two vectors at a time, 2 W neighbours in whatever order costs least, for loops that treat all elements alike. With
 // AVX-512, bf16 comes apart into the elements with even and with odd numbers: half the work of widening both halves.
+//
+// each_pair goes over a range so: it calls its body with Pairs<at_once> as long as it can, then with Pairs<1> and at
+// last with Single. These tell how many vectors they are, n, and load and store arrays of as many.
 #pragma once
 
 #include "stream.h"
 
 namespace ldm::LDM_ISA {
+
+template <int pairs>
+struct Pairs {
+    static constexpr int n = 2 * pairs;
+    static constexpr Full lanes{};
+};
+
+template <class Lanes>
+struct Single {
+    static constexpr int n = 1;
+    Lanes lanes;
+};
+
+template <int at_once = 1, class Body>
+inline void each_pair(int64_t n, const Body& body) {
+    int64_t i = 0;
+    for (; i + 2 * at_once * W <= n; i += 2 * at_once * W) body(i, Pairs<at_once>{});
+    for (; at_once > 1 && i + 2 * W <= n; i += 2 * W) body(i, Pairs<1>{});
+    each_vector(n - i, [&](int64_t j, auto lanes) { body(i + j, Single<decltype(lanes)>{lanes}); });
+}
 
 template <class T>
 inline void load_pair(const T* p, F& a, F& b) {
@@ -15,6 +38,22 @@ template <bool streamed, class T>
 inline void store_pair(T* p, F a, F b) {
     store_or_stream<streamed>(p, a, Full{}), store_or_stream<streamed>(p + W, b, Full{});
 }
+
+template <class T, class Lanes>
+inline void load(const T* p, F (&v)[1], Single<Lanes> single) {
+    v[0] = load(p, single.lanes);
+}
+
+template <bool streamed, class T, class Lanes>
+inline void store(T* p, const F (&v)[1], Single<Lanes> single) {
+    store_or_stream<streamed>(p, v[0], single.lanes);
+}
+
+// Puts the pairs of a row of float32 into the order that pairs of T come in, so that they meet lane by lane; and back.
+template <class T>
+inline void to_order_of(float*, int64_t) {}
+template <class T>
+inline void from_order_of(float*, int64_t) {}
 
 #if defined(__AVX512F__)
 
@@ -47,6 +86,36 @@ inline void store_pair(bf16* p, F even, F odd) {
     }
 }
 
+inline void permute_pairs(float* row, int64_t n, __m512i first, __m512i second) {
+    for (float* p = row; p + 2 * W <= row + n; p += 2 * W) {
+        const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + W);
+        _mm512_storeu_ps(p, _mm512_permutex2var_ps(a, first, b));
+        _mm512_storeu_ps(p + W, _mm512_permutex2var_ps(a, second, b));
+    }
+}
+
+template <>
+inline void to_order_of<bf16>(float* row, int64_t n) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    permute_pairs(row, n, even, _mm512_add_epi32(even, _mm512_set1_epi32(1)));
+}
+
+template <>
+inline void from_order_of<bf16>(float* row, int64_t n) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    permute_pairs(row, n, low, _mm512_add_epi32(low, _mm512_set1_epi32(8)));
+}
+
 #endif
+
+template <class T, int pairs>
+inline void load(const T* p, F (&v)[2 * pairs], Pairs<pairs>) {
+    for (int k = 0; k < 2 * pairs; k += 2) load_pair(p + k * W, v[k], v[k + 1]);
+}
+
+template <bool streamed, class T, int pairs>
+inline void store(T* p, const F (&v)[2 * pairs], Pairs<pairs>) {
+    for (int k = 0; k < 2 * pairs; k += 2) store_pair<streamed>(p + k * W, v[k], v[k + 1]);
+}
 
 }  // namespace ldm::LDM_ISA
