@@ -166,6 +166,8 @@ def check_no_tangent(op: str, **tensors: Tensor | None) -> None:
 
 _library = torch.library.Library("ldm_fast", "DEF")
 
+_SCALARS = frozenset((int, float, bool, str, type(None)))
+
 
 class Op:
     """An op registered with PyTorch as `torch.ops.ldm_fast.<name>`, to be called by position.
@@ -209,6 +211,8 @@ class Op:
         recording, recorded = torch.is_grad_enabled(), False
         for arg in args:
             kind = type(arg)
+            if kind in _SCALARS:
+                continue
             if kind is Tensor or kind is torch.nn.Parameter:
                 if not (arg.is_cpu or arg.is_cuda) or arg.is_neg():
                     return self._dispatched
