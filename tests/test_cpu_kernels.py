@@ -244,6 +244,22 @@ def test_attention_with_any_scale(isa, scale):
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("shape", [(1, 2, 35, 77, 20), (1, 1, 40, 300, 24)], ids=["few keys", "many keys"])
+@pytest.mark.parametrize("alike", [True, False], ids=["padding", "rows of their own"])
+def test_attention_where_a_mask_is_the_lowest_number(isa, shape, alike):
+    """Rows of it alone are uniform, as in PyTorch; beside other numbers it leaves nothing; -inf alone gives zeros."""
+    q, k, v, _, scale = attention_arguments(shape)
+    rows, keys = shape[2:4]
+    mask = torch.full((1, 1, 1 if alike else rows, keys), torch.finfo(torch.float32).min)
+    if not alike:
+        mask[:, :, 3, 5:9] = 0.0
+        mask[:, :, 4] = -torch.inf
+    out, _ = cpu.attention(q, k, v, mask.expand(*shape[:2], rows, keys), scale)
+    expected, _ = reference.attention(q.double(), k.double(), v.double(), mask.expand(*shape[:2], rows, keys), scale)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_ignores_what_is_masked(isa, dtype):
     """Padding of the keys gives what the kept keys alone give, whatever the padding holds, as long as it is finite."""

@@ -129,9 +129,16 @@ inline void unpack_columns(const float* sums, const F (&factor)[V], int64_t rows
 
 // ---- masks ----
 
+// log2(e) times an additive mask. What is finite stays so: a row of float32's lowest value alone is uniform, not
+// masked.
+inline F in_bits(F mask) {
+    const F product = mask * LOG2_E;
+    return mask == set(-infinity()) ? product : max(set(LOWEST), product);
+}
+
 template <class T>
 inline F addends(const T* mask, int64_t i, int64_t n) {
-    return Single::cells(mask, i, n) * LOG2_E;
+    return in_bits(Single::cells(mask, i, n));
 }
 
 inline F addends(const bool* mask, int64_t i, int64_t n) {
@@ -142,7 +149,7 @@ inline F addends(const bool* mask, int64_t i, int64_t n) {
 
 template <class T>
 inline float addend(const T* mask) {
-    return to_float(*mask) * LOG2_E;
+    return in_bits(set(to_float(*mask)))[0];
 }
 inline float addend(const bool* mask) { return *mask ? 0.0f : -infinity(); }
 

@@ -2,7 +2,7 @@
 // AVX-512, bf16 comes apart into the elements with even and with odd numbers: half the work of widening both halves.
 //
 // each_pair goes over a range so: it calls its body with Pairs<at_once> as long as it can, then with Pairs<1> and at
-// last with Single. These tell how many vectors they are, n, and load and store arrays of as many.
+// last with One. These tell how many vectors they are, n, and load and store arrays of as many.
 #pragma once
 
 #include "stream.h"
@@ -16,7 +16,7 @@ struct Pairs {
 };
 
 template <class Lanes>
-struct Single {
+struct One {
     static constexpr int n = 1;
     Lanes lanes;
 };
@@ -26,7 +26,7 @@ inline void each_pair(int64_t n, const Body& body) {
     int64_t i = 0;
     for (; i + 2 * at_once * W <= n; i += 2 * at_once * W) body(i, Pairs<at_once>{});
     for (; at_once > 1 && i + 2 * W <= n; i += 2 * W) body(i, Pairs<1>{});
-    each_vector(n - i, [&](int64_t j, auto lanes) { body(i + j, Single<decltype(lanes)>{lanes}); });
+    each_vector(n - i, [&](int64_t j, auto lanes) { body(i + j, One<decltype(lanes)>{lanes}); });
 }
 
 template <class T>
@@ -40,13 +40,13 @@ inline void store_pair(T* p, F a, F b) {
 }
 
 template <class T, class Lanes>
-inline void load(const T* p, F (&v)[1], Single<Lanes> single) {
-    v[0] = load(p, single.lanes);
+inline void load(const T* p, F (&v)[1], One<Lanes> one) {
+    v[0] = load(p, one.lanes);
 }
 
 template <bool streamed, class T, class Lanes>
-inline void store(T* p, const F (&v)[1], Single<Lanes> single) {
-    store_or_stream<streamed>(p, v[0], single.lanes);
+inline void store(T* p, const F (&v)[1], One<Lanes> one) {
+    store_or_stream<streamed>(p, v[0], one.lanes);
 }
 
 // Puts the pairs of a row of float32 into the order that pairs of T come in, so that they meet lane by lane; and back.
