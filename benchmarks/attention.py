@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import OURS, Bench, add_impl_option, implementation, judge, largest_error, parser, too_large
+from _harness import OURS, Bench, add_impl_option, implementation, judge, largest_error, parser, too_large
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

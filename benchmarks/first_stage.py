@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import describe, largest_error
+from _harness import describe, largest_error
 from torch import Tensor
 
 from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import OURS, Bench, add_impl_option, implementation, judge, largest_error, parser
+from _harness import OURS, Bench, add_impl_option, implementation, judge, largest_error, parser
 from torch import Tensor
 
 from ldm_fast import ops

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import OURS, Bench, Verdict, add_impl_option, implementation, parser, too_large
+from _harness import OURS, Bench, Verdict, add_impl_option, implementation, parser, too_large
 from torch import Tensor
 
 from ldm_fast import cpu, ops

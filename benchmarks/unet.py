@@ -20,7 +20,7 @@ from unittest import mock
 import attention
 import group_norm_silu
 import torch
-from harness import OURS, Bench, Verdict, parser
+from _harness import OURS, Bench, Verdict, parser
 from torch import Tensor
 
 from ldm_fast import UNet, UNetConfig, explain, ops, use_impl

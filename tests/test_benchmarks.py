@@ -34,7 +34,7 @@ FIGURES = ("median_ms", "min_ms", "max_ms", "gflops", "gbs", "share_of_matmul_pe
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Imports a benchmark as its own process would, and forgets it (and its neighbours) after the test."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("harness", *BENCHMARKS)
+    names = ("_harness", *BENCHMARKS)
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module
