@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQModel
 from ldm_fast.checkpoints import load
-from ldm_fast.diffusion import NoiseSchedule
 from ldm_fast.files import CheckpointError, reason, remove_unfinished
 from ldm_fast.training.checkpoint import list_checkpoints, newest_checkpoint
 from ldm_fast.training.data import ImageSet, load_data
@@ -155,7 +154,6 @@ def load_first_stage(recipe: FirstStageRecipe | None, source: str | Path) -> nn.
 def _check_second_stage(recipe: Recipe, data: ImageSet, first_stage: AutoencoderConfig) -> None:
     """What is wrong with the second stage is said now, not once the first one is trained."""
     check_fits(recipe.second_stage, first_stage, data)
-    NoiseSchedule(recipe.second_stage.diffusion)
     with torch.device("meta"):
         build_model(recipe.second_stage, data.training())
 
