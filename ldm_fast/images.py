@@ -41,7 +41,7 @@ def _as_tensor(given: Any, of_one: Callable[[Any], Tensor], of_pillow: Callable[
     from PIL import Image
 
     if isinstance(given, Image.Image):
-        return torch.from_numpy(of_pillow(given))
+        return torch.from_numpy(of_pillow(_eight_bits(given)))
     if isinstance(given, Tensor | np.ndarray):
         return torch.as_tensor(given)
     if not isinstance(given, list | tuple) or not given:
@@ -105,12 +105,12 @@ def _eight_bits(picture: Image) -> Image:
 def _on_white(picture: Image) -> Image:
     from PIL import Image
 
-    picture = _eight_bits(picture).convert("RGBA")
+    picture = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def _lighter_than_mid_grey(picture: Image) -> np.ndarray:
-    return np.array(_eight_bits(picture).convert("L")) > 127
+    return np.array(picture.convert("L")) > 127
 
 
 def _open(path: str | Path) -> Image:

@@ -250,25 +250,20 @@ def _check_affine(
     shift: Tensor | None,
 ) -> None:
     """What follows the normalisation of x (B, C, *spatial)."""
-    if activation != "silu" and activation is not None:
+    batch, channels = x.shape[:2]
+    if activation not in ("silu", None):
         raise ValueError(f'{op}: activation must be "silu" or None, got {activation!r}')
     if not eps > 0:
         raise ValueError(f"{op}: eps must be above 0, got {eps}")
-    modulation, device = x.shape[:2], x.device
-    channels = modulation[1:]
-    for name, tensor, shape in (
-        ("weight", weight, channels),
-        ("bias", bias, channels),
-        ("scale", scale, modulation),
-        ("shift", shift, modulation),
-    ):
-        if tensor is None:
-            continue
-        check_floating(op, **{name: tensor})
-        if tensor.shape != shape:
-            raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if tensor.device != device:
-            raise ValueError(f"{op}: {name} must be on the device of x ({device}), got {tensor.device}")
+    shapes = {"weight": (channels,), "bias": (channels,), "scale": (batch, channels), "shift": (batch, channels)}
+    given = zip(shapes, (weight, bias, scale, shift), strict=True)
+    present = {name: tensor for name, tensor in given if tensor is not None}
+    check_floating(op, **present)
+    for name, tensor in present.items():
+        if tensor.shape != shapes[name]:
+            raise ValueError(f"{op}: {name} must have shape {shapes[name]}, got {tuple(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} must be on the device of x ({x.device}), got {tensor.device}")
     check_no_tangent(op, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
 
 

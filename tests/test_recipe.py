@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from ldm_fast.training.fingerprint import Fingerprint
 from ldm_fast.training.recipe import (
-    Fingerprint,
     LoopConfig,
     Recipe,
     RecipeError,

@@ -129,8 +129,7 @@ inline void unpack_columns(const float* sums, const F (&factor)[V], int64_t rows
 
 // ---- masks ----
 
-// log2(e) times an additive mask. What is finite stays so: a row of float32's lowest value alone is uniform, not
-// masked.
+// log2(e) times an additive mask. What is finite stays so: a row of the lowest number alone is uniform, not masked.
 inline F in_bits(F mask) {
     const F product = mask * LOG2_E;
     return mask == set(-infinity()) ? product : max(set(LOWEST), product);

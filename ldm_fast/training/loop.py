@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from ldm_fast.files import CheckpointError, reason, write_atomically
 from ldm_fast.images import write_png
 from ldm_fast.training.checkpoint import newest_checkpoint, save_checkpoint
-from ldm_fast.training.recipe import Fingerprint, LoopConfig
+from ldm_fast.training.fingerprint import Fingerprint
+from ldm_fast.training.recipe import LoopConfig
 
 
 class TrainingError(RuntimeError):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-import json
 import math
 import types
 import typing
@@ -376,44 +375,3 @@ def to_dict(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: to_dict(v) for k, v in value.items()}
     return value
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """Every field that has an influence on the weights, flat: {"loop.batch_size": 64, ...}.
-
-    `defaults` are those whose values are the defaults: what an earlier version had no field for did as they say.
-    `free` are the fields without influence, which an earlier version may have taken for others.
-    """
-
-    fields: dict[str, Any]
-    defaults: frozenset[str] = frozenset()
-    free: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(cls, value: Any, path: str = "") -> Fingerprint:
-        """The fingerprint of a dataclass, whose own name is `path`."""
-        flat, defaults, free = {}, set(), set()
-        for f in dataclasses.fields(value):
-            name, inner = _join(path, f.name), getattr(value, f.name)
-            if f.metadata.get("free"):
-                free.add(name)
-            elif dataclasses.is_dataclass(inner):
-                part = cls.of(inner, name)
-                flat.update(part.fields)
-                defaults |= part.defaults
-                free |= part.free
-            else:
-                flat[name] = to_dict(inner)
-                if inner == f.default:
-                    defaults.add(name)
-        return cls(flat, frozenset(defaults), frozenset(free))
-
-    def __or__(self, other: Fingerprint) -> Fingerprint:
-        return Fingerprint(self.fields | other.fields, self.defaults | other.defaults, self.free | other.free)
-
-    def changes(self, before: dict[str, Any]) -> dict[str, str]:
-        """What differs from the fields of an earlier run, as {"field": "field: old -> new"}."""
-        now = json.loads(json.dumps(self.fields))
-        names = sorted((before.keys() | now.keys()) - (self.defaults - before.keys()) - self.free)
-        return {n: f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names if before.get(n) != now.get(n)}

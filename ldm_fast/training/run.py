@@ -8,8 +8,6 @@ RUN/model.safetensors  lock
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -24,16 +22,10 @@ from ldm_fast.checkpoints import load
 from ldm_fast.files import CheckpointError, reason, remove_unfinished
 from ldm_fast.training.checkpoint import list_checkpoints, newest_checkpoint
 from ldm_fast.training.data import ImageSet, load_data
+from ldm_fast.training.fingerprint import Fingerprint, conditions_digest, fingerprint, tensors_digest
 from ldm_fast.training.first_stage import FirstStage
 from ldm_fast.training.loop import TrainingError, run_stage
-from ldm_fast.training.recipe import (
-    Fingerprint,
-    FirstStageRecipe,
-    Recipe,
-    RecipeError,
-    load_recipe,
-    to_dict,
-)
+from ldm_fast.training.recipe import FirstStageRecipe, Recipe, RecipeError, load_recipe, to_dict
 from ldm_fast.training.second_stage import SecondStage, assemble, build_model, check_fits
 from ldm_fast.weights import without_training_state
 
@@ -74,7 +66,7 @@ def train(
     with _alone_in(run_dir):
         if stage != "second" and autoencoder is None:
             folder = run_dir / "first_stage"
-            about = _fingerprint(recipe, "first_stage", data)
+            about = fingerprint(recipe, "first_stage", data)
             trained = FirstStage(recipe.first_stage, data, recipe.seed, device)
             run_stage(trained, recipe.first_stage.loop, recipe.seed, folder, about, progress, resume)
             if stage == "first":
@@ -82,8 +74,8 @@ def train(
         if autoencoder is None:
             _check_finished(recipe, run_dir)
             autoencoder = load_first_stage(recipe.first_stage, run_dir)
-        about = _fingerprint(recipe, "second_stage", data)
-        about |= Fingerprint({"first_stage": _digest(autoencoder.state_dict())})
+        about = fingerprint(recipe, "second_stage", data)
+        about |= Fingerprint({"first_stage": tensors_digest(autoencoder.state_dict())})
         trained = SecondStage(recipe.second_stage, autoencoder, data, recipe.seed, device)
         run_stage(trained, recipe.second_stage.loop, recipe.seed, run_dir / "second_stage", about, progress, resume)
         return export(recipe, run_dir, first_stage=autoencoder)
@@ -112,10 +104,10 @@ def export(
     about = state["fingerprint"]
     given = isinstance(first_stage, nn.Module)
     autoencoder = first_stage if given else load_first_stage(recipe.first_stage, first_stage or run_dir)
-    if about["first_stage"] != _digest(autoencoder.state_dict()):
+    if about["first_stage"] != tensors_digest(autoencoder.state_dict()):
         raise CheckpointError(f"the second stage in {run_dir} was trained on another first stage than this one")
     data = load_data(recipe.data)
-    if any(about.get(name, digest) != digest for name, digest in _conditions(recipe, data).items()):
+    if any(about.get(name, digest) != digest for name, digest in conditions_digest(recipe, data).items()):
         raise CheckpointError(f"the second stage in {run_dir} was trained with other captions or classes than these")
     data = data.training()
     model = build_model(recipe.second_stage, data)
@@ -183,23 +175,6 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], prefix: str, what: str) 
         raise CheckpointError(f"{what} does not fit the recipe: {error}") from error
 
 
-def _fingerprint(recipe: Recipe, stage: str, data: ImageSet) -> Fingerprint:
-    """What must not change between two parts of one run. The first stage sees no conditions: these may be put right
-    after it."""
-    seen = {"data.images": _digest({"images": data.images, "held_out": data.held_out})[:16]}
-    if stage == "second_stage":
-        seen |= _conditions(recipe, data)
-    fixed = Fingerprint({"seed": recipe.seed}) | Fingerprint(seen, defaults=frozenset(seen))
-    return fixed | Fingerprint.of(recipe.data, "data") | Fingerprint.of(getattr(recipe, stage), stage)
-
-
-def _conditions(recipe: Recipe, data: ImageSet) -> dict[str, str]:
-    """A digest of what the words' and the classes' numbers in a trained second stage depend on."""
-    labels = None if data.labels is None else data.labels.tolist()
-    seen = {"none": None, "text": data.captions, "class": [data.classes, labels]}[recipe.second_stage.condition]
-    return {"data.conditions": hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]}
-
-
 @contextlib.contextmanager
 def _alone_in(run_dir: Path) -> Iterator[None]:
     """One process at a time trains in a folder; what a killed one was writing there is removed."""
@@ -229,14 +204,6 @@ def _locked(path: Path) -> Iterator[None]:
             except OSError:  # a file system without locks
                 pass
         yield
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -315,11 +315,10 @@ template <int degree, int n>
     for (int k = 0; k < n; ++k) result[k] = times_power_of_2(result[k], whole[k]) + addend;
 }
 
-template <int degree = 6>
-[[gnu::always_inline]] inline F exp2(F t, float addend = 0.0f) {
+[[gnu::always_inline]] inline F exp2(F t) {
     const F of[1] = {t};
     F result[1];
-    exp2<degree>(of, result, 1.0f, addend);
+    exp2<6>(of, result, 1.0f, 0.0f);
     return result[0];
 }
 
