@@ -4,7 +4,7 @@
 // another), a whole sample, with all its groups, if x is channels_last. A unit is worked through in *slabs* of about 64
 // Ki elements, small enough that the second look at a slab comes from the L2 cache. Each direction has three phases:
 //
-//   forward   measure each slab (shifted mean and sum of squares) | merge slabs in float64 | apply y = act(x̂ p + q)
+//   forward   measure each slab (shifted sums, also of squares) | bring them together | apply y = act(x̂ p + q)
 //   backward  add up dh and dh·x̂ per channel, for each slab      | add slabs in order     | apply dx
 //
 // with p = weight (1 + scale), q = bias (1 + scale) + shift, h = x̂ p + q. One thread takes a unit through all three
@@ -30,7 +30,7 @@
 namespace ldm::LDM_ISA {
 
 constexpr int64_t SLAB_ELEMENTS = 65536;
-constexpr int64_t STREAMED_BYTES = int64_t{4} << 20;  // from this on whatever reads the result is no slower for it
+constexpr int64_t STREAMED_BYTES = int64_t{8} << 20;  // below this the caches keep x and the result
 constexpr int64_t KEPT_ELEMENTS = 131072;             // of dh in float32: 512 KiB, half an L2 cache
 constexpr int64_t ELEMENTS_WORTH_A_THREAD = 16384;    // starting a team costs a few microseconds
 
@@ -60,12 +60,10 @@ inline Centre centre(const Moments& m, float eps) {
     return {mean, rstd, static_cast<float>(m.mean - mean) * rstd};
 }
 
-// The moments of group i of all B * G, merged from its slabs (`stride` apart) or given; noted where they are wanted.
-inline Centre conclude(const GroupNormSilu& a, int64_t i, const Moments* slabs, int64_t count, int64_t stride) {
-    Moments total = a.phases == Phases::apply ? a.moments[i] : slabs[0];
-    for (int64_t k = 1; k < count && a.phases != Phases::apply; ++k) merge(total, slabs[k * stride]);
-    if (a.phases == Phases::measure) a.moments[i] = total;
-    const Centre c = centre(total, a.eps);
+// Of group i of all B * G, from its moments, measured or given; noted where they are wanted.
+inline Centre conclude(const GroupNormSilu& a, int64_t i, const Moments& measured) {
+    if (a.phases == Phases::measure) a.moments[i] = measured;
+    const Centre c = centre(a.phases == Phases::apply ? a.moments[i] : measured, a.eps);
     if (a.phases == Phases::whole) a.mean[i] = c.mean, a.rstd[i] = c.rstd;
     return c;
 }
@@ -132,15 +130,15 @@ inline bool unit_by_unit(int64_t units, int64_t slabs, int threads) {
     return slabs == 1 || threads == 1 || units >= 4 * threads || units % threads == 0;
 }
 
-// Runs the three phases: first(unit, slab, slot), then between(unit), then last(unit, slab, slot), with the slot of the
-// thread (see parallel_for). The slabs come back in reverse order: those read last are the nearest.
+// Runs the three phases: first(unit, slab, slot), then between(unit, slot), then last(unit, slab, slot), with the slot
+// of the thread (see parallel_for). The slabs come back in reverse order: those read last are the nearest.
 template <class First, class Between, class Last>
 inline void run_phases(int64_t units, int64_t slabs, int threads, const First& first, const Between& between,
                        const Last& last) {
     if (unit_by_unit(units, slabs, threads)) {
         parallel_shares(units, threads, [&](int64_t unit, int slot) {
             for (int64_t slab = 0; slab < slabs; ++slab) first(unit, slab, slot);
-            between(unit);
+            between(unit, slot);
             for (int64_t slab = slabs - 1; slab >= 0; --slab) last(unit, slab, slot);
         });
         return;
@@ -148,7 +146,7 @@ inline void run_phases(int64_t units, int64_t slabs, int threads, const First& f
     parallel_for(units * slabs, 1, threads, [&](int64_t begin, int64_t end, int slot) {
         for (int64_t i = begin; i < end; ++i) first(i / slabs, i % slabs, slot);
     });
-    for (int64_t unit = 0; unit < units; ++unit) between(unit);
+    for (int64_t unit = 0; unit < units; ++unit) between(unit, 0);
     parallel_for(units * slabs, 1, threads, [&](int64_t begin, int64_t end, int slot) {
         for (int64_t i = units * slabs - 1 - begin; i > units * slabs - 1 - end; --i) last(i / slabs, i % slabs, slot);
     });

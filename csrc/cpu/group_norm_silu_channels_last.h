@@ -8,7 +8,7 @@
 
 namespace ldm::LDM_ISA::channels_last {
 
-constexpr int64_t SAMPLE = 8;  // pixels of a slab that say what the deviations of a group are from
+constexpr int64_t SAMPLE = 8;  // pixels of a unit that say what the deviations of a group are from
 
 struct Slabs {
     int64_t pixels, pixels_per_slab, per_unit;
@@ -47,7 +47,42 @@ inline void each_pixel(int64_t n, int64_t channels, const Body& body) {
 }
 
 inline void fill(float* values, int64_t n, float value) {
+    if (n < W) {
+        for (int64_t i = 0; i < n; ++i) values[i] = value;
+        return;
+    }
     each_vector(n, [&](int64_t i, auto lanes) { store(values + i, set(value), lanes); });
+}
+
+inline float total(const float* values, int64_t n) {
+    float few = 0.0f;
+    if (n < W) {
+        for (int64_t i = 0; i < n; ++i) few += values[i];
+        return few;
+    }
+    F s = zero();
+    each_vector(n, [&](int64_t i, auto lanes) { s += load(values + i, lanes); });
+    return sum(s);
+}
+
+// Adds up the rows of n numbers, pair by pair, into the first of them.
+inline void add_rows(float* row, int64_t rows, int64_t n) {
+    for (int64_t step = 1; step < rows; step *= 2)
+        for (int64_t k = 0; k + step < rows; k += 2 * step)
+            each_vector(n, [&](int64_t i, auto lanes) {
+                float* const at = row + k * n + i;
+                store(at, load(at, lanes) + load(at + step * n, lanes), lanes);
+            });
+}
+
+// The first twelve bits of v. The digits of a shift beyond those of bf16 or f16 are the last ones of every deviation
+// from it: adding up would round them all in the same direction.
+inline float few_digits(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof v);
+    bits &= 0xfffff000;
+    memcpy(&v, &bits, sizeof v);
+    return v;
 }
 
 // shift[c]: near the mean of the group of c, from SAMPLE of the n pixels.
@@ -61,20 +96,14 @@ inline void near_means(const T* x, int64_t n, int64_t channels, int64_t groups, 
             store(shift + c, load(shift + c, lanes) + load(pixel + c, lanes), lanes);
         });
     }
-    for (int64_t g = 0; g < channels; g += per_group) {
-        float total = 0.0f;
-        for (int64_t c = g; c < g + per_group; ++c) total += shift[c];
-        for (int64_t c = g; c < g + per_group; ++c) shift[c] = total / static_cast<float>(count * per_group);
-    }
+    for (int64_t c = 0; c < channels; c += per_group)
+        fill(shift + c, per_group, few_digits(total(shift + c, per_group) / static_cast<float>(count * per_group)));
 }
 
-// Moments of each group over n pixels. work holds 3 C floats.
+// Sums of the deviations from `shift`, which is in the order of T, and of their squares over n pixels: (2, C).
 template <class T>
-inline void measure(const T* x, int64_t n, int64_t channels, int64_t groups, float* work, Moments* out) {
-    const int64_t per_group = channels / groups;
-    float *const shift = work, *const sums = work + channels, *const squares = work + 2 * channels;
-    near_means(x, n, channels, groups, shift);
-    to_order_of<T>(shift, channels);
+inline void measure(const T* x, int64_t n, int64_t channels, const float* shift, float* sums) {
+    float* const squares = sums + channels;
     fill(sums, 2 * channels, 0.0f);
     each_pixel<8>(n, channels, [&](int64_t c, int64_t i, auto pixels, int64_t next, auto vectors) {
         constexpr int V = decltype(vectors)::n;
@@ -91,12 +120,6 @@ inline void measure(const T* x, int64_t n, int64_t channels, int64_t groups, flo
         }
         store<false>(sums + c, s, vectors), store<false>(squares + c, t, vectors);
     });
-    for (int row = 0; row < 3; ++row) from_order_of<T>(work + row * channels, channels);
-    for (int64_t g = 0; g < groups; ++g) {
-        double s = 0, t = 0;
-        for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) s += sums[c], t += squares[c];
-        out[g] = moments(static_cast<double>(n * per_group), shift[g * per_group], s, t);
-    }
 }
 
 // Numbers per channel, one row of them each: what measuring needs, then what applying does.
@@ -109,22 +132,41 @@ bool forward(const GroupNormSilu& a) {
     const T* const x = static_cast<const T*>(a.x);
     T* const y = static_cast<T*>(a.y);
     const int threads = team(a);
-    Scratch<Moments> measured(units * slabs.per_unit * a.groups);
-    Scratch<float> work(threads * 3 * C), coefficients(units * FORWARD_ROWS * C);
-    if (!measured.data || !work.data || !coefficients.data) return false;
+    const bool alone = unit_by_unit(units, slabs.per_unit, threads);
+    Scratch<float> coefficients(units * FORWARD_ROWS * C), sums((alone ? threads : units) * slabs.per_unit * 2 * C);
+    if (!coefficients.data || !sums.data) return false;
 
+    const auto rows_of = [&](int64_t unit) { return coefficients.data + unit * FORWARD_ROWS * C; };
+    const auto sums_of = [&](int64_t unit, int slot) {
+        return sums.data + (alone ? slot : unit) * slabs.per_unit * 2 * C;
+    };
+    const auto prepare = [&](int64_t unit) {
+        if (a.phases == Phases::apply) return;
+        float* const shift = rows_of(unit) + MEAN * C;
+        near_means(x + unit * per_sample, a.spatial, C, a.groups, shift);
+        to_order_of<T>(shift, C);
+    };
     const auto first = [&](int64_t unit, int64_t slab, int slot) {
         if (a.phases == Phases::apply) return;
-        const int64_t begin = slabs.begin(slab), i = unit * slabs.per_unit + slab;
-        measure(x + unit * per_sample + begin * C, slabs.end(slab) - begin, C, a.groups, work.data + slot * 3 * C,
-                measured.data + i * a.groups);
+        if (alone && slab == 0) prepare(unit);
+        const int64_t begin = slabs.begin(slab);
+        measure(x + unit * per_sample + begin * C, slabs.end(slab) - begin, C, rows_of(unit) + MEAN * C,
+                sums_of(unit, slot) + slab * 2 * C);
     };
-    const auto between = [&](int64_t unit) {
-        float* const rows = coefficients.data + unit * FORWARD_ROWS * C;
-        const Moments* const of_unit = measured.data + unit * slabs.per_unit * a.groups;
+    const auto between = [&](int64_t unit, int slot) {
+        float *const rows = rows_of(unit), *const s = sums_of(unit, slot), *const t = s + C;
+        if (a.phases != Phases::apply) {
+            add_rows(s, slabs.per_unit, 2 * C);
+            from_order_of<T>(rows + MEAN * C, C), from_order_of<T>(s, C), from_order_of<T>(t, C);
+        }
         for (int64_t g = 0; g < a.groups; ++g) {
-            const Centre group = conclude(a, unit * a.groups + g, of_unit + g, slabs.per_unit, a.groups);
             const int64_t c = g * per_group;
+            Moments measured{};
+            if (a.phases != Phases::apply) {
+                measured = moments(static_cast<double>(per_group * a.spatial), rows[MEAN * C + c],
+                                   total(s + c, per_group), total(t + c, per_group));
+            }
+            const Centre group = conclude(a, unit * a.groups + g, measured);
             fill(rows + MEAN * C + c, per_group, group.mean);
             write_affine<silu>(a, unit, c, per_group, group, rows + GAIN * C + c, rows + OFFSET * C + c);
         }
@@ -132,7 +174,7 @@ bool forward(const GroupNormSilu& a) {
     };
     const auto last = [&](int64_t unit, int64_t slab, int) {
         if (a.phases == Phases::measure) return;
-        const float* const rows = coefficients.data + unit * FORWARD_ROWS * C;
+        const float* const rows = rows_of(unit);
         const int64_t begin = slabs.begin(slab), at = unit * per_sample + begin * C;
         const T* const from = x + at;
         T* const to = y + at;
@@ -153,6 +195,7 @@ bool forward(const GroupNormSilu& a) {
         });
         if (streamed) finish_streaming();
     };
+    for (int64_t unit = 0; !alone && unit < units; ++unit) prepare(unit);
     run_phases(units, slabs.per_unit, threads, first, between, last);
     return true;
 }
@@ -265,7 +308,7 @@ bool backward(const GroupNormSiluBackward& a) {
         add_pixels<T, silu>(x + at, grad + at, slabs.end(slab) - begin, C, coefficients.data + unit * BACKWARD_ROWS * C,
                             keep ? keep + begin * C : nullptr, s);
     };
-    const auto between = [&](int64_t unit) {
+    const auto between = [&](int64_t unit, int) {
         float *const s = dh.data + unit * C, *const t = dh_x.data + unit * C;
         fill(s, C, 0.0f), fill(t, C, 0.0f);
         for (int64_t slab = 0; slab < slabs.per_unit; ++slab) {

@@ -106,8 +106,10 @@ bool forward(const GroupNormSilu& a) {
         const int64_t channel = unit * slabs.channels_per_group + begin;
         measured.data[unit * slabs.per_unit + slab] = measure(x + channel * a.spatial, n);
     };
-    const auto between = [&](int64_t unit) {
-        centres.data[unit] = conclude(a, unit, measured.data + unit * slabs.per_unit, slabs.per_unit, 1);
+    const auto between = [&](int64_t unit, int) {
+        Moments* const of_slabs = measured.data + unit * slabs.per_unit;
+        for (int64_t slab = 1; slab < slabs.per_unit; ++slab) merge(of_slabs[0], of_slabs[slab]);
+        centres.data[unit] = conclude(a, unit, of_slabs[0]);
     };
     const auto last = [&](int64_t unit, int64_t slab, int) {
         if (a.phases == Phases::measure) return;
@@ -220,7 +222,7 @@ bool backward(const GroupNormSiluBackward& a) {
             dh_x.data[channel] = static_cast<float>(sums[1] * a.rstd[unit]);
         });
     };
-    const auto between = [&](int64_t unit) {
+    const auto between = [&](int64_t unit, int) {
         double s = 0, t = 0;
         each_channel(unit, 0, per_group, [&](int64_t, int64_t channel, float p, float) {
             s += double{p} * dh.data[channel], t += double{p} * dh_x.data[channel];
