@@ -24,38 +24,38 @@ bool run(const GroupNormSiluBackward& a) {
                                  : contiguous::backward<T, silu, streamed>(a);
 }
 
-// `out`: what is written, null where that is not so much.
+// `out`: what is written, null where that is not so much; `arrays`: how many of its size are read and written.
 template <class T, bool silu, class Args>
-bool run(const Args& a, void* out) {
+bool run(const Args& a, void* out, int arrays) {
     const int64_t bytes = out ? a.batch * a.channels * a.spatial * static_cast<int64_t>(sizeof(T)) : 0;
     prefer_huge_pages(out, bytes);
     const int64_t row = channels_innermost(a) ? a.channels : a.spatial;
-    const bool streamed = bytes >= STREAMED_BYTES && streamable(static_cast<const T*>(out), row);
+    const bool streamed = arrays * bytes >= CACHED_BYTES && streamable(static_cast<const T*>(out), row);
     return streamed ? run<T, silu, true>(a) : run<T, silu, false>(a);
 }
 
 template <class T, class Args>
-bool run(const Args& a, void* out) {
-    return a.silu ? run<T, true>(a, out) : run<T, false>(a, out);
+bool run(const Args& a, void* out, int arrays) {
+    return a.silu ? run<T, true>(a, out, arrays) : run<T, false>(a, out, arrays);
 }
 
 template <class Args>
-bool run(const Args& a, void* out) {
+bool run(const Args& a, void* out, int arrays) {
     switch (a.dtype) {
         case Dtype::bf16:
-            return run<bf16>(a, out);
+            return run<bf16>(a, out, arrays);
         case Dtype::f16:
-            return run<f16>(a, out);
+            return run<f16>(a, out, arrays);
         default:
-            return run<float>(a, out);
+            return run<float>(a, out, arrays);
     }
 }
 
 }  // namespace
 
-bool group_norm_silu(const GroupNormSilu& a) { return run(a, a.y); }
+bool group_norm_silu(const GroupNormSilu& a) { return run(a, a.y, 2); }
 
-bool group_norm_silu_backward(const GroupNormSiluBackward& a) { return run(a, a.dx); }
+bool group_norm_silu_backward(const GroupNormSiluBackward& a) { return run(a, a.dx, 3); }
 
 void exp_array(const float* x, float* y, int64_t n) {
     each_vector(n, [&](int64_t i, auto lanes) { store(y + i, exp(load(x + i, lanes)), lanes); });

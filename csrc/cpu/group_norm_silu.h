@@ -11,8 +11,9 @@
 // while its data is in its cache if there are units enough for everybody; otherwise each phase spreads the slabs over
 // the threads. The slabs are the same either way, so the result does not depend on the number of threads.
 //
-// A large result is streamed past the caches (simd/stream.h): its lines need not be read before they are written, and x
-// stays where the apply phase finds it.
+// A result too large for the caches is streamed past them (simd/stream.h): its lines need not be read before they are
+// written, and x stays where the apply phase finds it. The lines of any other are prefetched: a store that waits for
+// its line holds up all those behind it.
 //
 // The split form is the first two phases of the forward pass (Phases::measure) or the last two (Phases::apply).
 //
@@ -30,9 +31,9 @@
 namespace ldm::LDM_ISA {
 
 constexpr int64_t SLAB_ELEMENTS = 65536;
-constexpr int64_t STREAMED_BYTES = int64_t{8} << 20;  // below this the caches keep x and the result
-constexpr int64_t KEPT_ELEMENTS = 131072;             // of dh in float32: 512 KiB, half an L2 cache
-constexpr int64_t ELEMENTS_WORTH_A_THREAD = 16384;    // starting a team costs a few microseconds
+constexpr int64_t CACHED_BYTES = int64_t{24} << 20;  // of all that is read and written; more is streamed
+constexpr int64_t KEPT_ELEMENTS = 131072;            // of dh in float32: 512 KiB, half an L2 cache
+constexpr int64_t ELEMENTS_WORTH_A_THREAD = 16384;   // starting a team costs a few microseconds
 
 // Chan, Golub & LeVeque (1979).
 inline void merge(Moments& into, const Moments& other) {

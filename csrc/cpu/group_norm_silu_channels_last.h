@@ -186,7 +186,9 @@ bool forward(const GroupNormSilu& a) {
             for (int k = 0; k < pixels.n; ++k) {
                 load(from + i + k * C, t, vectors);
                 for (int v = 0; v < V; ++v) {
-                    __builtin_prefetch(from + next + (k * V + v) * W, 0, 2);
+                    const int64_t ahead = next + (k * V + v) * W;
+                    __builtin_prefetch(from + ahead, 0, 2);
+                    if (!streamed) __builtin_prefetch(to + ahead, 1);
                     t[v] = fma(t[v] - mean[v], p[v], q[v]);
                 }
                 activate<T, silu>(t);
@@ -273,6 +275,7 @@ inline void apply_pixels(const T* x, const T* grad, const float* kept, T* dx, in
                 const int64_t ahead = next + (k * V + v) * W;
                 __builtin_prefetch(x + ahead, 0, 2);
                 if (!kept) __builtin_prefetch(grad + ahead, 0, 2);
+                if (!kept && !streamed) __builtin_prefetch(dx + ahead, 1);
                 off[v] = off[v] - mean[v], h[v] = fma(off[v], p[v], q[v]);
             }
             if (kept) {

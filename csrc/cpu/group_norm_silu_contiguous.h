@@ -81,7 +81,10 @@ inline void apply(const T* x, T* y, int64_t n, float mean, float gain, float off
     const F m = set(mean), p = set(gain), q = set(offset);
     constexpr int64_t LINE = 64 / sizeof(T);
     each_pair<2>(n, [&](int64_t i, auto vectors) {
-        for (int64_t j = 0; j < vectors.n * W; j += LINE) __builtin_prefetch(x + i + j + ahead, 0, 2);
+        for (int64_t j = 0; j < vectors.n * W; j += LINE) {
+            __builtin_prefetch(x + i + j + ahead, 0, 2);
+            if (!streamed) __builtin_prefetch(y + i + j, 1);
+        }
         F t[vectors.n];
         load(x + i, t, vectors);
         for (F& h : t) h = fma(h - m, p, q);
@@ -182,6 +185,7 @@ inline void apply_channel(const T* x, const T* grad, const float* kept, T* dx, i
             F h[V];
             for (int v = 0; v < V; ++v) h[v] = fma(off[v], p, q);
             load(grad + i, d, vectors);
+            if (!streamed) __builtin_prefetch(dx + i, 1), __builtin_prefetch(dx + i + (V - 1) * W, 1);
             through_activation<T, silu>(d, h);
         }
         for (int v = 0; v < V; ++v) d[v] = fma(d[v], slope, fma(off[v], minus_g_x, minus_g));
