@@ -141,6 +141,8 @@ def test_fingerprint_leaves_out_what_has_no_influence():
     other = dataclasses.replace(loop, batch_size=5)
     assert Fingerprint.of(loop) == Fingerprint.of(same)
     assert Fingerprint.of(other).changes(Fingerprint.of(loop).fields) == {"batch_size": "batch_size: 4 -> 5"}
+    earlier = {**Fingerprint.of(loop).fields, "sample_every": 7}  # of a version in which this was not free
+    assert Fingerprint.of(loop).changes(earlier) == {}
 
 
 def test_a_field_that_an_earlier_version_lacked_is_no_change_at_its_default():

@@ -26,7 +26,7 @@ from ldm_fast.training.data import DataConfig, synthetic_images
 from ldm_fast.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from ldm_fast.training.ema import Ema, decay_at
 from ldm_fast.training.first_stage import FirstStage
-from ldm_fast.training.loop import DataOrder, learning_rate_factor, seeded, update_weights
+from ldm_fast.training.loop import DataOrder, capture, learning_rate_factor, seeded, update_weights
 from ldm_fast.training.recipe import LoopConfig, Phase, RecipeError
 from ldm_fast.training.run import _alone_in, load_first_stage
 from ldm_fast.training.second_stage import SecondStage, multiscale_error
@@ -826,6 +826,17 @@ def folder_recipe(folder, steps):
     recipe = dataclasses.replace(TINY, data=DataConfig("folder", 16, path=str(folder)))
     recipe = change(recipe, "first_stage", loop={"steps": 2})
     return change(recipe, "second_stage", loop={"steps": steps, "lr_schedule": "constant"})
+
+
+def test_what_is_captured_does_not_change_with_the_stage():
+    stage = FirstStage(TINY.first_stage, synthetic_images(16), 0, CPU)
+    captured = capture(stage)
+    before = {name: tensor.clone() for name, tensor in captured.items()}
+    with torch.no_grad():
+        for module in stage.modules().values():
+            for parameter in module.parameters():
+                parameter.add_(1)
+    assert before and all(torch.equal(captured[name], before[name]) for name in before)
 
 
 def test_other_data_is_refused_wherever_it_lies(tmp_path):
