@@ -31,7 +31,7 @@
 namespace ldm::LDM_ISA {
 
 constexpr int64_t SLAB_ELEMENTS = 65536;
-constexpr int64_t CACHED_BYTES = int64_t{24} << 20;  // of all that is read and written; more is streamed
+constexpr int64_t CACHED_BYTES = int64_t{16} << 20;  // of all that is read and written; more is streamed
 constexpr int64_t KEPT_ELEMENTS = 131072;            // of dh in float32: 512 KiB, half an L2 cache
 constexpr int64_t ELEMENTS_WORTH_A_THREAD = 16384;   // starting a team costs a few microseconds
 
