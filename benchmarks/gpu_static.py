@@ -174,11 +174,11 @@ def group_norm_silu_launches(
     scale, shift, dscale, dshift = (
         torch.empty(shape[:2], dtype=dtype, device="meta") if shape.modulated else None for _ in range(4)
     )
-    mean, rstd = (torch.empty(shape.B, GROUPS, device="meta") for _ in range(2))
+    statistics = torch.empty(2, shape.B, GROUPS, device="meta")
     silu = "silu" if shape.silu else None
-    forward = group_norm_silu.forward_launches(x, GROUPS, weight, bias, 1e-5, silu, scale, shift, y, mean, rstd)
+    forward = group_norm_silu.forward_launches(x, GROUPS, weight, bias, 1e-5, silu, scale, shift, y, statistics)
     weight, bias, dweight, dbias = of_training
-    inputs = (grad, x, GROUPS, weight, bias, silu, scale, shift, mean, rstd)
+    inputs = (grad, x, GROUPS, weight, bias, silu, scale, shift, statistics)
     return forward + group_norm_silu.backward_launches(*inputs, dx, dweight, dbias, dscale, dshift)
 
 

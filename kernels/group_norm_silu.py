@@ -471,11 +471,10 @@ def forward_launches(
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     y: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    statistics: torch.Tensor,
 ) -> list[Launch]:
-    """What `group_norm_silu` launches, in this order, to fill y, mean and rstd."""
-    b, c = x.shape[:2]
+    """What `group_norm_silu` launches, in this order, to fill y and statistics."""
+    (b, c), (mean, rstd) = x.shape[:2], statistics
     width, (s, _) = c // num_groups, _layout(x)
     if tile := _on_chip(x, width, ON_CHIP):
         args = (x, weight, bias, scale, shift, y, mean, rstd, c, s, num_groups, width, eps)
@@ -554,8 +553,7 @@ def backward_launches(
     activation: str | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    statistics: torch.Tensor,
     dx: torch.Tensor,
     dweight: torch.Tensor | None,
     dbias: torch.Tensor | None,
@@ -567,7 +565,7 @@ def backward_launches(
     width, (s, _) = c // num_groups, _layout(x)
     fusion, silu = {"enable_fp_fusion": True}, {"SILU": activation == "silu"}
     sums, sums_hat = torch.empty((2, b, c), dtype=torch.float32, device=x.device)
-    inputs = (grad, x, weight, bias, scale, shift, mean, rstd)
+    inputs = (grad, x, weight, bias, scale, shift, *statistics)
     if tile := _on_chip(x, width, ON_CHIP // 2):
         options = {**_block(x, *tile, 16, width), **silu}
         args = (*inputs, dx, sums, sums_hat, c, s, num_groups, width)
@@ -602,14 +600,14 @@ def group_norm_silu(
     activation: str | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, mean, rstd) of validated inputs; mean and rstd (B, G) in float32."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and its statistics, mean and rstd, (2, B, G) in float32, of validated inputs."""
     weight, bias, scale, shift = (None if t is None else t.contiguous() for t in (weight, bias, scale, shift))
     y = torch.empty_like(x)
-    mean, rstd = (torch.empty((x.shape[0], num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
-    for launch in forward_launches(x, num_groups, weight, bias, eps, activation, scale, shift, y, mean, rstd):
+    statistics = torch.empty((2, x.shape[0], num_groups), dtype=torch.float32, device=x.device)
+    for launch in forward_launches(x, num_groups, weight, bias, eps, activation, scale, shift, y, statistics):
         launch.run()
-    return y, mean, rstd
+    return y, statistics
 
 
 def group_norm_stats_unsupported(x: torch.Tensor, num_groups: int) -> str | None:
@@ -684,8 +682,7 @@ def group_norm_silu_backward(
     activation: str | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    statistics: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(dx, dweight, dbias, dscale, dshift), None for what was None, from what the forward returned."""
     if grad.stride() != x.stride():
@@ -693,7 +690,7 @@ def group_norm_silu_backward(
     weight, bias, scale, shift = (None if t is None else t.contiguous() for t in (weight, bias, scale, shift))
     dx, *gradients = (None if t is None else torch.empty_like(t) for t in (x, weight, bias, scale, shift))
     for launch in backward_launches(
-        grad, x, num_groups, weight, bias, activation, scale, shift, mean, rstd, dx, *gradients
+        grad, x, num_groups, weight, bias, activation, scale, shift, statistics, dx, *gradients
     ):
         launch.run()
     return dx, *gradients

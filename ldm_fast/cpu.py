@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import math
 import os
 import re
 import time
@@ -200,13 +201,16 @@ def group_norm_silu_unsupported(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> str | None:
-    return _unsupported(x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    for tensor in (x, weight, bias, scale, shift):
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype in _DTYPES):
+            return _unsupported(x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    return None
 
 
 def _shape(x: Tensor, num_groups: int) -> tuple[bool, tuple[int, int, int, int]]:
     """Whether x is channels_last and not contiguous, and (B, C, S, G)."""
-    batch, channels = x.shape[:2]
-    return not x.is_contiguous(), (batch, channels, x.numel() // (batch * channels), num_groups)
+    batch, channels, *spatial = x.shape
+    return not x.is_contiguous(), (batch, channels, math.prod(spatial), num_groups)
 
 
 def group_norm_silu(
@@ -218,12 +222,12 @@ def group_norm_silu(
     activation: str | None,
     scale: Tensor | None,
     shift: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """See `reference.group_norm_silu`; x contiguous or channels_last."""
     channels_last, shape = _shape(x, num_groups)
     y = torch.empty_like(x)
-    mean = torch.empty((shape[0], num_groups), dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+    of_samples = (2, shape[0], num_groups)
+    statistics = x.new_empty_strided(of_samples, (shape[0] * num_groups, num_groups, 1), dtype=torch.float32)
     weight, bias, scale, shift = _parameter(weight), _parameter(bias), _parameter(scale), _parameter(shift)
     _native().group_norm_silu(
         _DTYPES[x.dtype],
@@ -236,12 +240,11 @@ def group_norm_silu(
         _address(scale),
         _address(shift),
         y.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
+        statistics.data_ptr(),
         eps,
         torch.get_num_threads(),
     )
-    return y, mean, rstd
+    return y, statistics
 
 
 def group_norm_stats_unsupported(x: Tensor, num_groups: int) -> str | None:
@@ -269,7 +272,7 @@ def group_norm_apply_unsupported(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> str | None:
-    return _unsupported(x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    return group_norm_silu_unsupported(x, num_groups, weight, bias, eps, activation, scale, shift)
 
 
 def group_norm_apply(
@@ -311,8 +314,7 @@ def group_norm_silu_backward(
     activation: str | None,
     scale: Tensor | None,
     shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `reference.group_norm_silu_backward`; grad in the layout of x."""
     channels_last, shape = _shape(x, num_groups)
@@ -331,8 +333,7 @@ def group_norm_silu_backward(
         grad.data_ptr(),
         x.data_ptr(),
         *map(_address, parameters),
-        mean.data_ptr(),
-        rstd.data_ptr(),
+        statistics.data_ptr(),
         dx.data_ptr(),
         *map(_address, gradients),
         torch.get_num_threads(),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 # Who can compute each op, best first. impl=None takes the first that supports the inputs.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
@@ -134,17 +135,18 @@ def run_backward(op: str, impl: str, forward_args: tuple[Any, ...], backward_arg
 
 def check_impl(op: str, impl: str | None) -> str:
     """`impl` as the registered op takes it, "" for None."""
-    if impl is not None and impl not in IMPLEMENTATIONS[op]:
+    if impl is None:
+        return ""
+    if impl not in IMPLEMENTATIONS[op]:
         raise ValueError(f"{op}: impl must be None or one of {', '.join(IMPLEMENTATIONS[op])}, got {impl!r}")
-    return impl or ""
+    return impl
 
 
-def check_floating(op: str, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: {name} must have a floating-point dtype, got {tensor.dtype}")
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must have a floating-point dtype, got {tensor.dtype}")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -165,8 +167,6 @@ def check_no_tangent(op: str, **tensors: Tensor | None) -> None:
 
 
 _library = torch.library.Library("ldm_fast", "DEF")
-
-_SCALARS = frozenset((int, float, bool, str, type(None)))
 
 
 class Op:
@@ -194,6 +194,8 @@ class Op:
             _library.impl(name, compute, device)
         torch.library.register_fake(f"ldm_fast::{name}", fake, lib=_library)
         self._dispatched = getattr(torch.ops.ldm_fast, name)
+        arguments = self._dispatched.default._schema.arguments
+        self._tensors = [i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
         self._recorded = self._dispatched
         if backward is not None:
             torch.library.register_autograd(f"ldm_fast::{name}", backward, setup_context=setup, lib=_library)
@@ -209,16 +211,14 @@ class Op:
         if _someone_watches():
             return self._dispatched
         recording, recorded = torch.is_grad_enabled(), False
-        for arg in args:
-            kind = type(arg)
-            if kind in _SCALARS:
+        for position in self._tensors:
+            arg = args[position]
+            if arg is None:
                 continue
-            if kind is Tensor or kind is torch.nn.Parameter:
-                if not (arg.is_cpu or arg.is_cuda) or arg.is_neg():
-                    return self._dispatched
-                recorded = recorded or (recording and arg.requires_grad)
-            elif isinstance(arg, Tensor):  # of a class that may want to see the op
+            kind = type(arg)  # one of another class may want to see the op
+            if (kind is not Tensor and kind is not Parameter) or not (arg.is_cpu or arg.is_cuda) or arg.is_neg():
                 return self._dispatched
+            recorded = recorded or (recording and arg.requires_grad)
         return self._recorded if recorded else self._compute
 
 

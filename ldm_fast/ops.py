@@ -91,7 +91,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, in the dtype of autocast where that is on, as floating-point tensors of one dtype on one device."""
-    check_floating("attention", q=q, k=k, v=v)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_floating("attention", name, tensor)
     lower = autocast_dtype(q)
     if lower is not None:
         q, k, v = (t if t.dtype == torch.float64 else t.to(lower) for t in (q, k, v))
@@ -230,13 +231,14 @@ def group_norm_silu(
 
 
 def _check_group_norm(op: str, x: Tensor, num_groups: int) -> None:
-    check_floating(op, x=x)
-    if not 2 <= x.ndim <= 5:
-        raise ValueError(f"{op}: x must be (B, C, *spatial) with 0 to 3 spatial dims, got {tuple(x.shape)}")
+    check_floating(op, "x", x)
+    shape = x.shape
+    if not 2 <= len(shape) <= 5:
+        raise ValueError(f"{op}: x must be (B, C, *spatial) with 0 to 3 spatial dims, got {tuple(shape)}")
     if not isinstance(num_groups, int):
         raise TypeError(f"{op}: num_groups must be an integer, got {num_groups!r}")
-    if num_groups < 1 or x.shape[1] % num_groups != 0:
-        raise ValueError(f"{op}: num_groups must divide the {x.shape[1]} channels of x, got {num_groups}")
+    if num_groups < 1 or shape[1] % num_groups != 0:
+        raise ValueError(f"{op}: num_groups must divide the {shape[1]} channels of x, got {num_groups}")
 
 
 def _check_affine(
@@ -250,21 +252,26 @@ def _check_affine(
     shift: Tensor | None,
 ) -> None:
     """What follows the normalisation of x (B, C, *spatial)."""
-    batch, channels = x.shape[:2]
-    if activation not in ("silu", None):
+    if activation is not None and activation != "silu":
         raise ValueError(f'{op}: activation must be "silu" or None, got {activation!r}')
     if not eps > 0:
         raise ValueError(f"{op}: eps must be above 0, got {eps}")
-    shapes = {"weight": (channels,), "bias": (channels,), "scale": (batch, channels), "shift": (batch, channels)}
-    given = zip(shapes, (weight, bias, scale, shift), strict=True)
-    present = {name: tensor for name, tensor in given if tensor is not None}
-    check_floating(op, **present)
-    for name, tensor in present.items():
-        if tensor.shape != shapes[name]:
-            raise ValueError(f"{op}: {name} must have shape {shapes[name]}, got {tuple(tensor.shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} must be on the device of x ({x.device}), got {tensor.device}")
+    batch, channels, *_ = x.shape
+    _check_vector(op, "weight", weight, (channels,), x)
+    _check_vector(op, "bias", bias, (channels,), x)
+    _check_vector(op, "scale", scale, (batch, channels), x)
+    _check_vector(op, "shift", shift, (batch, channels), x)
     check_no_tangent(op, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+
+
+def _check_vector(op: str, name: str, vector: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    if vector is None:
+        return
+    check_floating(op, name, vector)
+    if vector.shape != shape:
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(vector.shape)}")
+    if vector.device != x.device:
+        raise ValueError(f"{op}: {name} must be on the device of x ({x.device}), got {vector.device}")
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -282,16 +289,15 @@ def _group_norm_silu(x, num_groups, weight, bias, eps, activation, scale, shift,
 
 
 def _group_norm_silu_fake(x, num_groups, weight, bias, eps, activation, scale, shift, impl):
-    statistics = (x.new_empty((x.shape[0], num_groups), dtype=_statistics_dtype(x)) for _ in range(2))
-    return (torch.empty_like(x), *statistics)
+    return torch.empty_like(x), x.new_empty((2, x.shape[0], num_groups), dtype=_statistics_dtype(x))
 
 
 def _group_norm_silu_backward(
-    grad, x, num_groups, weight, bias, eps, activation, scale, shift, mean, rstd, impl
+    grad, x, num_groups, weight, bias, eps, activation, scale, shift, statistics, impl
 ) -> tuple[Tensor, ...]:
     if x.numel() == 0:
         fakes = _group_norm_silu_backward_fake(
-            grad, x, num_groups, weight, bias, eps, activation, scale, shift, mean, rstd, impl
+            grad, x, num_groups, weight, bias, eps, activation, scale, shift, statistics, impl
         )
         return tuple(t.zero_() for t in fakes)
     if grad.stride() != x.stride():
@@ -301,13 +307,13 @@ def _group_norm_silu_backward(
         "group_norm_silu",
         impl,
         (x, num_groups, weight, bias, eps, activation, scale, shift),
-        (grad, x, num_groups, weight, bias, activation, scale, shift, mean, rstd),
+        (grad, x, num_groups, weight, bias, activation, scale, shift, statistics),
     )
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
 def _group_norm_silu_backward_fake(
-    grad, x, num_groups, weight, bias, eps, activation, scale, shift, mean, rstd, impl
+    grad, x, num_groups, weight, bias, eps, activation, scale, shift, statistics, impl
 ) -> tuple[Tensor, ...]:
     optional = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, bias, scale, shift))
     return (torch.empty_like(x), *optional)
@@ -315,14 +321,14 @@ def _group_norm_silu_backward_fake(
 
 def _group_norm_silu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, ctx.num_groups, weight, bias, ctx.eps, ctx.activation, scale, shift, ctx.impl = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, weight, bias, scale, shift, *output[1:])
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, bias, scale, shift, output[1])
 
 
-def _group_norm_silu_autograd(ctx: Any, grad: Tensor, *_: Tensor):
-    x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+def _group_norm_silu_autograd(ctx: Any, grad: Tensor, _grad_statistics: Tensor):
+    x, weight, bias, scale, shift, statistics = ctx.saved_tensors
     dx, dweight, dbias, dscale, dshift = _group_norm_silu_backward_op(
-        grad, x, ctx.num_groups, weight, bias, ctx.eps, ctx.activation, scale, shift, mean, rstd, ctx.impl
+        grad, x, ctx.num_groups, weight, bias, ctx.eps, ctx.activation, scale, shift, statistics, ctx.impl
     )
     present = (
         None if tensor is None else gradient
@@ -334,7 +340,7 @@ def _group_norm_silu_autograd(ctx: Any, grad: Tensor, *_: Tensor):
 
 _group_norm_silu_op = Op(
     "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, str activation, Tensor? scale, "
-    "Tensor? shift, str impl) -> (Tensor, Tensor, Tensor)",
+    "Tensor? shift, str impl) -> (Tensor, Tensor)",
     _group_norm_silu,
     _group_norm_silu_fake,
     backward=_group_norm_silu_autograd,
@@ -342,7 +348,7 @@ _group_norm_silu_op = Op(
 )
 _group_norm_silu_backward_op = Op(
     "group_norm_silu_backward(Tensor grad, Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, "
-    "str activation, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, str impl) "
+    "str activation, Tensor? scale, Tensor? shift, Tensor statistics, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _group_norm_silu_backward,
     _group_norm_silu_backward_fake,
@@ -431,7 +437,7 @@ def group_norm_apply(
     """
     impl = check_impl("group_norm_apply", impl)
     _check_group_norm("group_norm_apply", x, num_groups)
-    check_floating("group_norm_apply", stats=stats)
+    check_floating("group_norm_apply", "stats", stats)
     shape = (x.shape[0], num_groups, 3)
     if tuple(stats.shape) != shape or stats.dtype != torch.float64:
         raise ValueError(
@@ -538,7 +544,8 @@ def nearest_codebook_stats(z: Tensor, codebook: Tensor, *, impl: str | None = No
 
 def _check_codebook_search(op: str, z: Tensor, codebook: Tensor, impl: str | None) -> str:
     impl = check_impl(op, impl)
-    check_floating(op, z=z, codebook=codebook)
+    check_floating(op, "z", z)
+    check_floating(op, "codebook", codebook)
     if z.ndim not in (2, 4):
         raise ValueError(f"{op}: z must be (N, d) or (B, d, H, W), got {tuple(z.shape)}")
     if codebook.ndim != 2 or codebook.shape[0] < 1 or codebook.shape[1] < 1:

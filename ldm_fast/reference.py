@@ -103,10 +103,10 @@ def group_norm_silu(
     activation: str | None,
     scale: Tensor | None,
     shift: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """silu(group_norm(x) · (1 + scale) + shift), and the mean and 1/std of each group.
 
-    x (B, C, *spatial); weight, bias (C,); scale, shift (B, C). Returns y like x, mean and rstd (B, num_groups).
+    x (B, C, *spatial); weight, bias (C,); scale, shift (B, C). Returns y like x, mean and rstd as (2, B, num_groups).
     """
     dtype = _accumulation_dtype(x)
     groups = x.to(dtype).reshape(x.shape[0], num_groups, -1)  # (B, G, C/G · spatial)
@@ -115,7 +115,7 @@ def group_norm_silu(
     rstd = ((groups - mean[..., None]).square().mean(-1) + eps).rsqrt()  # (B, G)
     h = _modulated(_normalised(x, num_groups, mean, rstd), weight, bias, scale, shift)
     y = h * torch.sigmoid(h) if activation == "silu" else h
-    return _like(y, x), mean, rstd
+    return _like(y, x), torch.stack([mean, rstd])
 
 
 def group_norm_stats(x: Tensor, num_groups: int) -> Tensor:
@@ -156,15 +156,15 @@ def group_norm_silu_backward(
     activation: str | None,
     scale: Tensor | None,
     shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `group_norm_silu` for x, weight, bias, scale and shift; y is recomputed from x.
 
     With x̂ the normalised x and g = dL/dx̂: dx = rstd · (g - mean(g) - x̂ · mean(g ∘ x̂)), means over a group.
     """
     dtype = _accumulation_dtype(x)
-    x_hat = _normalised(x, num_groups, mean.to(dtype), rstd.to(dtype))  # (B, C, *spatial)
+    mean, rstd = statistics.to(dtype)
+    x_hat = _normalised(x, num_groups, mean, rstd)  # (B, C, *spatial)
     h = _modulated(x_hat, weight, bias, scale, shift)
     grad = grad.to(dtype)
     if activation == "silu":
@@ -182,7 +182,7 @@ def group_norm_silu_backward(
     mean_g = g.reshape(grouped).mean(-1)
     mean_g_x_hat = (g * x_hat).reshape(grouped).mean(-1)
     dx = (g - _per_group(mean_g, x, num_groups) - x_hat * _per_group(mean_g_x_hat, x, num_groups)) * _per_group(
-        rstd.to(dtype), x, num_groups
+        rstd, x, num_groups
     )
     return (
         _like(dx, x),

@@ -74,10 +74,10 @@ def codebook_arguments(rows, codes, width):
 def run_group_norm(shape, groups, channels_last, dtype=torch.float32):
     """Forward and backward; a flat list of tensors."""
     x, groups, weight, bias, eps, activation, scale, shift = group_norm_arguments(shape, groups, channels_last, dtype)
-    y, mean, rstd = cpu.group_norm_silu(x, groups, weight, bias, eps, activation, scale, shift)
+    y, statistics = cpu.group_norm_silu(x, groups, weight, bias, eps, activation, scale, shift)
     grad = torch.empty_like(x).copy_(torch.linspace(-1, 1, x.numel()).view(shape))
-    gradients = cpu.group_norm_silu_backward(grad, x, groups, weight, bias, activation, scale, shift, mean, rstd)
-    return [y, mean, rstd, *gradients]
+    gradients = cpu.group_norm_silu_backward(grad, x, groups, weight, bias, activation, scale, shift, statistics)
+    return [y, statistics, *gradients]
 
 
 def run_split_group_norm(shape, groups, channels_last, dtype=torch.float32):
@@ -148,14 +148,15 @@ def test_every_element_is_written(name):
 @pytest.mark.parametrize("shape, groups", [((2, 30, 11, 7), 3), ((2, 64, 224, 224), 32)], ids=["odd", "large"])
 def test_group_norm_on_every_isa(isa, channels_last, dtype, shape, groups):
     x, groups, *rest = group_norm_arguments(shape, groups, channels_last, dtype)
-    y, mean, rstd = cpu.group_norm_silu(x, groups, *rest)
+    y, (mean, rstd) = cpu.group_norm_silu(x, groups, *rest)
     doubled = [t.double() if isinstance(t, torch.Tensor) else t for t in rest]
     expected = reference.group_norm_silu(x.double(), groups, *doubled)
     rounding = {torch.float32: 3e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
     assert (y.double() - expected[0]).norm() <= rounding * expected[0].norm()
     # The narrowest vectors add up the longest rows of numbers, 512.
-    torch.testing.assert_close(mean.double(), expected[1], rtol=1e-6, atol=4e-6)
-    torch.testing.assert_close(rstd.double(), expected[2], rtol=4e-6, atol=0)
+    expected_mean, expected_rstd = expected[1]
+    torch.testing.assert_close(mean.double(), expected_mean, rtol=1e-6, atol=4e-6)
+    torch.testing.assert_close(rstd.double(), expected_rstd, rtol=4e-6, atol=0)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -164,8 +165,8 @@ def test_silu_of_numbers_of_any_size(isa, channels_last):
     """exp2 in the sigmoid runs out at both ends: SiLU is then h or nearly 0, never NaN."""
     x, groups, _, _, *_ = group_norm_arguments((2, 64, 9, 9), 32, channels_last)
     weight = torch.logspace(-30, 36, 64)
-    y, _, _ = cpu.group_norm_silu(x, groups, weight, None, 1e-5, "silu", None, None)
-    h, _, _ = reference.group_norm_silu(x.double(), groups, weight.double(), None, 1e-5, None, None, None)
+    y, _ = cpu.group_norm_silu(x, groups, weight, None, 1e-5, "silu", None, None)
+    h, _ = reference.group_norm_silu(x.double(), groups, weight.double(), None, 1e-5, None, None, None)
     error = (y.double() - torch.nn.functional.silu(h)).abs()
     assert (error <= 2e-6 * h.abs().amax((2, 3), keepdim=True)).all()
     assert (y[h < -200].abs() < 1e-30).all()
@@ -176,8 +177,8 @@ def test_silu_of_numbers_of_any_size(isa, channels_last):
 def test_group_norm_with_mean_far_above_std(isa, channels_last):
     x, groups, weight, bias, *_ = group_norm_arguments((2, 64, 64, 64), 32, channels_last)
     x = x + 1000
-    y, _, _ = cpu.group_norm_silu(x, groups, weight, bias, 1e-5, "silu", None, None)
-    expected, _, _ = reference.group_norm_silu(
+    y, _ = cpu.group_norm_silu(x, groups, weight, bias, 1e-5, "silu", None, None)
+    expected, _ = reference.group_norm_silu(
         x.double(), groups, weight.double(), bias.double(), 1e-5, "silu", None, None
     )
     assert (y.double() - expected).abs().max() < 1e-5
@@ -381,9 +382,9 @@ from ldm_fast import cpu
 torch.set_num_threads(3)
 before = len(os.listdir("/proc/self/task"))
 x = torch.randn(8, 64, 32, 32)
-y, mean, rstd = cpu.group_norm_silu(x, 32, None, None, 1e-5, "silu", None, None)
+y, statistics = cpu.group_norm_silu(x, 32, None, None, 1e-5, "silu", None, None)
 print("started", len(os.listdir("/proc/self/task")) - before)
-cpu.group_norm_silu_backward(x, x, 32, None, None, "silu", None, None, mean, rstd)
+cpu.group_norm_silu_backward(x, x, 32, None, None, "silu", None, None, statistics)
 q = torch.randn(2, 8, 256, 40)
 cpu.attention(q, q, q, None, 0.1)
 cpu.nearest_codebook(torch.randn(1, 1000, 4), torch.randn(1000, 4))

@@ -90,7 +90,7 @@ void set_isa(const std::string& name) {
 }
 
 void group_norm_silu(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address x, Address weight,
-                     Address bias, Address scale, Address shift, Address y, Address mean, Address rstd, float eps,
+                     Address bias, Address scale, Address shift, Address y, Address statistics, float eps,
                      int threads) {
     GroupNormSilu args{};
     args.dtype = static_cast<Dtype>(dtype);
@@ -101,7 +101,7 @@ void group_norm_silu(int dtype, bool channels_last, bool silu, std::array<int64_
     args.weight = pointer<const float>(weight), args.bias = pointer<const float>(bias);
     args.scale = pointer<const float>(scale), args.shift = pointer<const float>(shift);
     args.y = pointer<void>(y);
-    args.mean = pointer<float>(mean), args.rstd = pointer<float>(rstd);
+    args.mean = pointer<float>(statistics), args.rstd = args.mean + args.batch * args.groups;
     args.eps = eps;
     args.threads = threads;
     check(chosen()->group_norm_silu(args));
@@ -140,9 +140,8 @@ void group_norm_apply(int dtype, bool channels_last, bool silu, std::array<int64
 }
 
 void group_norm_silu_backward(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address grad,
-                              Address x, Address weight, Address bias, Address scale, Address shift, Address mean,
-                              Address rstd, Address dx, Address dweight, Address dbias, Address dscale, Address dshift,
-                              int threads) {
+                              Address x, Address weight, Address bias, Address scale, Address shift, Address statistics,
+                              Address dx, Address dweight, Address dbias, Address dscale, Address dshift, int threads) {
     GroupNormSiluBackward args{};
     args.dtype = static_cast<Dtype>(dtype);
     args.channels_last = channels_last;
@@ -151,7 +150,7 @@ void group_norm_silu_backward(int dtype, bool channels_last, bool silu, std::arr
     args.grad = pointer<const void>(grad), args.x = pointer<const void>(x);
     args.weight = pointer<const float>(weight), args.bias = pointer<const float>(bias);
     args.scale = pointer<const float>(scale), args.shift = pointer<const float>(shift);
-    args.mean = pointer<const float>(mean), args.rstd = pointer<const float>(rstd);
+    args.mean = pointer<const float>(statistics), args.rstd = args.mean + args.batch * args.groups;
     args.dx = pointer<void>(dx);
     args.dweight = pointer<float>(dweight), args.dbias = pointer<float>(dbias);
     args.dscale = pointer<float>(dscale), args.dshift = pointer<float>(dshift);

@@ -18,9 +18,9 @@ void set_isa(const std::string& name);
 
 using Address = uintptr_t;
 
+// statistics: mean and rstd of each group, (2, B, G) in float32.
 void group_norm_silu(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address x, Address weight,
-                     Address bias, Address scale, Address shift, Address y, Address mean, Address rstd, float eps,
-                     int threads);
+                     Address bias, Address scale, Address shift, Address y, Address statistics, float eps, int threads);
 
 // moments: (B, G, 3) in float64, count, mean and sum of squared deviations.
 void group_norm_stats(int dtype, bool channels_last, std::array<int64_t, 4> shape, Address x, Address moments,
@@ -31,9 +31,8 @@ void group_norm_apply(int dtype, bool channels_last, bool silu, std::array<int64
                       int threads);
 
 void group_norm_silu_backward(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address grad,
-                              Address x, Address weight, Address bias, Address scale, Address shift, Address mean,
-                              Address rstd, Address dx, Address dweight, Address dbias, Address dscale, Address dshift,
-                              int threads);
+                              Address x, Address weight, Address bias, Address scale, Address shift, Address statistics,
+                              Address dx, Address dweight, Address dbias, Address dscale, Address dshift, int threads);
 
 void attention(int dtype, int mask_kind, std::array<int64_t, 5> shape, Address q, Address k, Address v, Address mask,
                Address out, Address lse, std::array<int64_t, 3> q_stride, std::array<int64_t, 3> k_stride,
