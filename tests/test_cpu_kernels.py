@@ -91,6 +91,7 @@ def run_split_group_norm(shape, groups, channels_last, dtype=torch.float32):
 # vectors or a rest.
 RUNS = {
     "group_norm one slab": lambda: run_group_norm((3, 30, 7, 5), 3, False),
+    "group_norm whole vectors": lambda: run_group_norm((3, 240, 12, 16), 4, False),
     "group_norm many slabs": lambda: run_group_norm((1, 64, 70, 65), 2, False),
     "group_norm few units": lambda: run_group_norm((1, 6, 300, 301), 1, False),
     "group_norm channels_last": lambda: run_group_norm((3, 320, 16, 16), 32, True),
@@ -126,6 +127,24 @@ def test_result_does_not_depend_on_threads(name, threads):
         threads(count)
         for got, want in zip(RUNS[name](), expected, strict=True):
             assert torch.equal(got, want), f"{count} threads"
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels, spatial", [(20, 64), (60, 192), (10, 4096)])
+def test_a_group_measured_beside_another_has_the_same_bits(isa, threads, dtype, channels, spatial):
+    """Where rows are whole vectors, a group is measured while the one before it is normalised; a group alone is not."""
+    threads(1)
+    x = torch.randn(2, 4 * channels, spatial) * torch.linspace(1, 30, 4).repeat_interleave(channels)[:, None] + 7
+    x, weight = x.to(dtype), torch.rand(4 * channels)
+    y, statistics = cpu.group_norm_silu(x, 4, weight, None, 1e-5, "silu", None, None)
+    for group in range(4):
+        of_group = slice(group * channels, (group + 1) * channels)
+        for sample in range(2):
+            alone = x[sample : sample + 1, of_group].contiguous()
+            expected = cpu.group_norm_silu(alone, 1, weight[of_group].clone(), None, 1e-5, "silu", None, None)
+            assert torch.equal(statistics[:, sample, group], expected[1][:, 0, 0])
+            assert torch.equal(y[sample, of_group], expected[0][0])
 
 
 @pytest.mark.parametrize("name", RUNS)

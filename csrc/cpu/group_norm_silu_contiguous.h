@@ -9,7 +9,8 @@ namespace ldm::LDM_ISA::contiguous {
 constexpr int64_t CHUNK = 8192;   // numbers whose deviations are added up in float32
 constexpr int64_t SAMPLE = 16;    // vectors that say what the deviations are from
 constexpr int64_t ONCE = 64 * W;  // below this every number is sampled
-constexpr int64_t AT_ONCE = 64;   // channels whose gains and offsets are written out before they are used
+constexpr int64_t AHEAD = 256;   // how many numbers before it is measured one is fetched while another group is applied
+constexpr int64_t AT_ONCE = 64;  // channels whose gains and offsets are written out before they are used
 
 // Near the mean of n numbers: the mean of all of them, or of SAMPLE vectors spread over them.
 template <class T>
@@ -24,12 +25,22 @@ inline float near_mean(const T* x, int64_t n) {
     return sum(s) / static_cast<float>(SAMPLE * W);
 }
 
+// From `shift`, of numbers taken four vectors at a time: as many chains of additions.
 struct Deviations {
-    F sum, squares;
+    struct Sums {
+        F sum, squares;
+    } a{}, b{}, c{}, d{};
 
-    void add(F d) {
-        sum += d;
-        squares = fma(d, d, squares);
+    [[gnu::always_inline]] static void add(Sums& to, F v) {
+        to.sum += v;
+        to.squares = fma(v, v, to.squares);
+    }
+    [[gnu::always_inline]] void add(const F (&v)[4], F shift) {
+        add(a, v[0] - shift), add(b, v[1] - shift), add(c, v[2] - shift), add(d, v[3] - shift);
+    }
+    [[gnu::always_inline]] Moments moments_of(int64_t count, float shift) const {
+        const F s = (a.sum + b.sum) + (c.sum + d.sum), t = (a.squares + b.squares) + (c.squares + d.squares);
+        return moments(static_cast<double>(count), shift, sum(s), sum(t));
     }
 };
 
@@ -41,16 +52,17 @@ inline Moments measure(const T* x, int64_t n) {
     for (int64_t begin = 0; begin < n; begin += CHUNK) {
         const T* const chunk = x + begin;
         const int64_t count = n - begin < CHUNK ? n - begin : CHUNK;
-        Deviations a{}, b{}, c{}, d{};  // four chains of additions at a time
+        Deviations deviations;
         int64_t i = 0;
         for (; i + 4 * W <= count; i += 4 * W) {
             F v[4];
             load(chunk + i, v, Pairs<2>{});
-            a.add(v[0] - shift), b.add(v[1] - shift), c.add(v[2] - shift), d.add(v[3] - shift);
+            deviations.add(v, shift);
         }
-        each_vector(count - i, [&](int64_t j, auto lanes) { a.add(only(load(chunk + i + j, lanes) - shift, lanes)); });
-        const F s = (a.sum + b.sum) + (c.sum + d.sum), t = (a.squares + b.squares) + (c.squares + d.squares);
-        merge(total, moments(static_cast<double>(count), near, sum(s), sum(t)));
+        each_vector(count - i, [&](int64_t j, auto lanes) {
+            Deviations::add(deviations.a, only(load(chunk + i + j, lanes) - shift, lanes));
+        });
+        merge(total, deviations.moments_of(count, near));
     }
     return total;
 }
@@ -93,6 +105,43 @@ inline void apply(const T* x, T* y, int64_t n, float mean, float gain, float off
     });
 }
 
+// y of the `channels` of a group and the moments of the next group, as measure(next, channels * spatial) finds them:
+// while one is computed, the other comes from memory. spatial is a multiple of 4 W.
+template <class T, bool silu, bool streamed>
+inline Moments apply_and_measure(const T* x, T* y, int64_t channels, int64_t spatial, float mean, const float* gains,
+                                 const float* offsets, const T* next) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    const float near = near_mean(next, channels * spatial);
+    const F m = set(mean), shift = set(near);
+    Moments total{0, 0, 0};
+    Deviations deviations;
+    int64_t added = 0;
+    for (int64_t k = 0; k < channels; ++k) {
+        const F p = set(gains[k]), q = set(offsets[k]);
+        for (int64_t end = (k + 1) * spatial, i = k * spatial; i < end;) {
+            const int64_t stop = end - i < CHUNK - added ? end : i + CHUNK - added;
+            added += stop - i;
+            for (; i < stop; i += 4 * W) {
+                F t[4], v[4];
+                load(x + i, t, Pairs<2>{}), load(next + i, v, Pairs<2>{});
+                for (int64_t j = i; j < i + 4 * W; j += LINE) {
+                    __builtin_prefetch(next + j + AHEAD, 0, 2);
+                    if (!streamed) __builtin_prefetch(y + j, 1);
+                }
+                for (F& h : t) h = fma(h - m, p, q);
+                activate<T, silu>(t);
+                deviations.add(v, shift);
+                store<streamed>(y + i, t, Pairs<2>{});
+            }
+            if (added == CHUNK || (k + 1 == channels && i == end)) {
+                merge(total, deviations.moments_of(added, near));
+                deviations = Deviations{}, added = 0;
+            }
+        }
+    }
+    return total;
+}
+
 template <class T, bool silu, bool streamed>
 bool forward(const GroupNormSilu& a) {
     const Slabs slabs(a.channels, a.groups, a.spatial);
@@ -130,7 +179,31 @@ bool forward(const GroupNormSilu& a) {
         }
         if (streamed) finish_streaming();
     };
-    run_phases(units, slabs.per_unit, team(a), first, between, last);
+    const int threads = team(a);
+    if (a.phases != Phases::whole || slabs.per_unit > 1 || a.spatial % (4 * W) != 0) {
+        run_phases(units, slabs.per_unit, threads, first, between, last);
+        return true;
+    }
+    const int64_t channels = slabs.channels_per_group, per_unit = channels * a.spatial;
+    Scratch<float> affine(2 * channels * threads);
+    if (!affine.data) return false;
+    parallel_claims(units, threads, [&](const auto& claim, int slot) {
+        float *const gains = affine.data + 2 * channels * slot, *const offsets = gains + channels;
+        int64_t unit = claim();
+        if (unit < 0) return;
+        first(unit, 0, slot);
+        for (int64_t next = claim(); next >= 0; next = claim()) {
+            between(unit, slot);
+            const int64_t sample = unit / a.groups, channel = unit * channels - sample * a.channels;
+            write_affine<silu>(a, sample, channel, channels, centres.data[unit], gains, offsets);
+            measured.data[next] =
+                apply_and_measure<T, silu, streamed>(x + unit * per_unit, y + unit * per_unit, channels, a.spatial,
+                                                     centres.data[unit].mean, gains, offsets, x + next * per_unit);
+            unit = next;
+        }
+        between(unit, slot), last(unit, 0, slot);
+        if (streamed) finish_streaming();
+    });
     return true;
 }
 

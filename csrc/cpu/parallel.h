@@ -49,11 +49,12 @@ void parallel_for(int64_t n, int64_t grain, int threads, const Fn& fn) {
     run_team(body, &shared, threads);
 }
 
-// Calls fn(i, slot) for each i of [0, n), slots as above. Each thread begins with a share of its own, front to back,
-// and helps the others when that is done: neighbouring pieces, which may write to neighbouring memory or need the same
+// Calls fn(claim, slot) on each thread, slots as above. claim() is the next i of [0, n) for this thread, or -1 when all
+// are taken: it has to be done then, by this thread, but not at once. Each thread gets a share of its own first, front
+// to back, and then what others have left: neighbouring pieces, which may write to neighbouring memory or need the same
 // operands, mostly go to one thread.
 template <class Fn>
-void parallel_shares(int64_t n, int threads, const Fn& fn) {
+void parallel_claims(int64_t n, int threads, const Fn& fn) {
     constexpr int MOST = 64;
     struct alignas(64) Share {
         int64_t next, end;
@@ -61,14 +62,24 @@ void parallel_shares(int64_t n, int threads, const Fn& fn) {
     const int count = threads < MOST ? threads : MOST;
     for (int i = 0; i < count; ++i) shares[i] = {n * i / count, n * (i + 1) / count};
     parallel_for(threads, 1, threads, [&](int64_t, int64_t, int slot) {
-        for (int i = 0; i < count; ++i) {
-            Share& share = shares[(slot + i) % count];
-            for (;;) {
+        int helped = 0;
+        const auto claim = [&] {
+            for (; helped < count; ++helped) {
+                Share& share = shares[(slot + helped) % count];
                 const int64_t piece = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED);
-                if (piece >= share.end) break;
-                fn(piece, slot);
+                if (piece < share.end) return piece;
             }
-        }
+            return int64_t{-1};
+        };
+        fn(claim, slot);
+    });
+}
+
+// Calls fn(i, slot) for each i of [0, n), as parallel_claims hands them out.
+template <class Fn>
+void parallel_shares(int64_t n, int threads, const Fn& fn) {
+    parallel_claims(n, threads, [&](const auto& claim, int slot) {
+        for (int64_t i = claim(); i >= 0; i = claim()) fn(i, slot);
     });
 }
 
