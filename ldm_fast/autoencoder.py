@@ -58,9 +58,20 @@ class AutoencoderConfig:
 
     act_fn: ClassVar[str] = "silu"
     norm_type: ClassVar[str] = "group"
+    _sizes: ClassVar[tuple[str, ...]] = (
+        "in_channels",
+        "out_channels",
+        "layers_per_block",
+        "latent_channels",
+        "norm_num_groups",
+    )
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        for size in self._sizes:
+            value = getattr(self, size)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: {size} must be a positive number, got {value!r}")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"{name}: norm_num_groups {self.norm_num_groups} must divide {channels} channels")
@@ -114,6 +125,8 @@ class VQConfig(AutoencoderConfig):
     scaling_factor: float = _free(1.0)
     force_upcast: bool = _free(False)
     lookup_from_codebook: bool = _free(False)
+
+    _sizes: ClassVar[tuple[str, ...]] = (*AutoencoderConfig._sizes, "num_vq_embeddings")
 
     @property
     def vq_embed_dim(self) -> int:

@@ -152,7 +152,7 @@ def load(
     Args:
         config: what the architecture is, where that cannot be found out or to overrule it: our configuration of the one
             model, or a dictionary {"unet": …, "first_stage": …, "cond_stage": …} of such.
-        parts: which parts to load, None for all.
+        parts: which parts to load, None for all. Whether the others are understood does not matter.
         ema: take the moving averages of the weights where the file has them.
         variant: of the weights' file name in a diffusers folder ("fp16").
         torch_dtype: what to cast the weights to; None keeps theirs.
@@ -164,7 +164,7 @@ def load(
     """
     if isinstance(parts, str):
         raise TypeError(f"load: parts must be a collection of names, [{parts!r}] say, got {parts!r}")
-    found = inspect(path, config=config, ema=ema, variant=variant)
+    found = inspect(path, config=config, parts=parts, ema=ema, variant=variant)
     if found.model == OUR_FILE:
         if config is not None:
             raise ValueError(f"load: {path} is a model of ldm_fast and says what it is; leave config out")
@@ -197,6 +197,7 @@ def inspect(
     path: str | Path,
     *,
     config: Config | Mapping[str, Any] | None = None,
+    parts: Collection[str] | None = None,
     ema: bool = True,
     variant: str | None = None,
 ) -> Found:
@@ -204,14 +205,15 @@ def inspect(
     path = Path(path)
     given = _by_part(config)
     if path.is_dir():
-        inspect_folder = _inspect_pipeline if (path / "model_index.json").is_file() else _inspect_folder
-        return inspect_folder(path, given, variant)
+        if (path / "model_index.json").is_file():
+            return _inspect_pipeline(path, given, parts, variant)
+        return _inspect_folder(path, given, variant)
     file = read_tensors(path)
     if "ldm_fast" in file.metadata:
         return Found(path, OUR_FILE, {})
     given = {**_config_beside(path), **given}
     try:
-        found = identify(file.tensors, path, given, ema=ema, others=file.others)
+        found = identify(file.tensors, path, given, ema=ema, parts=parts, others=file.others)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if file.others:
@@ -262,7 +264,9 @@ def _inspect_folder(path: Path, given: Mapping[str, Config], variant: str | None
     return Found(path, None, {part: found}, scaling_factor=getattr(config, "scaling_factor", 1.0))
 
 
-def _inspect_pipeline(path: Path, given: dict[str, Config], variant: str | None) -> Found:
+def _inspect_pipeline(
+    path: Path, given: dict[str, Config], parts: Collection[str] | None, variant: str | None
+) -> Found:
     """A folder with a pipeline: its UNet, its first stage and its schedule. Text encoders need tokenizers, and are
     loaded with them by `clip.load_text_encoder`."""
     index = read_json(path / "model_index.json")
@@ -270,7 +274,14 @@ def _inspect_pipeline(path: Path, given: dict[str, Config], variant: str | None)
     for name, about in index.items():
         kind = about[1] if isinstance(about, list) and len(about) == 2 else None
         if kind in READERS:
-            one = _inspect_folder(path / name, given, variant)
+            part = "unet" if kind.startswith("UNet") else "first_stage"
+            try:
+                one = _inspect_folder(path / name, given, variant)
+            except CheckpointError as error:
+                if parts is None or part in parts:
+                    raise
+                found.leave_out(part, error)
+                continue
             found.parts |= one.parts
             if "first_stage" in one.parts:
                 found.scaling_factor = one.scaling_factor

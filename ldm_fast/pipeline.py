@@ -93,11 +93,14 @@ class LatentDiffusion(nn.Module):
 
         A folder as diffusers writes it or a checkpoint of the original code is loaded too, where it is a whole model
         that `generate` can run; `config` is what it does not say of itself, `variant` a part of the weights' file names
-        in such a folder ("fp16"). See `checkpoints.load_pipeline`.
+        in such a folder ("fp16"). See `checkpoints.load_pipeline`. A model of ours says all of itself: ValueError where
+        `config` comes with it.
         """
         from ldm_fast import checkpoints, model_file
 
         foreign = path is not None and checkpoints.is_foreign(path)
+        if config is not None and not foreign:
+            raise ValueError(f"load: {path or 'the shipped model'} is a model of ldm_fast; leave config out")
         model = checkpoints.load_pipeline(path, config, variant) if foreign else model_file.load(path)
         join_projections(model)
         return model

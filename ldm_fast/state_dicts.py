@@ -7,7 +7,7 @@ dict is refused with the key's name. `checkpoints.py` reads the files.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,11 @@ class Found:
     ignored: dict[str, list[str]] = field(default_factory=dict)
     assumed: list[str] = field(default_factory=list)
 
+    def leave_out(self, part: str, error: CheckpointError) -> None:
+        """Notes what is wrong with a part that nobody asked for."""
+        self.parts.pop(part, None)
+        self.ignored[f"the {part}, which was not asked for"] = [str(error)]
+
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.model or 'not a published model'}"]
         lines += [f"  {name}: {part.describe()}" for name, part in self.parts.items()]
@@ -126,10 +131,12 @@ def identify(
     given: Mapping[str, Config] | None = None,
     *,
     ema: bool = True,
+    parts: Collection[str] | None = None,
     others: Mapping[str, Any] | None = None,
 ) -> Found:
     """What a state dict holds: a whole checkpoint of the original code, its parts under prefixes, or one part alone,
-    in the original's layout or in that of diffusers. `others` stands beside it in its file. Errors as for `load`."""
+    in the original's layout or in that of diffusers. Of `parts` alone it matters whether they are understood. `others`
+    stands beside it in its file. Errors as for `load`."""
     given = dict(given or {})
     groups, prefixes, ignored = _sort(tensors)
     found, names, problems = Found(path, None, {}, ignored=ignored), "compvis", []
@@ -152,7 +159,10 @@ def identify(
             if groups[part]:
                 _add_part(found, part, groups[part], names, prefixes.get(part, "no prefix"), config)
         except CheckpointError as error:
-            problems.append(str(error))
+            if parts is None or part in parts:
+                problems.append(str(error))
+            else:
+                found.leave_out(part, error)
     if problems or not found.parts:
         raise CheckpointError("\n".join(problems) or "there are no weights in it")
     _find_schedule(found, tensors, others or {})

@@ -153,12 +153,20 @@ def test_errors(name, call, message):
         ({"block_out_channels": (30,)}, "norm_num_groups 32 must divide 30"),
         ({"attention_levels": (4,)}, "attention_levels has no level 4"),
         ({"z_channels": 7, "use_quant_conv": False}, "z_channels 7 is not latent_channels .: use_quant_conv"),
+        ({"norm_num_groups": 0}, "norm_num_groups must be a positive number, got 0"),
+        ({"latent_channels": -1}, "latent_channels must be a positive number, got -1"),
+        ({"layers_per_block": 1.5}, "layers_per_block must be a positive number, got 1.5"),
     ],
 )
 def test_config_errors(fields, message):
     for config in (AutoencoderConfig, VQConfig):
         with pytest.raises(ValueError, match=f"{config.__name__}: {message}"):
             config(**fields)
+
+
+def test_a_codebook_has_codes():
+    with pytest.raises(ValueError, match="VQConfig: num_vq_embeddings must be a positive number, got 0"):
+        VQConfig(num_vq_embeddings=0)
 
 
 # KL-reg

@@ -359,6 +359,26 @@ def test_pipeline_folder(tmp_path):
     assert list(loaded.found.ignored.values()) == [["text_encoder (CLIPTextModel)"]]
 
 
+def test_a_part_that_is_not_asked_for_need_not_be_understood(tmp_path):
+    path, unet, _ = pipeline_folder(tmp_path)
+    config = json.loads((path / "vae" / "config.json").read_text())
+    (path / "vae" / "config.json").write_text(json.dumps({**config, "act_fn": "mish"}))
+    for parts in (None, {"first_stage"}, {"unet", "first_stage"}):
+        with pytest.raises(CheckpointError, match="act_fn"):
+            checkpoints.load(path, parts=parts)
+    loaded = checkpoints.load(path, parts={"unet"})
+    assert loaded.first_stage is None and same(loaded.unet, unet.state_dict())
+    assert "act_fn" in loaded.found.ignored["the first_stage, which was not asked for"][0]
+
+    stray = {"first_stage_model.decoder.stray.weight": torch.zeros(1)}
+    whole = {**compvis(UNET, "model.diffusion_model."), **compvis(KL, "first_stage_model.")}
+    save_file({**whole, **stray}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="stray"):
+        checkpoints.load(tmp_path / "model.safetensors", config=UNET)
+    loaded = checkpoints.load(tmp_path / "model.safetensors", config=UNET, parts=["unet"])
+    assert loaded.first_stage is None and loaded.unet is not None
+
+
 # What `generate` would sample wrongly: (arguments of pipeline_folder, what the error names)
 OTHER_PIPELINES = {
     "flow": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEulerDiscreteScheduler"),
@@ -426,6 +446,10 @@ def test_our_own_model_file(tmp_path):
     ):
         with pytest.raises(error, match=message):
             checkpoints.load(tmp_path / "ours.safetensors", **options)
+    with pytest.raises(ValueError, match=r"ours.safetensors is a model of ldm_fast; leave config out"):
+        LatentDiffusion.load(tmp_path / "ours.safetensors", UNET)
+    with pytest.raises(ValueError, match="the shipped model is a model of ldm_fast; leave config out"):
+        LatentDiffusion.load(config=UNET)
     model.cond_stage = None
     model.save(tmp_path / "ours.safetensors")
     with pytest.raises(ValueError, match="has no cond_stage, only unet, first_stage"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -426,6 +427,18 @@ def test_train_calls_the_training(run, monkeypatch):
         ("emoji", os.path.join("runs", "emoji"), {"stage": "all", "resume": True, "first_stage": None, "device": None}),
         ("my/own.toml", "here", {"stage": "first", "resume": False, "first_stage": None, "device": "cuda:1"}),
     ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_training_ends_as_shells_expect(run, monkeypatch, number):
+    import ldm_fast.training
+
+    def train(*_, **__):
+        raise ldm_fast.training.TrainingStopped("first_stage stopped after step 3 of 9", number)
+
+    monkeypatch.setattr(ldm_fast.training, "train", train)
+    code, _, err = run("train", "emoji")
+    assert code == 128 + number and err == "ldm-fast: first_stage stopped after step 3 of 9\n"
 
 
 def test_module_can_be_run(folder):

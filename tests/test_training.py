@@ -157,8 +157,9 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_resumes(tmp_path, whole, monke
 
     monkeypatch.setattr(FirstStage, "step", interrupted)
     before = signal.getsignal(number)
-    with pytest.raises(TrainingStopped, match="first_stage stopped after step 4 of 12"):
+    with pytest.raises(TrainingStopped, match="first_stage stopped after step 4 of 12") as stopped:
         train(TINY, tmp_path, progress=False)
+    assert stopped.value.signal == number
     assert signal.getsignal(number) is before
     monkeypatch.undo()
     assert newest_checkpoint(tmp_path / "first_stage" / "checkpoints")[1]["step"] == 4

@@ -19,7 +19,8 @@ EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code. Errors of the input are one line on stderr."""
+    """Runs one command; returns the exit code: 128 and the number of the signal that stopped it, as shells count, 1
+    after an error. Errors of the input are one line on stderr."""
     options = build_parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
@@ -30,7 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
             return _fail(options, "interrupted", 130)
         except Exception as error:
             # By its name: importing ldm_fast.training for the class would cost every command time.
-            expected = isinstance(error, EXPECTED_ERRORS) or type(error).__name__ == "TrainingStopped"
+            if type(error).__name__ == "TrainingStopped":
+                return _fail(options, _one_line(error), 128 + error.signal)
+            expected = isinstance(error, EXPECTED_ERRORS)
             name = "" if expected else f"this is a bug; --debug shows where: {type(error).__name__}: "
             return _fail(options, name + _one_line(error), 1)
 

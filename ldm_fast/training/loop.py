@@ -35,7 +35,11 @@ class TrainingError(RuntimeError):
 
 
 class TrainingStopped(Exception):
-    """Training was asked to stop (Ctrl-C, SIGTERM) and did, after writing a checkpoint."""
+    """Training was asked to stop by `signal` (SIGINT: Ctrl-C; SIGTERM) and did, after writing a checkpoint."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class Stage(Protocol):
@@ -191,7 +195,7 @@ class _Loop:
         self.fingerprint, self.log, self.state = fingerprint, log, state
         self.order = DataOrder(len(stage), seed, stage.name)
 
-    def run(self, done: int, progress: bool, stop: dict[str, bool]) -> None:
+    def run(self, done: int, progress: bool, stop: dict[str, int]) -> None:
         from tqdm import tqdm
 
         config, interactive = self.config, sys.stderr.isatty()
@@ -235,7 +239,7 @@ class _Loop:
                 )
         return metrics
 
-    def _after_step(self, done: int, metrics: dict[str, float], seconds: float, stop: dict[str, bool]) -> None:
+    def _after_step(self, done: int, metrics: dict[str, float], seconds: float, stop: dict[str, int]) -> None:
         """Metrics, samples and checkpoint after `done` steps; everything of a step is written before its checkpoint."""
         config, last = self.config, done == self.config.steps
         state = self.state
@@ -254,7 +258,7 @@ class _Loop:
             picture = self.stage.sample(seeded(self.seed, self.stage.name, "sample"))
             self._write_sample(done, picture)
         state["seconds"] += time.perf_counter() - start
-        stopping = stop["requested"]
+        stopping = stop["signal"]
         if last or stopping or done % config.checkpoint_every == 0:
             self.log.sync()
             about = {**state, "fingerprint": self.fingerprint}
@@ -262,7 +266,8 @@ class _Loop:
         if stopping:
             raise TrainingStopped(
                 f"{self.stage.name} stopped after step {done} of {config.steps}, checkpoint written; "
-                "the same command continues"
+                "the same command continues",
+                stopping,
             )
 
     def _write_sample(self, done: int, picture: Tensor) -> None:
@@ -384,13 +389,13 @@ def _deterministic_convolutions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[dict[str, bool]]:
-    """Within it SIGINT and SIGTERM set "requested"; a second one does what it always does."""
-    stop = {"requested": False}
+def _stop_requests() -> Iterator[dict[str, int]]:
+    """Within it SIGINT and SIGTERM set "signal"; a second one does what it always does."""
+    stop = {"signal": 0}
     before: dict[int, Any] = {}
 
     def request(number: int, frame: Any) -> None:
-        stop["requested"] = True
+        stop["signal"] = number
         signal.signal(number, before[number])
 
     with contextlib.suppress(ValueError):  # not the main thread: signals are not ours to take
