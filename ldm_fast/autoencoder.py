@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldm_fast.attention_layers import join_projections
 from ldm_fast.bands import BANDS_PER_TILE, decode_in_bands, encode_in_bands
 from ldm_fast.coders import Decoder, Encoder
-from ldm_fast.pretrained import Pretrained
+from ldm_fast.pretrained import Pretrained, check_positive
 from ldm_fast.regularisation import DiagonalGaussian, QuantizerOutput, VectorQuantizer
 from ldm_fast.tiling import in_tiles
 
@@ -58,20 +58,10 @@ class AutoencoderConfig:
 
     act_fn: ClassVar[str] = "silu"
     norm_type: ClassVar[str] = "group"
-    _sizes: ClassVar[tuple[str, ...]] = (
-        "in_channels",
-        "out_channels",
-        "layers_per_block",
-        "latent_channels",
-        "norm_num_groups",
-    )
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        for size in self._sizes:
-            value = getattr(self, size)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: {size} must be a positive number, got {value!r}")
+        check_positive(self, "in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"{name}: norm_num_groups {self.norm_num_groups} must divide {channels} channels")
@@ -126,7 +116,9 @@ class VQConfig(AutoencoderConfig):
     force_upcast: bool = _free(False)
     lookup_from_codebook: bool = _free(False)
 
-    _sizes: ClassVar[tuple[str, ...]] = (*AutoencoderConfig._sizes, "num_vq_embeddings")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "num_vq_embeddings")
 
     @property
     def vq_embed_dim(self) -> int:

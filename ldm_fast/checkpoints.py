@@ -152,7 +152,7 @@ def load(
     Args:
         config: what the architecture is, where that cannot be found out or to overrule it: our configuration of the one
             model, or a dictionary {"unet": …, "first_stage": …, "cond_stage": …} of such.
-        parts: which parts to load, None for all. Whether the others are understood does not matter.
+        parts: which parts to load, None for all. The others may be missing, damaged or not understood.
         ema: take the moving averages of the weights where the file has them.
         variant: of the weights' file name in a diffusers folder ("fp16").
         torch_dtype: what to cast the weights to; None keeps theirs.
@@ -277,7 +277,7 @@ def _inspect_pipeline(
             part = "unet" if kind.startswith("UNet") else "first_stage"
             try:
                 one = _inspect_folder(path / name, given, variant)
-            except CheckpointError as error:
+            except (CheckpointError, FileNotFoundError) as error:
                 if parts is None or part in parts:
                     raise
                 found.leave_out(part, error)

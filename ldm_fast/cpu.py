@@ -226,8 +226,8 @@ def group_norm_silu(
     """See `reference.group_norm_silu`; x contiguous or channels_last."""
     channels_last, shape = _shape(x, num_groups)
     y = torch.empty_like(x)
-    of_samples = (2, shape[0], num_groups)
-    statistics = x.new_empty_strided(of_samples, (shape[0] * num_groups, num_groups, 1), dtype=torch.float32)
+    batch, strides = shape[0], (shape[0] * num_groups, num_groups, 1)  # given, they make it cheaper than new_empty
+    statistics = x.new_empty_strided((2, batch, num_groups), strides, dtype=torch.float32)
     weight, bias, scale, shift = _parameter(weight), _parameter(bias), _parameter(scale), _parameter(shift)
     _native().group_norm_silu(
         _DTYPES[x.dtype],

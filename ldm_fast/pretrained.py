@@ -24,6 +24,14 @@ COMPVIS_WEIGHTS = "model.safetensors"
 STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what can be computed in as it is
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """ValueError where one of these fields of a configuration is not a whole number above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{type(config).__name__}: {name} must be a positive number, got {value!r}")
+
+
 class Pretrained(nn.Module):
     """Models that diffusers and the original code know, too. A subclass is built from its configuration alone.
 

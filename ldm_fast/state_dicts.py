@@ -108,7 +108,7 @@ class Found:
     ignored: dict[str, list[str]] = field(default_factory=dict)
     assumed: list[str] = field(default_factory=list)
 
-    def leave_out(self, part: str, error: CheckpointError) -> None:
+    def leave_out(self, part: str, error: Exception) -> None:
         """Notes what is wrong with a part that nobody asked for."""
         self.parts.pop(part, None)
         self.ignored[f"the {part}, which was not asked for"] = [str(error)]
@@ -139,7 +139,7 @@ def identify(
     stands beside it in its file. Errors as for `load`."""
     given = dict(given or {})
     groups, prefixes, ignored = _sort(tensors)
-    found, names, problems = Found(path, None, {}, ignored=ignored), "compvis", []
+    found, names, problems, elsewhere = Found(path, None, {}, ignored=ignored), "compvis", [], []
     whole = any(groups[part] for part in PARTS) or not groups["rest"]
     if not whole:
         alone, names = _kind_of_part(groups["rest"], given)
@@ -162,9 +162,10 @@ def identify(
             if parts is None or part in parts:
                 problems.append(str(error))
             else:
+                elsewhere.append(str(error))
                 found.leave_out(part, error)
     if problems or not found.parts:
-        raise CheckpointError("\n".join(problems) or "there are no weights in it")
+        raise CheckpointError("\n".join(problems or elsewhere) or "there are no weights in it")
     _find_schedule(found, tensors, others or {})
     return found
 

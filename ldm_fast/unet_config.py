@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ldm_fast.pretrained import check_positive
+
 DOWN_BLOCK_TYPES = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D")
 MID_BLOCK_TYPES = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
 CHOICES = {
@@ -84,10 +86,7 @@ class UNetConfig:
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
                 raise ValueError(f"UNetConfig: {name} needs one value or {levels}, got {value}")
-        for name in ("layers_per_block", "norm_num_groups"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"UNetConfig: {name} must be a positive number, got {value!r}")
+        check_positive(self, "layers_per_block", "norm_num_groups")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"UNetConfig: norm_num_groups {self.norm_num_groups} must divide {channels} channels")

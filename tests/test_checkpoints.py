@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -369,6 +370,10 @@ def test_a_part_that_is_not_asked_for_need_not_be_understood(tmp_path):
     loaded = checkpoints.load(path, parts={"unet"})
     assert loaded.first_stage is None and same(loaded.unet, unet.state_dict())
     assert "act_fn" in loaded.found.ignored["the first_stage, which was not asked for"][0]
+    shutil.rmtree(path / "vae")
+    assert same(checkpoints.load(path, parts={"unet"}).unet, unet.state_dict())
+    with pytest.raises(FileNotFoundError, match="vae"):
+        checkpoints.load(path)
 
     stray = {"first_stage_model.decoder.stray.weight": torch.zeros(1)}
     whole = {**compvis(UNET, "model.diffusion_model."), **compvis(KL, "first_stage_model.")}
@@ -377,6 +382,9 @@ def test_a_part_that_is_not_asked_for_need_not_be_understood(tmp_path):
         checkpoints.load(tmp_path / "model.safetensors", config=UNET)
     loaded = checkpoints.load(tmp_path / "model.safetensors", config=UNET, parts=["unet"])
     assert loaded.first_stage is None and loaded.unet is not None
+    save_file(stray, tmp_path / "stray.safetensors")
+    with pytest.raises(CheckpointError, match=r"conv_in|stray"):  # not that it were empty
+        checkpoints.load(tmp_path / "stray.safetensors", parts=["unet"])
 
 
 # What `generate` would sample wrongly: (arguments of pipeline_folder, what the error names)

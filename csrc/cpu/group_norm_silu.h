@@ -9,8 +9,9 @@
 //
 // with p = weight (1 + scale), q = bias (1 + scale) + shift, h = x̂ p + q. One thread takes a unit through all three
 // while its data is in its cache if there are units enough for everybody; otherwise each phase spreads the slabs over
-// the threads. The slabs are the same either way, so the result does not depend on the number of threads. The phases of
-// small units overlap: while one is applied, which is arithmetic, the thread's next one is measured, which is memory.
+// the threads. The slabs are the same either way, so the result does not depend on the number of threads. Of groups
+// that are one slab, two overlap: while one is applied, which is arithmetic, the thread's next is measured, from
+// memory.
 //
 // A result too large for the caches is streamed past them (simd/stream.h): its lines need not be read before they are
 // written, and x stays where the apply phase finds it. The lines of any other are prefetched: a store that waits for

@@ -9,8 +9,8 @@ namespace ldm::LDM_ISA::contiguous {
 constexpr int64_t CHUNK = 8192;   // numbers whose deviations are added up in float32
 constexpr int64_t SAMPLE = 16;    // vectors that say what the deviations are from
 constexpr int64_t ONCE = 64 * W;  // below this every number is sampled
-constexpr int64_t AHEAD = 256;   // how many numbers before it is measured one is fetched while another group is applied
-constexpr int64_t AT_ONCE = 64;  // channels whose gains and offsets are written out before they are used
+constexpr int64_t AHEAD = 256;    // so many numbers before it is measured beside another group, one is fetched
+constexpr int64_t AT_ONCE = 64;   // channels whose gains and offsets are written out before they are used
 
 // Near the mean of n numbers: the mean of all of them, or of SAMPLE vectors spread over them.
 template <class T>
@@ -202,7 +202,6 @@ bool forward(const GroupNormSilu& a) {
             unit = next;
         }
         between(unit, slot), last(unit, 0, slot);
-        if (streamed) finish_streaming();
     });
     return true;
 }
