@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm_fast import dispatch
-from ldm_fast.testing import CASES, Case
+from ldm_fast.ops import dispatch
+from ldm_fast.ops.cases import CASES, Case
 
 OURS = "ldm_fast"  # a contender whose name begins with it is ours as well, and no peer
 # s: shorter calls are repeated within one sample, so that most find the caches as they themselves left them

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm_fast import ops
-from ldm_fast.testing import TOLERANCE, Attention, bytes_moved, flops, make_inputs
+from ldm_fast.ops.cases import TOLERANCE, Attention, bytes_moved, flops, make_inputs
 
 TINY = (Attention(2, 2, 33, 77, 40, layout="heads_last"), Attention(1, 1, 40, 40, 64, layout="heads_last"))
 PEER_SLACK = 64  # times TOLERANCE: what a peer may be off, whose softmax may be computed in its own dtype

@@ -25,7 +25,8 @@ import torch
 from _harness import describe, largest_error
 from torch import Tensor
 
-from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm_fast.configs.first_stage import AutoencoderConfig
+from ldm_fast.models.autoencoder import AutoencoderKL
 
 CONTENDERS = ("in bands", "whole", "diffusers")
 ALLOWED = {"float32": 1e-4, "bfloat16": 5e-2}

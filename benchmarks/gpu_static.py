@@ -44,7 +44,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ldm_fast.kernels import Launch, attention, group_norm_silu
-from ldm_fast.testing import Attention, GroupNormSilu, flops
+from ldm_fast.ops.cases import Attention, GroupNormSilu, flops
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {

@@ -18,7 +18,7 @@ from _harness import OURS, Bench, add_impl_option, implementation, judge, larges
 from torch import Tensor
 
 from ldm_fast import ops
-from ldm_fast.testing import TOLERANCE, GroupNormSilu, bytes_moved, flops, make_inputs
+from ldm_fast.ops.cases import TOLERANCE, GroupNormSilu, bytes_moved, flops, make_inputs
 
 TINY = (GroupNormSilu((2, 64, 7, 7), 32), GroupNormSilu((2, 64, 7, 7), 32, "channels_last"))
 GRADIENTS = ("x", "weight", "bias")

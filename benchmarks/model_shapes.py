@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
-from ldm_fast.conditioning import TransformerConfig, TransformerEmbedder
-from ldm_fast.published import PUBLISHED
-from ldm_fast.unet import UNet, UNetConfig
+from ldm_fast.checkpoints.published import PUBLISHED
+from ldm_fast.configs.encoders import TransformerConfig
+from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
+from ldm_fast.configs.unet import UNetConfig
+from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.models.encoders import TransformerEmbedder
+from ldm_fast.models.unet import UNet
 
 
 class AttentionShape(NamedTuple):

@@ -21,8 +21,9 @@ import torch
 from _harness import OURS, Bench, Verdict, add_impl_option, implementation, parser, too_large
 from torch import Tensor
 
-from ldm_fast import cpu, ops
-from ldm_fast.testing import NearestCodebook, bytes_moved, flops, make_inputs, wrong_codes
+from ldm_fast import ops
+from ldm_fast.ops import cpu, native
+from ldm_fast.ops.cases import NearestCodebook, bytes_moved, flops, make_inputs, wrong_codes
 
 TINY = (NearestCodebook(65, 130, 4), NearestCodebook(65, 130, 4, data="kmeans"), NearestCodebook(65, 130, 40))
 STATS, BRUTE_FORCE = f"{OURS} with stats", f"{OURS} brute force"
@@ -156,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_impl_option(p, "nearest_codebook")
     bench = Bench("nearest_codebook", p.parse_args(arguments))
     libraries = installed(bench)
-    fma_rate = cpu.fused_multiply_add_rate() if bench.device.type == "cpu" and cpu.unavailable() is None else None
+    fma_rate = native.fused_multiply_add_rate() if bench.device.type == "cpu" and cpu.unavailable() is None else None
     if fma_rate:
         print(f"fused multiply-adds measured now: {fma_rate / 1e9:.0f} GFLOP/s")
     for case in bench.cases("nearest_codebook", TINY):

@@ -8,14 +8,17 @@
 """
 
 from ldm_fast import ops
-from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
-from ldm_fast.checkpoints import inspect, load
-from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule
-from ldm_fast.dispatch import use_impl
-from ldm_fast.drop_in import accelerate
-from ldm_fast.explain import explain
-from ldm_fast.pipeline import LatentDiffusion
-from ldm_fast.unet import UNet, UNetConfig
+from ldm_fast.checkpoints.load import inspect, load
+from ldm_fast.configs.diffusion import DiffusionConfig
+from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
+from ldm_fast.configs.unet import UNetConfig
+from ldm_fast.diffusion.schedule import NoiseSchedule
+from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.models.unet import UNet
+from ldm_fast.ops.dispatch import use_impl
+from ldm_fast.ops.explain import explain
+from ldm_fast.pipelines.drop_in import accelerate
+from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
 
 __version__ = "0.1.0"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldm_fast.autoencoder import AutoencoderConfig, VQConfig
-from ldm_fast.conditioning import ClassEmbedderConfig
-from ldm_fast.unet import UNetConfig
-from ldm_fast.weights import layout
+from ldm_fast.checkpoints.catalogue import layout
+from ldm_fast.configs.encoders import ClassEmbedderConfig
+from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
+from ldm_fast.configs.unet import UNetConfig
 
 UNET = UNetConfig(
     sample_size=8,

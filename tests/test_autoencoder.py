@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 import ldm_fast
-from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
-from ldm_fast.regularisation import DiagonalGaussian, VectorQuantizer
+from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
+from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.models.regularisation import DiagonalGaussian, VectorQuantizer
 
 SMALL = dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, latent_channels=3)
 MODELS = {

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQModel
-from ldm_fast.bands import Bands
+from ldm_fast.configs.first_stage import AutoencoderConfig
+from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.models.bands import Bands
 
 SIZES = ((8, 8), (9, 7), (1, 5), (23, 3))  # of the latent
 IMAGES = ((32, 32), (33, 29), (20, 41), (64, 6))

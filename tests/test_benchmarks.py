@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_fast import cpu, dispatch, ops
+from ldm_fast import ops
+from ldm_fast.ops import cpu, dispatch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 # brute force by the native kernels is a row of its own where they are built

@@ -18,25 +18,27 @@ from safetensors.torch import save_file
 from small_models import CLASSES, KL, UNET, VQ, compvis, same
 from torch import Tensor
 
-from ldm_fast import checkpoints
-from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQModel
-from ldm_fast.clip_weights import CLIPShape
-from ldm_fast.conditioning import BertTextEncoder, ClassEmbedder, SpatialRescalerConfig, TransformerConfig
-from ldm_fast.configs import (
+from ldm_fast.checkpoints import load as checkpoints
+from ldm_fast.checkpoints.catalogue import layout
+from ldm_fast.checkpoints.published import PUBLISHED, SD1, SD2, UPSCALER, XL, XL_REFINER
+from ldm_fast.checkpoints.state_dicts import identify
+from ldm_fast.configs.diffusion import DiffusionConfig
+from ldm_fast.configs.encoders import CLIPShape, SpatialRescalerConfig, TransformerConfig
+from ldm_fast.configs.first_stage import AutoencoderConfig
+from ldm_fast.configs.unet import UNetConfig
+from ldm_fast.diffusion.schedule import NoiseSchedule, beta_schedule
+from ldm_fast.files.tensors import CheckpointError, write_tensors
+from ldm_fast.interop.compvis import (
     autoencoder_config_from_compvis,
     encoder_config_from_compvis,
     unet_config_from_compvis,
 )
-from ldm_fast.configs.diffusers import SCHEDULERS, schedule_from_diffusers, spelt_out
-from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule, beta_schedule
-from ldm_fast.files import CheckpointError
-from ldm_fast.pipeline import LatentDiffusion
-from ldm_fast.published import PUBLISHED, SD1, SD2, UPSCALER, XL, XL_REFINER
-from ldm_fast.state_dicts import identify
-from ldm_fast.tensor_files import write_tensors
-from ldm_fast.tokenizers import WordPieceTokenizer
-from ldm_fast.unet import UNet, UNetConfig
-from ldm_fast.weights import layout
+from ldm_fast.interop.diffusers import SCHEDULERS, schedule_from_diffusers, spelt_out
+from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.models.encoders import BertTextEncoder, ClassEmbedder
+from ldm_fast.models.tokenizers import WordPieceTokenizer
+from ldm_fast.models.unet import UNet
+from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red"]
 
@@ -130,8 +132,8 @@ def test_stable_diffusion_is_recognised(name):
 
 def test_published_models_differ():
     """No two rows are the same for shapes but those that the number of input channels tells apart."""
-    from ldm_fast import recognise
-    from ldm_fast.published import find
+    from ldm_fast.checkpoints import recognise
+    from ldm_fast.checkpoints.published import find
 
     for row in PUBLISHED:
         shapes = {entry.theirs: entry.their_shape for entry in layout(row.unet)}

@@ -12,14 +12,18 @@ import torch
 from PIL import Image
 
 import ldm_fast
-from ldm_fast import images as pictures
-from ldm_fast.autoencoder import VQConfig, VQModel
 from ldm_fast.cli import commands, main
-from ldm_fast.conditioning import ClassEmbedder, ClassEmbedderConfig, TextEncoder, WordTokenizer
-from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule
-from ldm_fast.pipeline import Defaults, LatentDiffusion
-from ldm_fast.samplers import SAMPLERS
-from ldm_fast.unet import UNet, UNetConfig
+from ldm_fast.configs.diffusion import Defaults, DiffusionConfig
+from ldm_fast.configs.encoders import ClassEmbedderConfig
+from ldm_fast.configs.first_stage import VQConfig
+from ldm_fast.configs.unet import UNetConfig
+from ldm_fast.diffusion.samplers import SAMPLERS
+from ldm_fast.diffusion.schedule import NoiseSchedule
+from ldm_fast.files import images as pictures
+from ldm_fast.models.autoencoder import VQModel
+from ldm_fast.models.encoders import ClassEmbedder, TextEncoder, WordTokenizer
+from ldm_fast.models.unet import UNet
+from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ import warnings
 import pytest
 import torch
 
-from ldm_fast.clip import CLIPTextEncoder, CLIPTextEncoders, load_text_encoder
-from ldm_fast.conditioning import BertTextEncoder, TextEncoder, TransformerConfig, TransformerEmbedder
-from ldm_fast.tokenizers import WordPieceTokenizer, WordTokenizer
+from ldm_fast.configs.encoders import TransformerConfig
+from ldm_fast.models.clip import CLIPTextEncoder, CLIPTextEncoders, load_text_encoder
+from ldm_fast.models.encoders import BertTextEncoder, TextEncoder, TransformerEmbedder
+from ldm_fast.models.tokenizers import WordPieceTokenizer, WordTokenizer
 
 transformers = pytest.importorskip("transformers")
 

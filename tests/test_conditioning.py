@@ -6,19 +6,10 @@ import warnings
 import pytest
 import torch
 
-from ldm_fast.conditioning import (
-    CONDITIONING_KEYS,
-    ClassEmbedder,
-    ClassEmbedderConfig,
-    Condition,
-    SpatialRescaler,
-    SpatialRescalerConfig,
-    TextEncoder,
-    TransformerConfig,
-    TransformerEmbedder,
-    unet_arguments,
-)
-from ldm_fast.tokenizers import PAD, START, UNKNOWN, WordTokenizer, split_words
+from ldm_fast.configs.encoders import ClassEmbedderConfig, SpatialRescalerConfig, TransformerConfig
+from ldm_fast.diffusion.condition import CONDITIONING_KEYS, Condition, unet_arguments
+from ldm_fast.models.encoders import ClassEmbedder, SpatialRescaler, TextEncoder, TransformerEmbedder
+from ldm_fast.models.tokenizers import PAD, START, UNKNOWN, WordTokenizer, split_words
 
 CAPTIONS = ["red apple", "woman: medium-light skin tone", "piñata", "keycap 10", "man’s shoe"]
 

@@ -8,22 +8,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm_fast import cpu, reference
-from ldm_fast.testing import CASES, make_inputs
+from ldm_fast.ops import cpu, native, reference
+from ldm_fast.ops.cases import CASES, make_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
-ISAS = cpu.build_info()["isas"]
+ISAS = native.build_info()["isas"]
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 @pytest.fixture
 def isa(request):
     """Run with the instruction set the test is parametrised by."""
-    before = cpu._native().isa()
-    cpu._native().set_isa(request.param)
+    before = native.extension().isa()
+    native.extension().set_isa(request.param)
     yield request.param
-    cpu._native().set_isa(before)
+    native.extension().set_isa(before)
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_attention_error_is_at_most_twice_that_of_pytorch(case, dtype):
 
 PEAK_OF_WIDE_HEAD = """
 import sys, torch
-from ldm_fast import cpu
+from ldm_fast.ops import cpu, native
 def memory(which):
     return int(open("/proc/self/status").read().split(which + ":")[1].split()[0]) * 1024
 torch.set_num_threads(2)
@@ -339,10 +339,10 @@ def test_nearest_codebook_is_the_same_on_every_isa():
     z[0, 0], z[0, 1, 3], codebook[:3] = float("nan"), float("inf"), float("nan")
     found = []
     for isa in ISAS:
-        before = cpu._native().isa()
-        cpu._native().set_isa(isa)
+        before = native.extension().isa()
+        native.extension().set_isa(isa)
         found.append(cpu.nearest_codebook(z, codebook)[0])
-        cpu._native().set_isa(before)
+        native.extension().set_isa(before)
     assert found[0][0] == 0
     assert (found[0][2:] < 750).all() or (found[0][2:] >= 3).all()
     for index in found[1:]:
@@ -351,7 +351,7 @@ def test_nearest_codebook_is_the_same_on_every_isa():
 
 def exp(x):
     y = torch.full_like(x, float("nan"))
-    cpu._native().exp_array(x.data_ptr(), y.data_ptr(), x.numel())
+    native.extension().exp_array(x.data_ptr(), y.data_ptr(), x.numel())
     return y
 
 
@@ -378,7 +378,7 @@ def test_exp_special_values_and_bounds(isa):
     for n in range(35):  # no element behind the n asked for is touched
         guarded = torch.full((n + 20,), 7.0)
         x = torch.zeros(n)
-        cpu._native().exp_array(x.data_ptr(), guarded.data_ptr(), n)
+        native.extension().exp_array(x.data_ptr(), guarded.data_ptr(), n)
         assert (guarded[:n] == 1).all() and (guarded[n:] == 7).all()
 
 
@@ -386,18 +386,18 @@ def test_exp_special_values_and_bounds(isa):
 def test_fused_multiply_adds_are_done(isa):
     """Every lane of every chain converges to 1, so their sum is how many there are."""
     result = torch.full((3,), float("nan"))
-    count = cpu._native().fused_multiply_adds(100, 0.5, result.data_ptr(), 3)
+    count = native.extension().fused_multiply_adds(100, 0.5, result.data_ptr(), 3)
     assert (result == count / (100 * 3)).all() and count > 0
 
 
 def test_unknown_isa_is_an_error():
     with pytest.raises(ValueError, match="no quantum"):
-        cpu._native().set_isa("quantum")
+        native.extension().set_isa("quantum")
 
 
 ONE_RUNTIME = """
 import os, torch
-from ldm_fast import cpu
+from ldm_fast.ops import cpu, native
 torch.set_num_threads(3)
 before = len(os.listdir("/proc/self/task"))
 x = torch.randn(8, 64, 32, 32)
@@ -409,7 +409,7 @@ cpu.attention(q, q, q, None, 0.1)
 cpu.nearest_codebook(torch.randn(1, 1000, 4), torch.randn(1000, 4))
 torch.randn(500, 500) @ torch.randn(500, 500)
 print("all", len(os.listdir("/proc/self/task")) - before)
-print("runtimes", len(cpu.openmp_runtimes()), "used", cpu.build_info()["openmp"] in cpu.openmp_runtimes())
+print("runtimes", len(native.openmp_runtimes()), "used", native.build_info()["openmp"] in native.openmp_runtimes())
 """
 
 

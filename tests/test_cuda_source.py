@@ -30,7 +30,7 @@ from cuda_host.cases import (
     write_cases,
 )
 
-from ldm_fast import cuda, reference
+from ldm_fast.ops import cuda, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADERS = sorted((ROOT / "csrc/cuda").glob("nearest_codebook*.cuh"))

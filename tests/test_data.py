@@ -7,18 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_fast.training import data as data_module
-from ldm_fast.training.data import (
-    DataConfig,
-    DataError,
-    ImageSet,
-    emoji_captions,
-    emoji_images,
-    folder_images,
-    load_data,
-    shifted,
-    synthetic_images,
-)
+from ldm_fast.training import emoji
+from ldm_fast.training.data import DataConfig, load_data, synthetic_images
+from ldm_fast.training.emoji import emoji_captions, emoji_images
+from ldm_fast.training.folder import folder_images
+from ldm_fast.training.image_set import DataError, ImageSet, shifted
 
 
 def picture(path, colour, size=(20, 30), mode="RGB"):
@@ -76,7 +69,7 @@ def test_held_out_emojis_are_never_trained_on(emojis):
 
 def test_drawn_emojis_are_kept(emojis, monkeypatch):
     images, cache = emojis
-    monkeypatch.setattr(data_module, "_draw_all", lambda *args: pytest.fail("drawn again"))
+    monkeypatch.setattr(emoji, "_draw_all", lambda *args: pytest.fail("drawn again"))
     again = emoji_images(64, cache)
     assert torch.equal(again.images, images.images) and again.left_out == images.left_out
 
@@ -86,7 +79,7 @@ def test_a_damaged_cache_is_drawn_again(emojis, monkeypatch, tmp_path):
     (file,) = cache.iterdir()
     (tmp_path / file.name).write_bytes(file.read_bytes()[:1000])
     drawn = torch.full((3963, 3, 64, 64), 7, dtype=torch.uint8), torch.ones(3963, dtype=torch.bool)
-    monkeypatch.setattr(data_module, "_draw_all", lambda *args: drawn)
+    monkeypatch.setattr(emoji, "_draw_all", lambda *args: drawn)
     assert int(emoji_images(64, tmp_path).images.max()) == 7
 
 

@@ -7,8 +7,9 @@ import torch
 from eager_torch import assert_same_gradients, gradients, relative_error
 from torch import Tensor, nn
 
-from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
-from ldm_fast.tiling import in_tiles
+from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
+from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.models.tiles import in_tiles
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -10,8 +10,9 @@ import torch
 from eager_torch import assert_same_gradients, gradients, relative_error
 from torch import Tensor, nn
 
-from ldm_fast.layers import Conditions
-from ldm_fast.unet import UNet, UNetConfig
+from ldm_fast.configs.unet import UNetConfig
+from ldm_fast.models.layers import Conditions
+from ldm_fast.models.unet import UNet
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0  # noqa: E402

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_fast.diffusion import PREDICTION_TYPES, SCHEDULES, DiffusionConfig, NoiseSchedule, beta_schedule
+from ldm_fast.configs.diffusion import PREDICTION_TYPES, SCHEDULES, DiffusionConfig
+from ldm_fast.diffusion.schedule import NoiseSchedule, beta_schedule
 
 
 def make(prediction_type: str = "epsilon", **fields) -> NoiseSchedule:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import ldm_fast
-from ldm_fast.reuse import Memory
+from ldm_fast.models.memory import Memory
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

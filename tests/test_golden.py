@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 import ldm_fast
-from ldm_fast.autoencoder import AutoencoderKL, VQModel
-from ldm_fast.conditioning import ClassEmbedder, SpatialRescaler, TransformerEmbedder
-from ldm_fast.configs import (
+from ldm_fast.checkpoints.catalogue import compvis_to_ours
+from ldm_fast.configs.diffusion import DiffusionConfig
+from ldm_fast.diffusion.condition import classifier_free_guidance
+from ldm_fast.diffusion.samplers import SAMPLERS, spaced_timesteps
+from ldm_fast.diffusion.schedule import NoiseSchedule, beta_schedule
+from ldm_fast.interop.compvis import (
     autoencoder_config_from_compvis,
     encoder_config_from_compvis,
     unet_config_from_compvis,
 )
-from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule, beta_schedule
-from ldm_fast.samplers import SAMPLERS, classifier_free_guidance, spaced_timesteps
-from ldm_fast.unet import UNet
-from ldm_fast.weights import compvis_to_ours
+from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.models.encoders import ClassEmbedder, SpatialRescaler, TransformerEmbedder
+from ldm_fast.models.unet import UNet
 
 TOLERANCE = 1e-5
 

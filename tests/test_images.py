@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_fast.files import check_writable, write_atomically
-from ldm_fast.images import as_images, as_masks, grid, png_bytes, read_image, read_mask, to_pil
+from ldm_fast.files.atomic import check_writable, write_atomically
+from ldm_fast.files.images import as_images, as_masks, grid, png_bytes, read_image, read_mask, to_pil
 
 
 def numbered(height, width):

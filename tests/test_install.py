@@ -19,7 +19,7 @@ ASK = """
 import sys
 sys.path.insert(0, sys.argv[1])
 sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]
-from ldm_fast import cpu
+from ldm_fast.ops import cpu
 print(cpu.__file__, cpu.unavailable())
 """
 

@@ -19,13 +19,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_fast import cpu, dispatch, ops, reference
-from ldm_fast.testing import wrong_codes
+from ldm_fast import ops
+from ldm_fast.ops import codebook_op, cpu, dispatch, native, reference
+from ldm_fast.ops.cases import wrong_codes
 
 NAN, INF = float("nan"), float("inf")
 NATIVE = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="relies on how Linux counts and grants memory")
-ISAS = cpu.build_info()["isas"]
+ISAS = native.build_info()["isas"]
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -113,12 +114,12 @@ def test_the_formula_itself() -> None:
 
 def search(z: Tensor, codebook: Tensor, way: str = "auto", isa: str | None = None) -> Tensor:
     """(N,) by the native kernels; `isa` None: the widest."""
-    before = cpu._native().isa()
-    cpu._native().set_isa(isa or ISAS[-1])
+    before = native.extension().isa()
+    native.extension().set_isa(isa or ISAS[-1])
     try:
         return cpu.nearest_codebook(z[None], codebook, way)[0]
     finally:
-        cpu._native().set_isa(before)
+        native.extension().set_isa(before)
 
 
 def _scaled(z: Tensor, codebook: Tensor, of_z: float, of_codebook: float) -> tuple[Tensor, Tensor]:
@@ -296,7 +297,7 @@ def test_maps_in_any_layout(width: int, layout: str, impl: str) -> None:
         pytest.skip(f"{impl} takes no CPU tensors here")
     z, codebook = data("kmeans", width, 2 * 9 * 13, 300)
     z = MAPS[layout](z.view(2, 9, 13, width).permute(0, 3, 1, 2))
-    vectors = ops._vectors(z)
+    vectors = codebook_op._vectors(z)
     assert vectors.shape == (2, 9 * 13, width)
     assert (vectors.data_ptr() == z.data_ptr()) == (layout not in COPIED), "a map is not copied"
     expected = documented(z.permute(0, 2, 3, 1).reshape(-1, width), codebook).view(2, 9, 13)
@@ -426,11 +427,11 @@ def test_stats_compile(dynamic: bool) -> None:
 
 
 def test_a_module_without_an_op_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, without = dispatch.module_of, SimpleNamespace(__name__="ldm_fast.cuda")
+    module, without = dispatch.module_of, SimpleNamespace(__name__="ldm_fast.ops.cuda")
     monkeypatch.setattr(dispatch, "module_of", lambda op, impl: without if impl == "cuda" else module(op, impl))
     z, codebook = data("normal", 4, 20, 30)
     assert len(ops.nearest_codebook_stats(z, codebook)) == 3
-    with pytest.raises(ValueError, match="ldm_fast.cuda does not compute nearest_codebook_stats"):
+    with pytest.raises(ValueError, match="ldm_fast.ops.cuda does not compute nearest_codebook_stats"):
         ops.nearest_codebook_stats(z, codebook, impl="cuda")
 
 
@@ -460,7 +461,8 @@ def test_a_hundred_million_pairs() -> None:
 MEMORY = """
 import sys, torch
 from pathlib import Path
-from ldm_fast import cpu, ops
+from ldm_fast import ops
+from ldm_fast.ops import cpu, native
 def peak():
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024

@@ -23,11 +23,13 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldm_fast import cpu, dispatch, ops, use_impl
-from ldm_fast.explain import explain
-from ldm_fast.testing import CASES, TOLERANCE, Attention, GroupNormSilu, NearestCodebook, make_inputs, wrong_codes
+from ldm_fast import ops, use_impl
+from ldm_fast.ops import attention_op, codebook_op, cpu, dispatch, group_norm_op
+from ldm_fast.ops.cases import CASES, TOLERANCE, Attention, GroupNormSilu, NearestCodebook, make_inputs, wrong_codes
+from ldm_fast.ops.explain import explain
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+OP_FILES = (attention_op, group_norm_op, codebook_op)
 DIFFERENTIABLE = ("attention", "group_norm_silu")
 ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"  # the Triton interpreter takes CPU tensors
 FORMATS = {
@@ -572,7 +574,7 @@ def op_arguments(op: str, impl: str, case: Any, dtype: torch.dtype, *, requires_
     if op in ("group_norm_silu", "group_norm_apply"):
         arguments[-3] = arguments[-3] or ""
     if op.startswith("nearest_codebook"):
-        arguments[0] = ops._vectors(arguments[0])
+        arguments[0] = codebook_op._vectors(arguments[0])
     if requires_grad:
         mask = 3 if op == "attention" else None
         arguments = [
@@ -675,7 +677,7 @@ def test_whoever_watches_sees_the_op(op: str, monkeypatch: pytest.MonkeyPatch) -
     key, first = next((key, value) for key, value in inputs.items() if isinstance(value, Tensor))
     call = functools.partial(getattr(ops, op), **inputs)
     dispatched: list[str] = []
-    operator = getattr(ops, f"_{op}_op")
+    operator = next(vars(file)[f"_{op}_op"] for file in OP_FILES if f"_{op}_op" in vars(file))
     registered = operator._dispatched
     monkeypatch.setattr(operator, "_dispatched", lambda *args: dispatched.append(op) or registered(*args))
 

@@ -11,16 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_fast import evaluate as evaluation
-from ldm_fast import model_file
-from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
-from ldm_fast.conditioning import ClassEmbedder, ClassEmbedderConfig, Condition, TextEncoder, WordTokenizer
-from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule
-from ldm_fast.pipeline import Defaults, LatentDiffusion
-from ldm_fast.reuse import Memory
-from ldm_fast.samplers import SAMPLERS
-from ldm_fast.training.data import ImageSet
-from ldm_fast.unet import UNet, UNetConfig
+from ldm_fast.checkpoints import model_file
+from ldm_fast.configs.diffusion import Defaults, DiffusionConfig
+from ldm_fast.configs.encoders import ClassEmbedderConfig
+from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
+from ldm_fast.configs.unet import UNetConfig
+from ldm_fast.diffusion.condition import Condition
+from ldm_fast.diffusion.samplers import SAMPLERS
+from ldm_fast.diffusion.schedule import NoiseSchedule
+from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.models.encoders import ClassEmbedder, TextEncoder, WordTokenizer
+from ldm_fast.models.memory import Memory
+from ldm_fast.models.unet import UNet
+from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
+from ldm_fast.training import evaluate as evaluation
+from ldm_fast.training.image_set import ImageSet
 
 CHANNELS, WIDTH = 4, 16
 UNET = UNetConfig(

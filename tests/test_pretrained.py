@@ -12,14 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import KL, UNET, VQ, compvis, same
 
-from ldm_fast.autoencoder import AutoencoderKL, VQModel
-from ldm_fast.configs import (
-    config_to_diffusers,
-)
-from ldm_fast.configs.diffusers import spelt_out
-from ldm_fast.files import CheckpointError
-from ldm_fast.tensor_files import read_tensors
-from ldm_fast.unet import UNet
+from ldm_fast.files.tensors import CheckpointError, read_tensors
+from ldm_fast.interop.diffusers import config_to_diffusers, spelt_out
+from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.models.unet import UNet
 
 
 def test_from_pretrained_and_back(tmp_path):

@@ -4,16 +4,9 @@ import dataclasses
 
 import pytest
 
+from ldm_fast.configs.from_dict import to_dict
 from ldm_fast.training.fingerprint import Fingerprint
-from ldm_fast.training.recipe import (
-    LoopConfig,
-    Recipe,
-    RecipeError,
-    load_recipe,
-    parse_recipe,
-    shipped_recipes,
-    to_dict,
-)
+from ldm_fast.training.recipe import ConfigError, LoopConfig, Recipe, load_recipe, parse_recipe, shipped_recipes
 
 MINIMAL = """
 name = "minimal"
@@ -105,7 +98,7 @@ def test_values_become_what_the_fields_say():
 )
 def test_errors_name_the_field(old, new, message):
     assert old in MINIMAL
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ConfigError, match=message):
         parse_recipe(MINIMAL.replace(old, new, 1), "mine.toml")
 
 
@@ -116,14 +109,14 @@ def test_a_text_encoder_as_wide_as_the_context():
 
 
 def test_exactly_one_kind_of_first_stage():
-    with pytest.raises(RecipeError, match="first_stage: give exactly one of the sections vq and kl"):
+    with pytest.raises(ConfigError, match="first_stage: give exactly one of the sections vq and kl"):
         parse_recipe(MINIMAL + "[first_stage.kl]\nblock_out_channels = [32]\n")
 
 
 def test_a_name_that_is_no_recipe_lists_those_that_are(tmp_path):
-    with pytest.raises(RecipeError, match="no recipe 'emojo': give emoji, tiny or the path"):
+    with pytest.raises(ConfigError, match="no recipe 'emojo': give emoji, tiny or the path"):
         load_recipe("emojo")
-    with pytest.raises(RecipeError, match="cannot read the recipe"):
+    with pytest.raises(ConfigError, match="cannot read the recipe"):
         load_recipe(tmp_path / "none.toml")
 
 

@@ -18,12 +18,16 @@ from eager_torch import relative_error
 from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
 
-from ldm_fast import attention_layers, reuse
-from ldm_fast.attention_layers import Attention
-from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm_fast.diffusion import DiffusionConfig, NoiseSchedule
-from ldm_fast.pipeline import LatentDiffusion
-from ldm_fast.unet import UNet, UNetConfig
+from ldm_fast.configs.diffusion import DiffusionConfig
+from ldm_fast.configs.first_stage import AutoencoderConfig
+from ldm_fast.configs.unet import UNetConfig
+from ldm_fast.diffusion.schedule import NoiseSchedule
+from ldm_fast.models import attention as attention_layers
+from ldm_fast.models import memory as reuse
+from ldm_fast.models.attention import Attention
+from ldm_fast.models.autoencoder import AutoencoderKL
+from ldm_fast.models.unet import UNet
+from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
 
 CONFIG = UNetConfig(
     block_out_channels=(16, 32),

@@ -6,16 +6,10 @@ import math
 import pytest
 import torch
 
-from ldm_fast.conditioning import Condition
-from ldm_fast.diffusion import PREDICTION_TYPES, DiffusionConfig, NoiseSchedule
-from ldm_fast.samplers import (
-    SAMPLERS,
-    classifier_free_guidance,
-    ddim,
-    noise_like,
-    plms,
-    spaced_timesteps,
-)
+from ldm_fast.configs.diffusion import PREDICTION_TYPES, DiffusionConfig
+from ldm_fast.diffusion.condition import Condition, classifier_free_guidance
+from ldm_fast.diffusion.samplers import SAMPLERS, ddim, plms, spaced_timesteps
+from ldm_fast.diffusion.schedule import NoiseSchedule, noise_like
 
 MEAN, STD = 0.7, 0.4
 DETERMINISTIC = ("ddim", "plms", "dpm_solver_pp_2m")

@@ -18,18 +18,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm_fast.pipeline import LatentDiffusion
+from ldm_fast.configs.first_stage import AutoencoderConfig
+from ldm_fast.models.autoencoder import AutoencoderKL
+from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
 from ldm_fast.training import CheckpointError, DataError, TrainingError, TrainingStopped, export, load_recipe, train
-from ldm_fast.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from ldm_fast.training.checkpoint import capture, list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from ldm_fast.training.data import DataConfig, synthetic_images
 from ldm_fast.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from ldm_fast.training.ema import Ema, decay_at
 from ldm_fast.training.first_stage import FirstStage
-from ldm_fast.training.loop import DataOrder, capture, learning_rate_factor, seeded, update_weights
-from ldm_fast.training.recipe import LoopConfig, Phase, RecipeError
+from ldm_fast.training.loop import learning_rate_factor
+from ldm_fast.training.recipe import ConfigError, LoopConfig, Phase
 from ldm_fast.training.run import _alone_in, load_first_stage
 from ldm_fast.training.second_stage import SecondStage, multiscale_error
+from ldm_fast.training.stage import DataOrder, seeded, update_weights
 
 CPU = torch.device("cpu")
 TINY = load_recipe("tiny")
@@ -263,12 +265,12 @@ def test_a_published_first_stage(tmp_path):
         model = LatentDiffusion.load(train(recipe, tmp_path / "run", first_stage=tmp_path / source, progress=False))
         mine, theirs = model.first_stage.state_dict(), published.state_dict()
         assert all(torch.equal(mine[name], theirs[name].half().float()) for name in theirs)
-    with pytest.raises(RecipeError, match="first_stage: this section is missing; write it, or give"):
+    with pytest.raises(ConfigError, match="first_stage: this section is missing; write it, or give"):
         train(recipe, tmp_path / "run", progress=False)
 
 
 def test_the_first_stage_of_a_run_needs_its_recipe(tmp_path, whole):
-    with pytest.raises(RecipeError, match="first_stage: this section is missing; the run in"):
+    with pytest.raises(ConfigError, match="first_stage: this section is missing; the run in"):
         train(dataclasses.replace(TINY, first_stage=None), tmp_path, first_stage=whole, progress=False)
 
 

@@ -21,8 +21,12 @@ import torch
 pytest.importorskip("triton")
 
 from ldm_fast import kernels
-from ldm_fast.configs import autoencoder_config_from_compvis, encoder_config_from_compvis, unet_config_from_compvis
-from ldm_fast.testing import CASES
+from ldm_fast.interop.compvis import (
+    autoencoder_config_from_compvis,
+    encoder_config_from_compvis,
+    unet_config_from_compvis,
+)
+from ldm_fast.ops.cases import CASES
 
 if kernels.interpreting():
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)

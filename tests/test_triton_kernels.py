@@ -19,9 +19,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from ldm_fast import kernels, reference
+from ldm_fast import kernels
 from ldm_fast.kernels import attention, group_norm_silu
-from ldm_fast.testing import Attention, GroupNormSilu, make_inputs
+from ldm_fast.ops import reference
+from ldm_fast.ops.cases import Attention, GroupNormSilu, make_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_HERE = kernels.interpreting() or DEVICE == "cuda"

@@ -11,7 +11,8 @@ from eager_torch import assert_same_gradients, eager_torch, gradients, relative_
 from torch import Tensor
 
 import ldm_fast
-from ldm_fast.unet import UNet, UNetConfig
+from ldm_fast.configs.unet import UNetConfig
+from ldm_fast.models.unet import UNet
 
 CONFIGS = {
     "cross-attention": UNetConfig(

@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import save_file
 from small_models import KL, UNET, VQ, compvis, same
 
-from ldm_fast import checkpoints
-from ldm_fast.autoencoder import AutoencoderKL
-from ldm_fast.files import CheckpointError
-from ldm_fast.published import SD1
-from ldm_fast.state_dicts import identify
-from ldm_fast.tensor_files import read_tensors
+from ldm_fast.checkpoints import load as checkpoints
+from ldm_fast.checkpoints.published import SD1
+from ldm_fast.checkpoints.state_dicts import identify
+from ldm_fast.files.tensors import CheckpointError, read_tensors
+from ldm_fast.models.autoencoder import AutoencoderKL
 
 # Pickles
 

@@ -10,27 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig
-from ldm_fast.conditioning import ClassEmbedderConfig, SpatialRescalerConfig, TransformerConfig, TransformerEmbedder
-from ldm_fast.configs import (
+from ldm_fast.checkpoints.catalogue import compvis_to_ours, layout, ours_to_compvis
+from ldm_fast.checkpoints.published import SD1, SD2, UPSCALER, XL, XL_REFINER
+from ldm_fast.configs.encoders import ClassEmbedderConfig, SpatialRescalerConfig, TransformerConfig
+from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
+from ldm_fast.configs.unet import UNetConfig
+from ldm_fast.files.tensors import CheckpointError
+from ldm_fast.interop.compvis import (
     autoencoder_config_from_compvis,
-    config_from_diffusers,
-    config_to_diffusers,
     encoder_config_from_compvis,
     unet_config_from_compvis,
 )
-from ldm_fast.configs.diffusers import spelt_out
-from ldm_fast.files import CheckpointError
-from ldm_fast.published import SD1, SD2, UPSCALER, XL, XL_REFINER
-from ldm_fast.unet import UNet, UNetConfig
-from ldm_fast.weights import (
-    check_names,
-    compvis_to_ours,
-    current_names,
-    layout,
-    ours_to_compvis,
-    without_dots,
-)
+from ldm_fast.interop.diffusers import config_from_diffusers, config_to_diffusers, spelt_out
+from ldm_fast.interop.names import check_names, current_names, without_dots
+from ldm_fast.models.autoencoder import AutoencoderKL
+from ldm_fast.models.encoders import TransformerEmbedder
+from ldm_fast.models.unet import UNet
 
 SMALL_UNET = dict(
     image_size=8,

@@ -17,14 +17,14 @@ from ldm_fast.cli.progress import Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm_fast.pipeline import LatentDiffusion
+    from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
 
 MAX_SIDE = 2048  # pixels; attention over a larger picture's latent takes hours and all memory
 
 
 def generate(options: argparse.Namespace) -> None:
-    from ldm_fast import images as pictures
-    from ldm_fast.files import check_writable
+    from ldm_fast.files import images as pictures
+    from ldm_fast.files.atomic import check_writable
 
     prompts = [prompt for prompt in options.prompts for _ in range(options.num)]
     paths = _output_paths(options, 1 if options.grid else len(prompts))
@@ -68,7 +68,7 @@ def _load_model(options: argparse.Namespace) -> LatentDiffusion:
     """The model on the GPU where there is one, or where and as --device and --dtype say."""
     import torch
 
-    from ldm_fast.pipeline import LatentDiffusion
+    from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
 
     model = LatentDiffusion.load(options.model)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +83,7 @@ def _conditions(
     model: LatentDiffusion, prompts: list[str], negative: str | None
 ) -> tuple[list[str] | list[int] | int, str | int | None]:
     """Prompts and negative prompt as the model takes them: words, labels of classes, or only how many images."""
-    from ldm_fast.conditioning import ClassEmbedder
+    from ldm_fast.models.encoders import ClassEmbedder
 
     if model.conditioning_key is None:
         if any(prompts) or negative:
@@ -123,7 +123,7 @@ def _output_paths(options: argparse.Namespace, count: int) -> list[Path]:
 
 
 def _read_init_and_mask(options: argparse.Namespace, size: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
-    from ldm_fast.images import read_image, read_mask
+    from ldm_fast.files.images import read_image, read_mask
 
     if options.init is None:
         for name in ("strength", "mask"):
@@ -151,8 +151,8 @@ def _about(model: LatentDiffusion, options: argparse.Namespace, size: tuple[int,
 
 
 def reconstruct(options: argparse.Namespace) -> None:
-    from ldm_fast import images as pictures
-    from ldm_fast.files import check_writable
+    from ldm_fast.files import images as pictures
+    from ldm_fast.files.atomic import check_writable
 
     source = Path(options.image)
     out = Path(options.out or source.with_name(f"{source.stem}-reconstructed.png"))
@@ -173,7 +173,7 @@ def reconstruct(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    from ldm_fast import evaluate as evaluation
+    from ldm_fast.training import evaluate as evaluation
     from ldm_fast.training.data import DataConfig, load_data
 
     model = _load_model(options)

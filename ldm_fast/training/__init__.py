@@ -6,10 +6,11 @@ second_stage.py, and the loop that both share, with its checkpoints, in loop.py 
 
 from __future__ import annotations
 
-from ldm_fast.files import CheckpointError
-from ldm_fast.training.data import DataConfig, DataError, ImageSet, load_data
+from ldm_fast.files.tensors import CheckpointError
+from ldm_fast.training.data import DataConfig, load_data
+from ldm_fast.training.image_set import DataError, ImageSet
 from ldm_fast.training.loop import TrainingError, TrainingStopped
-from ldm_fast.training.recipe import Recipe, RecipeError, load_recipe, parse_recipe, shipped_recipes
+from ldm_fast.training.recipe import ConfigError, Recipe, load_recipe, parse_recipe, shipped_recipes
 from ldm_fast.training.run import export, train
 
 __all__ = [
@@ -18,7 +19,7 @@ __all__ = [
     "DataError",
     "ImageSet",
     "Recipe",
-    "RecipeError",
+    "ConfigError",
     "TrainingError",
     "TrainingStopped",
     "export",

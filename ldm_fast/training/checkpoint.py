@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_fast.files import CheckpointError, reason, write_atomically
+from ldm_fast.files.atomic import reason, write_atomically
+from ldm_fast.files.tensors import CheckpointError
+from ldm_fast.training.stage import Stage
 
 KEEP = 2
 _NAME = re.compile(r"step_(\d{8})\.safetensors")
@@ -89,3 +91,48 @@ def _digest(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+# What a checkpoint holds
+
+
+def capture(stage: Stage) -> dict[str, Tensor]:
+    """Every tensor of a stage's state under a flat name, copied to the CPU: a device may not hold it twice."""
+    tensors = {}
+    for name, module in stage.modules().items():
+        tensors.update({f"weights/{name}/{key}": value for key, value in module.state_dict().items()})
+    for name, optimizer in stage.optimizers().items():
+        for number, values in optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer/{name}/{number}/{key}": value for key, value in values.items()})
+    tensors.update({f"extra/{name}": value for name, value in stage.extra().items()})
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def restore(stage: Stage, tensors: dict[str, Tensor]) -> None:
+    """Puts what `capture` returned back into the stage. CheckpointError if it belongs to something else."""
+    try:
+        for name, module in stage.modules().items():
+            module.load_state_dict(_under(tensors, f"weights/{name}/"))
+        for name, optimizer in stage.optimizers().items():
+            _restore_optimizer(optimizer, _under(tensors, f"optimizer/{name}/"))
+        for name, value in stage.extra().items():
+            value.copy_(tensors[f"extra/{name}"])
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise CheckpointError(f"the checkpoint does not fit the recipe's {stage.name}: {error}") from error
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """State tensors take the memory layout of their parameter: the fused optimisers read both in memory order."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, key = name.split("/", 1)
+        param = params[int(number)]
+        if tensor.shape == param.shape:
+            tensor = torch.empty_like(param, memory_format=torch.preserve_format).copy_(tensor)
+        state.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

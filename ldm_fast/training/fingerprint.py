@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_fast.training.data import ImageSet
-from ldm_fast.training.recipe import Recipe, to_dict
+from ldm_fast.configs.from_dict import to_dict
+from ldm_fast.training.image_set import ImageSet
+from ldm_fast.training.recipe import Recipe
 
 
 @dataclass(frozen=True)

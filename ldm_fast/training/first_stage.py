@@ -13,12 +13,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ldm_fast.autoencoder import AutoencoderKL, VQModel
-from ldm_fast.training.data import DataError, ImageSet
+from ldm_fast.files.images import image_grid
+from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
 from ldm_fast.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from ldm_fast.training.ema import Ema
-from ldm_fast.training.loop import image_grid, seeded, update_weights
+from ldm_fast.training.image_set import DataError, ImageSet
 from ldm_fast.training.recipe import FirstStageRecipe
+from ldm_fast.training.stage import seeded, update_weights
 
 INIT_LATENTS = 65536  # vectors that the codebook's k-means starts from
 REVIVAL_IMAGES = 64  # whose latents dead codes move to

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -18,16 +17,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm_fast.files import CheckpointError, reason, write_atomically
-from ldm_fast.images import write_png
-from ldm_fast.training.checkpoint import newest_checkpoint, save_checkpoint
+from ldm_fast.files.atomic import reason, write_atomically
+from ldm_fast.files.images import write_png
+from ldm_fast.files.tensors import CheckpointError
+from ldm_fast.training.checkpoint import capture, newest_checkpoint, restore, save_checkpoint
 from ldm_fast.training.fingerprint import Fingerprint
 from ldm_fast.training.recipe import LoopConfig
+from ldm_fast.training.stage import DataOrder, Stage, seeded
 
 
 class TrainingError(RuntimeError):
@@ -40,63 +41,6 @@ class TrainingStopped(Exception):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
-
-
-class Stage(Protocol):
-    """What the loop needs of a stage."""
-
-    name: str
-    device: torch.device
-
-    def __len__(self) -> int:
-        """The number of training examples."""
-
-    def modules(self) -> dict[str, nn.Module]:
-        """Everything with weights that a checkpoint must hold, EMA included."""
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]: ...
-
-    def extra(self) -> dict[str, Tensor]:
-        """Other tensors that are part of the state; restored in place."""
-
-    def step(self, number: int, batches: list[Tensor], generator: torch.Generator) -> dict[str, float]:
-        """One optimiser step over batches of example numbers; returns metrics, "loss" among them."""
-
-    def evaluate(self) -> dict[str, float]:
-        """Metrics on held-out data; must not change the state."""
-
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """A picture (3, H, W) uint8 that shows how far training is; must not change the state."""
-
-
-def seeded(*what: Any) -> torch.Generator:
-    """A CPU generator whose numbers depend on `what` alone."""
-    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-class DataOrder:
-    """An endless stream of example numbers, every epoch a new permutation; any part of it can be asked for."""
-
-    def __init__(self, count: int, *seed: Any):
-        self.count, self.seed = count, seed
-        self._epochs: dict[int, Tensor] = {}
-
-    def _epoch(self, epoch: int) -> Tensor:
-        if epoch not in self._epochs:
-            self._epochs = {e: order for e, order in self._epochs.items() if e >= epoch - 1}
-            self._epochs[epoch] = torch.randperm(self.count, generator=seeded(*self.seed, "epoch", epoch))
-        return self._epochs[epoch]
-
-    def take(self, start: int, size: int) -> Tensor:
-        """Numbers start ... start + size - 1 of the stream, int64 (size,)."""
-        parts = []
-        while size > 0:
-            epoch, within = divmod(start, self.count)
-            part = self._epoch(epoch)[within : within + size]
-            parts.append(part)
-            start, size = start + len(part), size - len(part)
-        return torch.cat(parts)
 
 
 def learning_rate_factor(step: int, config: LoopConfig) -> float:
@@ -112,15 +56,6 @@ def learning_rate_factor(step: int, config: LoopConfig) -> float:
     progress = min(1.0, max(0, step - start - config.warmup_steps) / max(1, end - start - config.warmup_steps))
     low = config.final_lr_ratio
     return warmup * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def update_weights(optimizer: torch.optim.Optimizer, clip: float | None) -> Tensor:
-    """Clips the gradients' norm, steps and forgets the gradients. Returns the norm as it was."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def run_stage(
@@ -285,51 +220,6 @@ class _Loop:
         state["metrics"] = {}
 
 
-# What a checkpoint holds
-
-
-def capture(stage: Stage) -> dict[str, Tensor]:
-    """Every tensor of a stage's state under a flat name, copied to the CPU: a device may not hold it twice."""
-    tensors = {}
-    for name, module in stage.modules().items():
-        tensors.update({f"weights/{name}/{key}": value for key, value in module.state_dict().items()})
-    for name, optimizer in stage.optimizers().items():
-        for number, values in optimizer.state_dict()["state"].items():
-            tensors.update({f"optimizer/{name}/{number}/{key}": value for key, value in values.items()})
-    tensors.update({f"extra/{name}": value for name, value in stage.extra().items()})
-    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-
-
-def restore(stage: Stage, tensors: dict[str, Tensor]) -> None:
-    """Puts what `capture` returned back into the stage. CheckpointError if it belongs to something else."""
-    try:
-        for name, module in stage.modules().items():
-            module.load_state_dict(_under(tensors, f"weights/{name}/"))
-        for name, optimizer in stage.optimizers().items():
-            _restore_optimizer(optimizer, _under(tensors, f"optimizer/{name}/"))
-        for name, value in stage.extra().items():
-            value.copy_(tensors[f"extra/{name}"])
-    except (KeyError, RuntimeError, IndexError) as error:
-        raise CheckpointError(f"the checkpoint does not fit the recipe's {stage.name}: {error}") from error
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """State tensors take the memory layout of their parameter: the fused optimisers read both in memory order."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        number, key = name.split("/", 1)
-        param = params[int(number)]
-        if tensor.shape == param.shape:
-            tensor = torch.empty_like(param, memory_format=torch.preserve_format).copy_(tensor)
-        state.setdefault(int(number), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
 # Files beside the checkpoints
 
 
@@ -363,18 +253,6 @@ def _full_disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {reason(error)}") from error
-
-
-def image_grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """Images (N, 3, H, W) in [-1, 1] side by side -> (3, rows * H, columns * W) uint8 with grey gaps."""
-    count, channels, height, width = images.shape
-    rows = math.ceil(count / columns)
-    grid = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 200, dtype=torch.uint8)
-    values = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    for i, image in enumerate(values):
-        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        grid[:, top : top + height, left : left + width] = image
-    return grid
 
 
 @contextlib.contextmanager

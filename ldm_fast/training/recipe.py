@@ -7,26 +7,19 @@ that name the place ("second_stage.unet.sample_sise: ... did you mean 'sample_si
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
-import types
-import typing
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
-from ldm_fast.autoencoder import AutoencoderConfig, VQConfig
-from ldm_fast.diffusion import DiffusionConfig
-from ldm_fast.pipeline import Defaults
-from ldm_fast.samplers import SAMPLERS, spaced_timesteps
+from ldm_fast.configs.diffusion import Defaults, DiffusionConfig
+from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
+from ldm_fast.configs.from_dict import ConfigError, from_dict
+from ldm_fast.configs.unet import UNetConfig
+from ldm_fast.diffusion.samplers import SAMPLERS, spaced_timesteps
 from ldm_fast.training.data import DataConfig
-from ldm_fast.unet import UNetConfig
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be used; the message names the field by its dotted path."""
 
 
 def free(default: Any) -> Any:
@@ -225,18 +218,18 @@ class Recipe:
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """A shipped recipe by its name ("emoji") or any recipe by its path ("my/recipe.toml"). RecipeError says what
+    """A shipped recipe by its name ("emoji") or any recipe by its path ("my/recipe.toml"). ConfigError says what
     is wrong with it."""
     path = Path(name_or_path)
     if path.suffix == ".toml":
         try:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+            raise ConfigError(f"cannot read the recipe {path}: {error}") from error
     else:
         shipped = shipped_recipes()
         if str(name_or_path) not in shipped:
-            raise RecipeError(f"no recipe {str(name_or_path)!r}: give {', '.join(shipped)} or the path of a .toml file")
+            raise ConfigError(f"no recipe {str(name_or_path)!r}: give {', '.join(shipped)} or the path of a .toml file")
         text = (_recipe_folder() / f"{name_or_path}.toml").read_text(encoding="utf-8")
     return parse_recipe(text, str(name_or_path))
 
@@ -250,9 +243,9 @@ def parse_recipe(text: str, source: str = "recipe") -> Recipe:
     try:
         return from_dict(Recipe, tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{source} is not valid TOML: {error}") from error
-    except RecipeError as error:
-        raise RecipeError(f"{source}: {error}") from error
+        raise ConfigError(f"{source} is not valid TOML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def shipped_recipes() -> list[str]:
@@ -263,115 +256,3 @@ def shipped_recipes() -> list[str]:
 
 def _recipe_folder():
     return resources.files("ldm_fast.training") / "recipes"
-
-
-def from_dict(cls: type, values: dict[str, Any], path: str = "") -> Any:
-    """The dataclass `cls` from nested dictionaries, types checked by its annotations. `path` is what errors prepend."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    for name in values:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(fields)}"
-            raise RecipeError(f"{_join(path, name)}: there is no such field; {hint}")
-    for name, f in fields.items():
-        needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if needed and name not in values:
-            raise RecipeError(f"{_join(path, name)}: this field is missing; it is {_describe(hints[name])}")
-    arguments = {name: _convert(value, hints[name], _join(path, name)) for name, value in values.items()}
-    try:
-        return cls(**arguments)
-    except RecipeError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{path or 'recipe'}: {error}") from error
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _convert(value: Any, hint: Any, path: str) -> Any:
-    """`value` as TOML gives it, checked against the annotation `hint` and turned into what it says."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        return _convert_union(value, hint, path)
-    if origin is Literal:
-        if not any(value == known and type(value) is type(known) for known in arguments):
-            near = difflib.get_close_matches(str(value), map(str, arguments), n=1)
-            hint_text = f"; did you mean {near[0]!r}?" if near else ""
-            raise RecipeError(f"{path}: {value!r} is not {_describe(hint)}{hint_text}")
-        return value
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise _wrong_type(value, "a section", path)
-        return from_dict(hint, value, path)
-    if origin in (tuple, list) or hint in (tuple, list):
-        return _convert_sequence(value, hint, path)
-    if origin is dict or hint is dict:
-        if not isinstance(value, dict):
-            raise _wrong_type(value, "a section", path)
-        return {k: _convert(v, arguments[1], _join(path, k)) if arguments else v for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is type(None) or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise _wrong_type(value, _describe(hint), path)
-    return value
-
-
-def _convert_union(value: Any, hint: Any, path: str) -> Any:
-    """The first member of the union that takes the value; the error of the only one, where there is one beside None."""
-    members = [member for member in typing.get_args(hint) if member is not type(None)]
-    if len(members) == 1:
-        return _convert(value, members[0], path)
-    for member in members:
-        try:
-            return _convert(value, member, path)
-        except RecipeError:
-            continue
-    raise _wrong_type(value, _describe(hint), path)
-
-
-def _convert_sequence(value: Any, hint: Any, path: str) -> Any:
-    arguments = typing.get_args(hint)
-    if not isinstance(value, list | tuple):
-        raise _wrong_type(value, _describe(hint), path)
-    kind = typing.get_origin(hint) or hint
-    if kind is list or not arguments or (len(arguments) == 2 and arguments[1] is Ellipsis):
-        each = [arguments[0] if arguments else Any] * len(value)
-    elif len(arguments) != len(value):
-        raise RecipeError(f"{path}: needs {len(arguments)} values, got {len(value)}")
-    else:
-        each = list(arguments)
-    return kind(_convert(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, each, strict=True)))
-
-
-def _wrong_type(value: Any, needed: str, path: str) -> RecipeError:
-    return RecipeError(f"{path}: needs {needed}, got {value!r} ({type(value).__name__})")
-
-
-def _describe(hint: Any) -> str:
-    """An annotation in words a recipe's author knows."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(repr(a) for a in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(a) for a in arguments if a is not type(None))
-    if origin in (tuple, list):
-        return f"a list of {_describe(arguments[0])}"
-    if dataclasses.is_dataclass(hint):
-        return "a section"
-    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(hint, str(hint))
-
-
-def to_dict(value: Any) -> Any:
-    """A dataclass as plain values that JSON can hold."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple | list):
-        return [to_dict(v) for v in value]
-    if isinstance(value, dict):
-        return {k: to_dict(v) for k, v in value.items()}
-    return value

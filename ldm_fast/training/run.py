@@ -17,17 +17,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm_fast.autoencoder import AutoencoderConfig, AutoencoderKL, VQModel
-from ldm_fast.checkpoints import load
-from ldm_fast.files import CheckpointError, reason, remove_unfinished
+from ldm_fast.checkpoints.load import load
+from ldm_fast.configs.first_stage import AutoencoderConfig
+from ldm_fast.configs.from_dict import to_dict
+from ldm_fast.files.atomic import reason, remove_unfinished
+from ldm_fast.files.tensors import CheckpointError
+from ldm_fast.interop.names import without_training_state
+from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
 from ldm_fast.training.checkpoint import list_checkpoints, newest_checkpoint
-from ldm_fast.training.data import ImageSet, load_data
+from ldm_fast.training.data import load_data
 from ldm_fast.training.fingerprint import Fingerprint, conditions_digest, fingerprint, tensors_digest
 from ldm_fast.training.first_stage import FirstStage
+from ldm_fast.training.image_set import ImageSet
 from ldm_fast.training.loop import TrainingError, run_stage
-from ldm_fast.training.recipe import FirstStageRecipe, Recipe, RecipeError, load_recipe, to_dict
+from ldm_fast.training.recipe import ConfigError, FirstStageRecipe, Recipe, load_recipe
 from ldm_fast.training.second_stage import SecondStage, assemble, build_model, check_fits
-from ldm_fast.weights import without_training_state
 
 
 def train(
@@ -46,7 +50,7 @@ def train(
     another run's folder, or any file or folder in which `ldm_fast.load` finds one, Stable Diffusion's say. Returns the
     exported model's path, for "first" the last checkpoint's.
 
-    Raises RecipeError, DataError, CheckpointError, TrainingError, each with one line that names what is wrong, and
+    Raises ConfigError, DataError, CheckpointError, TrainingError, each with one line that names what is wrong, and
     TrainingStopped after SIGINT or SIGTERM, once a checkpoint is written.
     """
     if stage not in ("all", "first", "second"):
@@ -57,7 +61,7 @@ def train(
         raise TrainingError(f"training is done by one process; this is one of {processes} (WORLD_SIZE): start it alone")
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if recipe.first_stage is None and first_stage is None:
-        raise RecipeError("first_stage: this section is missing; write it, or give a first stage that is trained")
+        raise ConfigError("first_stage: this section is missing; write it, or give a first stage that is trained")
     run_dir, device = Path(run_dir), _device(device)
     autoencoder = None if first_stage is None else load_first_stage(recipe.first_stage, first_stage)
     data = load_data(recipe.data)
@@ -137,7 +141,7 @@ def load_first_stage(recipe: FirstStageRecipe | None, source: str | Path) -> nn.
     if found is None:
         raise CheckpointError(f"there is no first stage in {source}: train it first, or give one")
     if recipe is None:
-        raise RecipeError(f"first_stage: this section is missing; the run in {source} does not say what it trained")
+        raise ConfigError(f"first_stage: this section is missing; the run in {source} does not say what it trained")
     model = AutoencoderKL(recipe.kl) if recipe.vq is None else VQModel(recipe.vq.trained)
     _load(model, found[0], "weights/ema/", f"the first stage in {source}")
     return model.eval().requires_grad_(False)

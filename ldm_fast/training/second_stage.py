@@ -15,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_fast.autoencoder import AutoencoderConfig
-from ldm_fast.conditioning import ClassEmbedder, ClassEmbedderConfig, TextEncoder, WordTokenizer
-from ldm_fast.diffusion import NoiseSchedule
-from ldm_fast.pipeline import LatentDiffusion
-from ldm_fast.training.data import DataError, ImageSet
+from ldm_fast.configs.encoders import ClassEmbedderConfig
+from ldm_fast.configs.first_stage import AutoencoderConfig
+from ldm_fast.diffusion.schedule import NoiseSchedule
+from ldm_fast.files.images import image_grid
+from ldm_fast.models.encoders import ClassEmbedder, TextEncoder, WordTokenizer
+from ldm_fast.models.unet import UNet
+from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
 from ldm_fast.training.ema import Ema
-from ldm_fast.training.loop import DataOrder, image_grid, seeded, update_weights
+from ldm_fast.training.image_set import DataError, ImageSet
 from ldm_fast.training.recipe import SecondStageRecipe
-from ldm_fast.unet import UNet
+from ldm_fast.training.stage import DataOrder, seeded, update_weights
 
 EVALUATION_IMAGES = 256
 GRID_IMAGES = 16

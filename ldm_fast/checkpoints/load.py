@@ -1,0 +1,206 @@
+"""`load`: looks at a path, finds out what it is, and makes our models of it.
+
+    checkpoint = ldm_fast.load("sd-v1-4.ckpt")     # or a .safetensors, or a folder as diffusers writes it
+    checkpoint.unet, checkpoint.first_stage, checkpoint.schedule
+    print(checkpoint.found)                         # what was found, what was ignored, what was taken for granted
+
+`inspect` finds out and loads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_fast.checkpoints import model_file
+from ldm_fast.checkpoints.catalogue import MODELS
+from ldm_fast.checkpoints.found import NO_SCHEDULE, OUR_FILE, Checkpoint, Found, Part
+from ldm_fast.checkpoints.state_dicts import PARTS, identify
+from ldm_fast.configs.first_stage import AutoencoderConfig
+from ldm_fast.configs.unet import UNetConfig, conditioning_key
+from ldm_fast.diffusion.schedule import NoiseSchedule
+from ldm_fast.files.tensors import CheckpointError, read_json, read_tensors
+from ldm_fast.interop.diffusers import READERS, config_from_diffusers, schedule_from_diffusers
+from ldm_fast.interop.names import Config, current_names
+from ldm_fast.models.pretrained import read_folder
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether a path is a folder, a pickle or a whole .safetensors that is not a model file of ours."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if path.is_dir():
+        return True
+    try:
+        with open(path, "rb") as file:
+            if file.read(4).startswith((b"PK\x03\x04", b"\x80")):
+                return True
+        with safe_open(path, framework="pt") as file:
+            return "ldm_fast" not in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def load(
+    path: str | Path,
+    *,
+    config: Config | Mapping[str, Any] | None = None,
+    parts: Collection[str] | None = None,
+    ema: bool = True,
+    variant: str | None = None,
+    torch_dtype: torch.dtype | None = None,
+) -> Checkpoint:
+    """Loads what is at a path: a folder as diffusers writes it (a pipeline's or one model's), a single .safetensors,
+    an original .ckpt, or one of our model files. Weights are mapped into memory; no code from the file is ever run.
+
+    Args:
+        config: what the architecture is, where that cannot be found out or to overrule it: our configuration of the one
+            model, or a dictionary {"unet": …, "first_stage": …, "cond_stage": …} of such.
+        parts: which parts to load, None for all. The others may be missing, damaged or not understood.
+        ema: take the moving averages of the weights where the file has them.
+        variant: of the weights' file name in a diffusers folder ("fp16").
+        torch_dtype: what to cast the weights to; None keeps theirs.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        CheckpointError (a ValueError): it is damaged, refused, not understood, or keys are missing, unexpected or of
+            the wrong shape, in which case all are named.
+    """
+    if isinstance(parts, str):
+        raise TypeError(f"load: parts must be a collection of names, [{parts!r}] say, got {parts!r}")
+    found = inspect(path, config=config, parts=parts, ema=ema, variant=variant)
+    if found.model == OUR_FILE:
+        if config is not None:
+            raise ValueError(f"load: {path} is a model of ldm_fast and says what it is; leave config out")
+        return _load_our_file(found, parts, torch_dtype)
+    _check_parts(parts, found.parts, path)
+    chosen = {name: part for name, part in found.parts.items() if parts is None or name in parts}
+    try:
+        models = {name: part.load(torch_dtype) for name, part in chosen.items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    schedule = None if found.schedule is None else NoiseSchedule(found.schedule)
+    return Checkpoint(found, schedule, found.scaling_factor, found.conditioning_key, **models)
+
+
+def _check_parts(parts: Collection[str] | None, there: Collection[str], path: str | Path) -> None:
+    unknown = set(parts or ()) - set(there)
+    if unknown:
+        raise ValueError(f"load: {path} has no {', '.join(sorted(unknown))}, only {', '.join(there)}")
+
+
+def _load_our_file(found: Found, parts: Collection[str] | None, dtype: torch.dtype | None) -> Checkpoint:
+    model = model_file.load(found.path)
+    models = {name: getattr(model, name) for name in model_file.PARTS if getattr(model, name) is not None}
+    _check_parts(parts, models, found.path)
+    chosen = {name: part.to(dtype) for name, part in models.items() if parts is None or name in parts}
+    return Checkpoint(found, model.schedule, model.scaling_factor, model.conditioning_key, **chosen)
+
+
+def inspect(
+    path: str | Path,
+    *,
+    config: Config | Mapping[str, Any] | None = None,
+    parts: Collection[str] | None = None,
+    ema: bool = True,
+    variant: str | None = None,
+) -> Found:
+    """What is at a path, found out from names and shapes alone; arguments and errors as for `load`."""
+    path = Path(path)
+    given = _by_part(config)
+    if path.is_dir():
+        if (path / "model_index.json").is_file():
+            return _inspect_pipeline(path, given, parts, variant)
+        return _inspect_folder(path, given, variant)
+    file = read_tensors(path)
+    if "ldm_fast" in file.metadata:
+        return Found(path, OUR_FILE, {})
+    given = {**_config_beside(path), **given}
+    try:
+        found = identify(file.tensors, path, given, ema=ema, parts=parts, others=file.others)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if file.others:
+        found.ignored["beside the weights"] = sorted(file.others)
+    return found
+
+
+def _config_beside(path: Path) -> dict[str, Config]:
+    """The configuration in the same folder, where that is one model's."""
+    beside = path.with_name("config.json")
+    values = read_json(beside) if beside.is_file() else {}
+    return _by_part(config_from_diffusers(values)) if values.get("_class_name") in READERS else {}
+
+
+def _by_part(config: Config | Mapping[str, Any] | None) -> dict[str, Config]:
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping):
+        return {_part_of(config): config}
+    if "_class_name" in config:
+        return _by_part(config_from_diffusers(config))
+    unknown = config.keys() - set(PARTS)
+    if unknown or any(type(part) not in MODELS for part in config.values()):
+        raise ValueError(f"load: config must be a configuration of ours, or one for each of {', '.join(PARTS)}")
+    return dict(config)
+
+
+def _part_of(config: Config) -> str:
+    if isinstance(config, UNetConfig):
+        return "unet"
+    return "first_stage" if isinstance(config, AutoencoderConfig) else "cond_stage"
+
+
+# Folders as diffusers writes them
+
+
+def _inspect_folder(path: Path, given: Mapping[str, Config], variant: str | None) -> Found:
+    """A folder with one model."""
+    values, names, tensors = read_folder(path, variant)
+    try:
+        config = config_from_diffusers(values)
+    except ValueError as error:
+        raise CheckpointError(f"{path / 'config.json'}: {error}") from error
+    part = _part_of(config)
+    config = given.get(part, config)
+    found = Part(config, current_names(tensors), names, str(path))
+    found.check()
+    return Found(path, None, {part: found}, scaling_factor=getattr(config, "scaling_factor", 1.0))
+
+
+def _inspect_pipeline(
+    path: Path, given: dict[str, Config], parts: Collection[str] | None, variant: str | None
+) -> Found:
+    """A folder with a pipeline: its UNet, its first stage and its schedule. Text encoders need tokenizers, and are
+    loaded with them by `clip.load_text_encoder`."""
+    index = read_json(path / "model_index.json")
+    found = Found(path, str(index.get("_class_name")), {}, conditioning_key="crossattn")
+    for name, about in index.items():
+        kind = about[1] if isinstance(about, list) and len(about) == 2 else None
+        if kind in READERS:
+            part = "unet" if kind.startswith("UNet") else "first_stage"
+            try:
+                one = _inspect_folder(path / name, given, variant)
+            except (CheckpointError, FileNotFoundError) as error:
+                if parts is None or part in parts:
+                    raise
+                found.leave_out(part, error)
+                continue
+            found.parts |= one.parts
+            if "first_stage" in one.parts:
+                found.scaling_factor = one.scaling_factor
+        elif name == "scheduler" and kind:
+            values = read_json(path / name / "scheduler_config.json")
+            try:
+                found.schedule = schedule_from_diffusers(values)
+            except ValueError as error:  # the models are of use all the same
+                found.ignored[NO_SCHEDULE] = [str(error)]
+        elif kind:
+            found.ignored.setdefault("components of the pipeline that are not ours", []).append(f"{name} ({kind})")
+    if "unet" in found.parts:
+        found.conditioning_key = conditioning_key(found.parts["unet"].config)
+    return found

@@ -1,0 +1,116 @@
+"""The shape of a first stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from ldm_fast.configs.checks import check_positive
+
+
+def _free(default: Any) -> Any:
+    """A field without influence on the weights or on how they are trained: a recipe may change it between two runs."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape of a first stage. The defaults are Stable Diffusion's kl-f8.
+
+    `latent_channels` is the width of z (embed_dim in LDM, vq_embed_dim in diffusers), `z_channels` that of the
+    encoder's last convolution, the same unless given. `attention_levels` are the levels (0 = full resolution) with
+    attention after every block. The fields from `sample_size` on say how the model is to be used, by diffusers'
+    pipelines above all; `LatentDiffusion` has its own scaling factor.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    z_channels: int | None = None
+    attention_levels: tuple[int, ...] = ()
+    mid_block_add_attention: bool = True
+    norm_num_groups: int = 32
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    sample_size: int | tuple[int, int] = _free(512)  # of the images trained on; the size of a tile
+    scaling_factor: float = _free(0.18215)  # the second stage sees latents times this, less shift_factor before
+    shift_factor: float | None = _free(None)
+    latents_mean: tuple[float, ...] | None = _free(None)
+    latents_std: tuple[float, ...] | None = _free(None)
+    force_upcast: bool = _free(True)  # too large activations for float16
+
+    act_fn: ClassVar[str] = "silu"
+    norm_type: ClassVar[str] = "group"
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_positive(self, "in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups")
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"{name}: norm_num_groups {self.norm_num_groups} must divide {channels} channels")
+        for level in self.attention_levels:
+            if not 0 <= level < len(self.block_out_channels):
+                raise ValueError(f"{name}: attention_levels has no level {level}")
+        if not (self.use_quant_conv and self.use_post_quant_conv) and self.encoder_channels != self.latent_channels:
+            raise ValueError(
+                f"{name}: z_channels {self.z_channels} is not latent_channels {self.latent_channels}: "
+                "use_quant_conv and use_post_quant_conv are needed"
+            )
+
+    @property
+    def downsampling_factor(self) -> int:
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def encoder_channels(self) -> int:
+        return self.latent_channels if self.z_channels is None else self.z_channels
+
+    @property
+    def down_block_types(self) -> tuple[str, ...]:
+        """diffusers' names of the encoder's levels."""
+        return tuple(f"{self._attention(i)}DownEncoderBlock2D" for i in range(len(self.block_out_channels)))
+
+    @property
+    def up_block_types(self) -> tuple[str, ...]:
+        """diffusers' names of the decoder's levels, the lowest resolution first."""
+        return tuple(f"{self._attention(i)}UpDecoderBlock2D" for i in reversed(range(len(self.block_out_channels))))
+
+    def _attention(self, level: int) -> str:
+        return "Attn" if level in self.attention_levels else ""
+
+
+@dataclass(frozen=True)
+class VQConfig(AutoencoderConfig):
+    """First stage with a codebook of `num_vq_embeddings` codes. The defaults are LDM's vq-f4.
+
+    `commitment_weight` is β of the VQ loss; `legacy` puts it on the codebook term instead, as the published code does.
+    With `codebook_ema_decay` the codebook follows moving averages of its vectors while it is trained, not a gradient.
+    With `lookup_from_codebook`, `decode` takes indices of codes where it is told not to quantize.
+    """
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512)
+    latent_channels: int = 3
+    num_vq_embeddings: int = 8192
+    commitment_weight: float = 0.25
+    legacy: bool = False
+    codebook_ema_decay: float | None = None
+    sample_size: int | tuple[int, int] = _free(256)
+    scaling_factor: float = _free(1.0)
+    force_upcast: bool = _free(False)
+    lookup_from_codebook: bool = _free(False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "num_vq_embeddings")
+
+    @property
+    def vq_embed_dim(self) -> int:
+        """diffusers' name for the width of z; its `latent_channels` are `z_channels` here."""
+        return self.latent_channels
+
+    @property
+    def trained(self) -> VQConfig:
+        """The model once nothing more is to be trained: without the state that only its training needs."""
+        return replace(self, codebook_ema_decay=None)

@@ -1,0 +1,173 @@
+"""The shape of a UNet, in the words of diffusers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ldm_fast.configs.checks import check_positive
+
+
+def conditioning_key(config: UNetConfig) -> str | None:
+    """How a UNet of this shape takes its condition: more channels in than out are for a map beside the latent."""
+    concat = config.in_channels > config.out_channels
+    if config.uses_context:
+        return "hybrid" if concat else "crossattn"
+    return "concat" if concat else None
+
+
+DOWN_BLOCK_TYPES = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D")
+MID_BLOCK_TYPES = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
+CHOICES = {
+    "mid_block_type": MID_BLOCK_TYPES,
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "resample_type": ("conv", "resnet"),
+    "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
+    "addition_embed_type": (None, "text", "text_time"),
+    "encoder_hid_dim_type": (None, "text_proj", "ip_image_proj"),
+}
+NEEDS = (  # a field with this value needs that other field
+    ("addition_embed_type", "text_time", "addition_time_embed_dim"),
+    ("addition_embed_type", "text_time", "projection_class_embeddings_input_dim"),
+    ("addition_embed_type", "text", "cross_attention_dim"),
+    ("class_embed_type", "projection", "projection_class_embeddings_input_dim"),
+    ("class_embed_type", "simple_projection", "projection_class_embeddings_input_dim"),
+    ("encoder_hid_dim_type", "text_proj", "encoder_hid_dim"),
+)
+BY_LEVEL = (
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+    "num_attention_heads",
+    "only_cross_attention",
+)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of a UNet; field names are those of diffusers. The defaults are Stable Diffusion 1.x.
+
+    A level of `down_block_types` has no attention ("DownBlock2D"), self attention ("AttnDownBlock2D") or a spatial
+    transformer with cross attention ("CrossAttnDownBlock2D"); the up path mirrors it. `num_attention_heads`,
+    `transformer_layers_per_block` and `only_cross_attention` hold for all levels or are given level by level. Where the
+    up path has transformers of other depths, `reverse_transformer_layers_per_block` gives them, lowest resolution
+    first; then the depths of a level may also be one for each of its transformers.
+    """
+
+    sample_size: int = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+    mid_block_type: str = "UNetMidBlock2DCrossAttn"
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    cross_attention_dim: int | None = 768
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
+    num_attention_heads: int | tuple[int, ...] = 8
+    only_cross_attention: bool | tuple[bool, ...] = False  # both attentions of a transformer block look at the context
+    use_linear_projection: bool = False
+    upcast_attention: bool = False  # changes nothing here: scores are computed in float32 in any case
+    resnet_time_scale_shift: str = "default"
+    resample_type: str = "conv"
+    time_cond_proj_dim: int | None = None  # width of `timestep_cond` (latent consistency models)
+    class_embed_type: str | None = None  # how class labels are embedded where there is no table of num_class_embeds
+    num_class_embeds: int | None = None
+    addition_embed_type: str | None = None  # "text": the context, pooled; "text_time": pooled text and numbers (XL)
+    addition_embed_type_num_heads: int = 64
+    addition_time_embed_dim: int | None = None  # channels for each of the numbers
+    projection_class_embeddings_input_dim: int | None = None  # of "text_time" all together, and of "projection"
+    encoder_hid_dim: int | None = None  # width of a context that is projected to cross_attention_dim first
+    encoder_hid_dim_type: str | None = None  # "text_proj"; "ip_image_proj" once IP-Adapters are loaded
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._check_levels()
+        self._check_choices()
+        self._check_depths()
+
+    def _check_levels(self) -> None:
+        levels = len(self.block_out_channels)
+        if len(self.down_block_types) != levels:
+            raise ValueError(f"UNetConfig: down_block_types needs {levels} entries, got {self.down_block_types}")
+        for name in BY_LEVEL:
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != levels:
+                raise ValueError(f"UNetConfig: {name} needs one value or {levels}, got {value}")
+        check_positive(self, "layers_per_block", "norm_num_groups")
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"UNetConfig: norm_num_groups {self.norm_num_groups} must divide {channels} channels")
+
+    def _check_choices(self) -> None:
+        chosen = [(name, getattr(self, name), allowed) for name, allowed in CHOICES.items()]
+        kinds = [("down_block_types", kind, DOWN_BLOCK_TYPES) for kind in self.down_block_types]
+        for name, value, allowed in (*kinds, *chosen):
+            if value not in allowed:
+                raise ValueError(f"UNetConfig: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        for name, value, needed in NEEDS:
+            if getattr(self, name) == value and getattr(self, needed) is None:
+                raise ValueError(f"UNetConfig: {name} {value!r} needs {needed}")
+        if self.encoder_hid_dim is not None and self.encoder_hid_dim_type is None:
+            raise ValueError(f"UNetConfig: encoder_hid_dim {self.encoder_hid_dim} needs encoder_hid_dim_type")
+
+    def _check_depths(self) -> None:
+        down, up = self.transformer_layers_per_block, self.reverse_transformer_layers_per_block
+        if isinstance(down, tuple) and any(isinstance(depth, tuple) for depth in down) and up is None:
+            raise ValueError(
+                "UNetConfig: transformer_layers_per_block with a depth for each transformer needs "
+                f"reverse_transformer_layers_per_block for the way up, got {down}"
+            )
+        for level in range(len(self.block_out_channels)):
+            self.depths_down(level)
+            self.depths_up(level)
+
+    @property
+    def up_block_types(self) -> tuple[str, ...]:
+        """The mirror image of down_block_types."""
+        return tuple(name.replace("Down", "Up") for name in reversed(self.down_block_types))
+
+    @property
+    def uses_context(self) -> bool:
+        """Whether any block has cross attention."""
+        types = (*self.down_block_types, self.mid_block_type)
+        return self.cross_attention_dim is not None and any("CrossAttn" in t for t in types)
+
+    def at_level(self, name: str, level: int) -> Any:
+        """The value of a field that holds for all levels or is given level by level."""
+        value = getattr(self, name)
+        return value[level] if isinstance(value, tuple) else value
+
+    def depths_down(self, level: int) -> tuple[int, ...]:
+        """Transformer blocks after each residual block of a level on the way down."""
+        depths = self.at_level("transformer_layers_per_block", level)
+        return _one_for_each("transformer_layers_per_block", depths, self.layers_per_block)
+
+    def depths_up(self, level: int) -> tuple[int, ...]:
+        """Transformer blocks after each residual block of a level on the way up."""
+        name, depths = "transformer_layers_per_block", self.at_level("transformer_layers_per_block", level)
+        if self.reverse_transformer_layers_per_block is not None:
+            name = "reverse_transformer_layers_per_block"
+            depths = self.reverse_transformer_layers_per_block[-1 - level]
+        return _one_for_each(name, depths, self.layers_per_block + 1)
+
+    @property
+    def depth_of_middle(self) -> int:
+        """Transformer blocks in the middle: those of the first transformer of the last level."""
+        return self.depths_down(len(self.block_out_channels) - 1)[0]
+
+    def heads(self, level: int) -> tuple[int, int]:
+        """(number of heads, width of one head) at a level."""
+        channels, heads = self.block_out_channels[level], self.at_level("num_attention_heads", level)
+        if not isinstance(heads, int) or heads < 1 or channels % heads:
+            raise ValueError(f"UNetConfig: {channels} channels do not divide into {heads} heads")
+        return heads, channels // heads
+
+
+def _one_for_each(name: str, depths: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+    if isinstance(depths, int):
+        return (depths,) * count
+    if len(depths) != count:
+        raise ValueError(f"UNetConfig: {name} needs one depth for a level or {count}, got {depths}")
+    return depths

@@ -1,0 +1,1 @@
+"""The diffusion process: schedules, parameterisations, samplers, conditions. Nothing here knows a model."""

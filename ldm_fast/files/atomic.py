@@ -1,0 +1,72 @@
+"""Writing files so that neither a crash nor a full disk leaves half of one behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to, beside `path`. At the end it is flushed to the disk and takes the name `path` by a rename;
+    after an error it is gone, and `path` is as it was. Several may write at once: the last one stands, as a whole.
+    Where `path` is a symbolic link, what it points to is replaced. Raises OSError with the path."""
+    target = Path(os.path.realpath(path))
+    unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield unfinished
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, unfinished)
+        os.replace(unfinished, target)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise type(error)(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+        raise
+    _sync_folder(target.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `replacing` left in a folder when its process was killed. Not while another one writes there."""
+    for unfinished in folder.glob(f"*.{'[0-9a-f]' * 8}.tmp"):
+        unfinished.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """`path` holds either all of `content` or what it held before, also after a crash. Raises OSError with the path."""
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut. Windows cannot open folders, and needs no such thing."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def reason(error: OSError) -> str:
+    """Why it failed, without the path."""
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+def check_writable(path: str | Path) -> None:
+    """OSError if no file could be written at `path`: to be known before minutes of work, not after."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise PermissionError(f"cannot write {path}: permission denied")

@@ -1,0 +1,316 @@
+"""diffusers' config.json <-> ours, for UNet2DConditionModel, UNet2DModel, AutoencoderKL and VQModel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from ldm_fast.configs.diffusion import DiffusionConfig
+from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
+from ldm_fast.configs.unet import UNetConfig
+from ldm_fast.interop.parameters import Parameters, as_tuple, one_value
+
+# What diffusers' classes can be told and we only know with this value: no published latent diffusion model has another.
+UNET_FIXED = dict(
+    center_input_sample=False,
+    flip_sin_to_cos=True,
+    freq_shift=0,
+    downsample_padding=1,
+    mid_block_scale_factor=1,
+    time_embedding_type="positional",
+    time_embedding_dim=None,
+)
+CONDITIONAL_UNET_FIXED = dict(
+    dual_cross_attention=False,
+    resnet_skip_time_act=False,
+    resnet_out_scale_factor=1.0,
+    time_embedding_act_fn=None,
+    timestep_post_act=None,
+    conv_in_kernel=3,
+    conv_out_kernel=3,
+    attention_type="default",
+    class_embeddings_concat=False,
+    cross_attention_norm=None,
+)
+
+# Schedulers whose network sees z_t as our q(z_t | z_0) makes it, with the β_1 and β_T that their classes default to.
+SCHEDULERS: dict[str, tuple[float, float]] = {
+    "DDIMScheduler": (0.0001, 0.02),
+    "DDIMInverseScheduler": (0.0001, 0.02),
+    "DDIMParallelScheduler": (0.0001, 0.02),
+    "DDPMScheduler": (0.0001, 0.02),
+    "DDPMParallelScheduler": (0.0001, 0.02),
+    "DEISMultistepScheduler": (0.0001, 0.02),
+    "DPMSolverMultistepScheduler": (0.0001, 0.02),
+    "DPMSolverMultistepInverseScheduler": (0.0001, 0.02),
+    "DPMSolverSDEScheduler": (0.00085, 0.012),
+    "DPMSolverSinglestepScheduler": (0.0001, 0.02),
+    "EulerAncestralDiscreteScheduler": (0.0001, 0.02),
+    "EulerDiscreteScheduler": (0.0001, 0.02),
+    "HeunDiscreteScheduler": (0.00085, 0.012),
+    "KDPM2AncestralDiscreteScheduler": (0.00085, 0.012),
+    "KDPM2DiscreteScheduler": (0.00085, 0.012),
+    "LMSDiscreteScheduler": (0.0001, 0.02),
+    "PNDMScheduler": (0.0001, 0.02),
+    "SASolverScheduler": (0.0001, 0.02),
+    "UniPCMultistepScheduler": (0.0001, 0.02),
+}
+# What some of them can be told that makes another process of it.
+SCHEDULE_FIXED = dict(trained_betas=None, use_flow_sigmas=False, timestep_type="discrete")
+
+
+def config_from_diffusers(config: Mapping[str, Any]) -> UNetConfig | AutoencoderConfig | VQConfig:
+    """The dictionary of a diffusers model (config.json, or `module.config`) -> ours.
+
+    `_class_name` says whose it is; all other keys that start with "_" are ignored. ValueError names a key that we do
+    not know or whose value we cannot honour.
+    """
+    name = config.get("_class_name")
+    if name not in READERS:
+        raise ValueError(f"config: _class_name must be one of {', '.join(READERS)}, got {name!r}")
+    return READERS[name](Parameters(name, {key: v for key, v in config.items() if not key.startswith("_")}))
+
+
+def schedule_from_diffusers(config: Mapping[str, Any]) -> DiffusionConfig:
+    """scheduler_config.json -> the noise schedule in it. How it is sampled is not part of that, and left out.
+
+    ValueError names the class of a scheduler, or the key, that stands for another process than q(z_t | z_0).
+    """
+    kind = config.get("_class_name")
+    if kind not in SCHEDULERS:
+        raise ValueError(f"{kind}: its noise is not that of DDPM, as the noise of DDIMScheduler or PNDMScheduler is")
+    start, end = SCHEDULERS[kind]
+    params = Parameters(kind, config)
+    params.insist(**SCHEDULE_FIXED)
+    names = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+    name = params.take("beta_schedule", "linear")
+    if name not in names:
+        raise ValueError(f"{kind}: beta_schedule must be one of {', '.join(names)}, got {name!r}")
+    return DiffusionConfig(
+        schedule=names[name],
+        num_train_timesteps=params.take("num_train_timesteps", 1000),
+        beta_start=params.take("beta_start", start),
+        beta_end=params.take("beta_end", end),
+        prediction_type=params.take("prediction_type", "epsilon"),
+        zero_terminal_snr=params.take("rescale_betas_zero_snr", False),
+    )
+
+
+def config_to_diffusers(config: UNetConfig | AutoencoderConfig | VQConfig) -> dict[str, Any]:
+    """The inverse. What none of diffusers' classes can be is written field by field, under the name of our class."""
+    if isinstance(config, VQConfig):
+        config = config.trained
+    values = asdict(config)
+    if isinstance(config, UNetConfig):
+        candidates = [_as_conditional_unet(config), _as_unconditional_unet(config)]
+    elif isinstance(config, VQConfig):
+        candidates = [_as_vq_model(config)]
+    else:
+        candidates = [_as_autoencoder_kl(config)]
+    for candidate in candidates:
+        try:
+            same = spelt_out(config_from_diffusers(candidate)) == spelt_out(config)
+        except ValueError:
+            same = False
+        if same:
+            return candidate
+    return {"_class_name": type(config).__name__, **values}
+
+
+def spelt_out(config: UNetConfig | AutoencoderConfig) -> UNetConfig | AutoencoderConfig:
+    """The same with everything spelt out that can be said in two ways."""
+    if not isinstance(config, UNetConfig):
+        return replace(config, z_channels=config.encoder_channels)
+    levels = range(len(config.block_out_channels))
+    names = ("num_attention_heads", "transformer_layers_per_block", "only_cross_attention")
+    full = {name: [config.at_level(name, level) for level in levels] for name in names}
+    for level in levels[:-1]:
+        if config.down_block_types[level] == "DownBlock2D":
+            full["num_attention_heads"][level] = 1  # of no attention; at the last level it is the middle's
+    return replace(config, **{name: tuple(values) for name, values in full.items()})
+
+
+# UNets of diffusers: one with cross attention, one without
+
+CONDITIONAL_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn")
+UNCONDITIONAL_BLOCKS = ("AttnDownBlock2D", "DownBlock2D", "UNetMidBlock2D")
+
+
+def _conditional_unet(params: Parameters) -> UNetConfig:
+    params.insist(**UNET_FIXED, **CONDITIONAL_UNET_FIXED)
+    params.ignore("mid_block_only_cross_attention")  # read by a kind of middle block that we do not have
+    _insist_on_silu(params)
+    # What is called attention_head_dim is the number of heads: an error in diffusers that stays for compatibility.
+    heads = params.take("attention_head_dim", 8)
+    heads = as_tuple(params.take("num_attention_heads", None) or heads)
+    given = {"cross_attention_dim": 1280, **_unet_blocks(params, CONDITIONAL_BLOCKS)}
+    given |= params.take_fields(UNetConfig)
+    for name in {"cross_attention_dim", "layers_per_block"} & given.keys():
+        given[name] = one_value(params.owner, name, given[name])
+    params.finish()
+    if given.get("encoder_hid_dim") is not None and given.get("encoder_hid_dim_type") is None:
+        given["encoder_hid_dim_type"] = "text_proj"
+    return UNetConfig(**given, num_attention_heads=heads)
+
+
+def _as_conditional_unet(config: UNetConfig) -> dict[str, Any]:
+    hidden = ("resample_type", "num_attention_heads")
+    return {
+        "_class_name": "UNet2DConditionModel",
+        **{name: value for name, value in asdict(config).items() if name not in hidden},
+        "up_block_types": config.up_block_types,
+        "attention_head_dim": config.num_attention_heads,
+    }
+
+
+def _unconditional_unet(params: Parameters) -> UNetConfig:
+    params.insist(**UNET_FIXED, add_attention=True)
+    params.ignore("num_train_timesteps")  # belongs to another kind of time embedding
+    _insist_on_silu(params)
+    width, norm_groups = params.take("attention_head_dim", 8), params.take("attn_norm_num_groups", None)
+    resample = params.take("downsample_type", "conv")
+    params.insist(upsample_type=resample)
+    given = {"in_channels": 3, "out_channels": 3, "block_out_channels": (224, 448, 672, 896)}
+    given |= _unet_blocks(params, UNCONDITIONAL_BLOCKS)
+    given |= params.take_fields(UNetConfig)
+    params.finish()
+    groups = given.get("norm_num_groups", UNetConfig.norm_num_groups)
+    has_norm = (
+        given.get("resnet_time_scale_shift", "default") == "default"
+    )  # the middle's attention, if not told otherwise
+    if norm_groups != groups and not (norm_groups is None and has_norm):
+        raise ValueError(f"{params.owner}: attn_norm_num_groups must be norm_num_groups ({groups}), got {norm_groups}")
+    if resample == "resnet" and "DownBlock2D" in given["down_block_types"]:
+        raise ValueError(
+            f"{params.owner}: downsample_type 'resnet' needs AttnDownBlock2D at every level, "
+            f"got {given['down_block_types']}"
+        )
+    levels = zip(given["block_out_channels"], (*given["down_block_types"][:-1], "middle"), strict=True)
+    for channels, block in levels:
+        if width and block != "DownBlock2D" and channels % width:
+            raise ValueError(f"{params.owner}: attention_head_dim {width} does not divide {channels} channels")
+    heads = tuple(max(1, channels // width) if width else 1 for channels in given["block_out_channels"])
+    return UNetConfig(**given, num_attention_heads=heads, cross_attention_dim=None, resample_type=resample)
+
+
+def _as_unconditional_unet(config: UNetConfig) -> dict[str, Any]:
+    names = ("sample_size", "in_channels", "out_channels", "down_block_types", "mid_block_type", "block_out_channels")
+    names += ("layers_per_block", "dropout", "norm_num_groups", "norm_eps", "resnet_time_scale_shift")
+    names += ("class_embed_type", "num_class_embeds")
+    level = len(config.block_out_channels) - 1
+    return {
+        "_class_name": "UNet2DModel",
+        **{name: value for name, value in asdict(config).items() if name in names},
+        "up_block_types": config.up_block_types,
+        "attention_head_dim": config.heads(level)[1],
+        "attn_norm_num_groups": config.norm_num_groups,
+        "downsample_type": config.resample_type,
+        "upsample_type": config.resample_type,
+    }
+
+
+def _insist_on_silu(params: Parameters) -> None:
+    activation = params.take("act_fn", "silu")
+    if activation not in ("silu", "swish"):  # two names of one function
+        raise ValueError(f"{params.owner}: act_fn must be 'silu', got {activation!r}")
+
+
+def _unet_blocks(params: Parameters, allowed: tuple[str, str, str]) -> dict[str, Any]:
+    """Kinds of the levels and of the middle; `allowed`: with attention, without, the middle."""
+    attention, plain, middle = allowed
+    # diffusers' own defaults: SD 1.x' levels here, all but the first with attention there.
+    default = (attention,) * 3 + (plain,) if "Cross" in attention else (plain,) + (attention,) * 3
+    down = tuple(params.take("down_block_types", default))
+    _insist_on_mirror(params, down)
+    for name, got, choices in (
+        *(("down_block_types", block, (attention, plain)) for block in down),
+        ("mid_block_type", params.take("mid_block_type", middle), (middle,)),
+    ):
+        if got not in choices:
+            raise ValueError(f"{params.owner}: {name} must be {' or '.join(choices)}, got {got!r}")
+    return {"down_block_types": down, "mid_block_type": middle}
+
+
+def _insist_on_mirror(params: Parameters, down: tuple[str, ...]) -> None:
+    up, wanted = list(params.take("up_block_types", _mirrored(down))), _mirrored(down)
+    if up != wanted:
+        raise ValueError(f"{params.owner}: up_block_types must mirror down_block_types ({wanted}), got {up}")
+
+
+def _mirrored(down: tuple[str, ...]) -> list[str]:
+    return [block.replace("Down", "Up").replace("Encoder", "Decoder") for block in reversed(down)]
+
+
+# First stages of diffusers
+
+
+def _autoencoder_kl(params: Parameters) -> AutoencoderConfig:
+    return AutoencoderConfig(**{"latent_channels": 4, **_coder(params, AutoencoderConfig)})
+
+
+def _as_autoencoder_kl(config: AutoencoderConfig) -> dict[str, Any]:
+    hidden = ("attention_levels", "z_channels")
+    values = {name: value for name, value in asdict(config).items() if name not in hidden}
+    return {"_class_name": "AutoencoderKL", **values, **_coder_blocks(config)}
+
+
+def _vq_model(params: Parameters) -> VQConfig:
+    # There latent_channels is the width next to the coders, and vq_embed_dim that of the codes.
+    inner = params.take("latent_channels", 3)
+    width = params.take("vq_embed_dim", None)
+    params.insist(norm_type="group")
+    given = {"num_vq_embeddings": 256, "scaling_factor": 0.18215, "legacy": True, **_coder(params, VQConfig)}
+    return VQConfig(**given, latent_channels=inner if width is None else width, z_channels=inner)
+
+
+def _as_vq_model(config: VQConfig) -> dict[str, Any]:
+    hidden = ("attention_levels", "z_channels", "use_quant_conv", "use_post_quant_conv")
+    hidden += ("shift_factor", "latents_mean", "latents_std", "codebook_ema_decay")
+    # The loss is not part of diffusers' configuration; the one of its class is this.
+    loss = {"legacy": True, "commitment_weight": VQConfig.commitment_weight}.items()
+    values = {key: v for key, v in asdict(config).items() if key not in hidden and (key, v) not in loss}
+    width = {"latent_channels": config.encoder_channels, "vq_embed_dim": config.latent_channels}
+    return {"_class_name": "VQModel", **values, **_coder_blocks(config), **width}
+
+
+def _coder(params: Parameters, config: type) -> dict[str, Any]:
+    """What both first stages share."""
+    _insist_on_silu(params)
+    down = tuple(params.take("down_block_types", ("DownEncoderBlock2D",)))
+    _insist_on_mirror(params, down)
+    wrong = [block for block in down if block not in ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")]
+    if wrong:
+        raise ValueError(
+            f"{params.owner}: down_block_types must be DownEncoderBlock2D or AttnDownEncoderBlock2D, got {wrong[0]!r}"
+        )
+    given = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32, **params.take_fields(config)}
+    params.finish()
+    levels = tuple(level for level, block in enumerate(down) if block.startswith("Attn"))
+    if len(down) != len(given["block_out_channels"]):
+        raise ValueError(
+            f"{params.owner}: down_block_types needs {len(given['block_out_channels'])} entries, got {len(down)}"
+        )
+    return {**given, "attention_levels": levels}
+
+
+def _coder_blocks(config: AutoencoderConfig) -> dict[str, Any]:
+    return {"down_block_types": config.down_block_types, "up_block_types": config.up_block_types}
+
+
+def _field_by_field(config: type) -> Callable[[Parameters], Any]:
+    def read(params: Parameters) -> Any:
+        given = params.take_fields(config)
+        params.finish()
+        return config(**given)
+
+    return read
+
+
+READERS: dict[str, Callable[[Parameters], Any]] = {
+    "UNet2DConditionModel": _conditional_unet,
+    "UNet2DModel": _unconditional_unet,
+    "AutoencoderKL": _autoencoder_kl,
+    "VQModel": _vq_model,
+    **{config.__name__: _field_by_field(config) for config in (UNetConfig, AutoencoderConfig, VQConfig)},
+}

@@ -1,0 +1,1 @@
+"""Models: they hold weights and call ops."""

@@ -1,0 +1,299 @@
+"""The first stage: encoder E, decoder D and the regularisation of the latent between them (arXiv:2112.10752, 3.1).
+
+`AutoencoderKL` regularises by a KL term towards the standard normal, `VQModel` by a vector-quantization layer absorbed
+into the decoder. Both compress by f = 2^m, m being the number of levels less one. Methods, outputs and the fields of
+the configuration have the names that diffusers gave them, so that its pipelines run on these classes as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
+from ldm_fast.interop.compvis import autoencoder_config_from_compvis
+from ldm_fast.models.attention import join_projections
+from ldm_fast.models.bands import BANDS_PER_TILE, decode_in_bands, encode_in_bands
+from ldm_fast.models.coders import Decoder, Encoder
+from ldm_fast.models.pretrained import Pretrained
+from ldm_fast.models.regularisation import DiagonalGaussian, QuantizerOutput, VectorQuantizer
+from ldm_fast.models.tiles import in_tiles
+
+
+class Output:
+    """Results by name, by position (those that are None left out) or by name as a key."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        values = (getattr(self, f.name) for f in fields(self))
+        return tuple(value for value in values if value is not None)
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+
+@dataclass
+class DecoderOutput(Output):
+    sample: Tensor  # (B, out_channels, H, W)
+    commit_loss: Tensor | None = None  # VQ-reg: the quantizer's loss
+    regulariser: DiagonalGaussian | QuantizerOutput | None = None  # of `forward`: what training regularises
+
+
+@dataclass
+class AutoencoderKLOutput(Output):
+    latent_dist: DiagonalGaussian
+
+
+@dataclass
+class VQEncoderOutput(Output):
+    latents: Tensor  # (B, latent_channels, H/f, W/f), not yet quantized
+
+
+def _after_offloading(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Accelerate moves an offloaded model to its device before `forward`; this makes it do so before `method`, too."""
+
+    @functools.wraps(method)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hook = getattr(self, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self)
+        return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+class _FirstStage(Pretrained):
+    """What the two first stages share: E, D and the 1×1 convolutions on either side of the latent.
+
+    `encode` and `decode` take `tile`: a large image in the memory of tiles of `tile` latents a side, with the result of
+    the whole (see `ldm_fast.bands`); without gradients.
+
+    What users of diffusers know: `use_slicing`, one image at a time. `use_tiling`, images larger than a tile in
+    overlapping tiles that know nothing of one another, each side `tile_sample_min_size` pixels (`tile_latent_min_size`
+    in the latent) and `tile_overlap_factor` of it shared; the result is another one than that of the whole.
+    """
+
+    read_compvis = staticmethod(autoencoder_config_from_compvis)
+
+    def __init__(self, config: AutoencoderConfig, moments: int):
+        super().__init__()
+        self.config = config
+        inner, z = config.encoder_channels, config.latent_channels
+        self.encoder = Encoder(config, moments * inner)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(moments * inner, moments * z, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(z, inner, 1) if config.use_post_quant_conv else None
+        self.latent_channels = z
+        self.use_slicing = self.use_tiling = False
+        size = config.sample_size
+        self.tile_sample_min_size = size if isinstance(size, int) else size[0]
+        self.tile_latent_min_size = self.tile_sample_min_size // config.downsampling_factor
+        self.tile_overlap_factor = 0.25
+
+    @torch.no_grad()
+    def open_latent_convs(self) -> None:
+        """Sets the 1×1 convolutions around the latent to the identity: how training is to start.
+
+        With the convolution on either side of them they are four linear layers in a row, and gradient descent on such a
+        chain from random weights finds maps of low rank: latents that lie in a plane, whatever their channels.
+        """
+        for conv in (self.quant_conv, self.post_quant_conv):
+            if conv is not None:
+                nn.init.dirac_(conv.weight)
+                nn.init.zeros_(conv.bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.conv_in.weight.device
+
+    def join_projections(self) -> None:
+        """Lets q, k and v of every attention come from one product: a layout for inference. See the UNet's."""
+        join_projections(self)
+
+    def enable_slicing(self) -> None:
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        self.use_slicing = False
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        self.use_tiling = use_tiling
+
+    def disable_tiling(self) -> None:
+        self.use_tiling = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Training keeps the inputs of the blocks alone and computes what is inside them twice."""
+        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = False
+
+    def _encode(self, x: Tensor, tile: int | None) -> Tensor:
+        """x (B, in_channels, H, W) → moments (B, latent_channels or twice that, H/f, W/f)."""
+        channels = self.encoder.conv_in.in_channels
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(f"{type(self).__name__}: x must be (B, {channels}, H, W), got {tuple(x.shape)}")
+        if tile is not None:
+            pixels = self._pixels_of_a_band("encode", x, tile)
+            with torch.no_grad():
+                h = encode_in_bands(self.encoder, x, pixels)
+                return h if self.quant_conv is None else self.quant_conv(h)
+        sample, latent = self.tile_sample_min_size, self.tile_latent_min_size
+        return self._in_parts(self._encode_whole, x, sample, latent)
+
+    def _encode_whole(self, x: Tensor) -> Tensor:
+        h = self.encoder(x)
+        return h if self.quant_conv is None else self.quant_conv(h)
+
+    def _decode(self, z: Tensor, tile: int | None) -> Tensor:
+        """z (B, latent_channels, h, w) → (B, out_channels, f·h, f·w)."""
+        if tile is not None:
+            pixels = self._pixels_of_a_band("decode", z, tile)
+            with torch.no_grad():
+                z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+                return decode_in_bands(self.decoder, z, pixels)
+        sample, latent = self.tile_sample_min_size, self.tile_latent_min_size
+        return self._in_parts(self._decode_whole, z, latent, sample)
+
+    def _decode_whole(self, z: Tensor) -> Tensor:
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+    def _pixels_of_a_band(self, method: str, x: Tensor, tile: int) -> int:
+        name = f"{type(self).__name__}.{method}"
+        if not isinstance(tile, int) or tile < 1:
+            raise ValueError(f"{name}: tile must be a number of latents, at least 1, or None, got {tile!r}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: tile={tile} gives no gradients; leave it out, or use torch.no_grad()")
+        return max(1, (tile * self.config.downsampling_factor) ** 2 // BANDS_PER_TILE)
+
+    def _in_parts(self, function: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: int) -> Tensor:
+        """function(x), in slices and tiles where they are enabled."""
+        if self.use_tiling and max(x.shape[2:]) > size:
+            function = functools.partial(
+                in_tiles, function, size=size, out_size=out_size, overlap=self.tile_overlap_factor
+            )
+        if self.use_slicing and len(x) > 1:
+            return torch.cat([function(image) for image in x.split(1)])
+        return function(x)
+
+    def _check_latent(self, z: Tensor) -> None:
+        if z.ndim != 4 or z.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"{type(self).__name__}: z must be (B, {self.latent_channels}, h, w), got {tuple(z.shape)}"
+            )
+
+
+class AutoencoderKL(_FirstStage):
+    """First stage with a KL-regularised latent. Images and reconstructions lie in [-1, 1]."""
+
+    config_class = AutoencoderConfig
+    stands_for = ("AutoencoderKL",)
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__(config, moments=2)
+
+    @_after_offloading
+    def encode(
+        self, x: Tensor, return_dict: bool = True, *, tile: int | None = None
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
+        """x (B, in_channels, H, W) → `.latent_dist` over z (B, latent_channels, H/f, W/f)."""
+        posterior = DiagonalGaussian(self._encode(x, tile))
+        return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
+
+    def encode_latents(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The latent that the second stage learns: a sample of q(z | x)."""
+        return self.encode(x).latent_dist.sample(generator)
+
+    @_after_offloading
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: Any = None, *, tile: int | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """z (B, latent_channels, h, w) → `.sample` (B, out_channels, f·h, f·w). Nothing here is random: pipelines pass
+        a generator since some decoders of diffusers are."""
+        self._check_latent(z)
+        sample = self._decode(z, tile)
+        return DecoderOutput(sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Reconstruction of `sample` (B, in_channels, H, W) from the mode of q(z | x), or from a sample of it.
+
+        `.sample` like the input, `.regulariser` the distribution q. Training samples the posterior.
+        """
+        posterior = self.encode(sample).latent_dist
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        reconstruction = self.decode(z).sample
+        return DecoderOutput(reconstruction, regulariser=posterior) if return_dict else (reconstruction,)
+
+
+class VQModel(_FirstStage):
+    """First stage with a vector-quantized latent. Images and reconstructions lie in [-1, 1]."""
+
+    config_class = VQConfig
+    stands_for = ("VQModel",)
+
+    def __init__(self, config: VQConfig):
+        super().__init__(config, moments=1)
+        self.quantize = VectorQuantizer(
+            config.num_vq_embeddings,
+            config.latent_channels,
+            config.commitment_weight,
+            config.legacy,
+            config.codebook_ema_decay,
+        )
+
+    @_after_offloading
+    def encode(
+        self, x: Tensor, return_dict: bool = True, *, tile: int | None = None
+    ) -> VQEncoderOutput | tuple[Tensor]:
+        """x (B, in_channels, H, W) → `.latents` (B, latent_channels, H/f, W/f), not yet quantized."""
+        latents = self._encode(x, tile)
+        return VQEncoderOutput(latents) if return_dict else (latents,)
+
+    def encode_latents(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The latent that the second stage learns: the one before quantization (decoding quantizes)."""
+        return self.encode(x).latents
+
+    @_after_offloading
+    def decode(
+        self,
+        z: Tensor,
+        force_not_quantize: bool = False,
+        return_dict: bool = True,
+        shape: Sequence[int] | None = None,
+        *,
+        tile: int | None = None,
+    ) -> DecoderOutput | tuple[Tensor, Tensor]:
+        """z (B, latent_channels, h, w), quantized here unless told not to → `.sample` (B, out_channels, f·h, f·w).
+
+        A model with `config.lookup_from_codebook` that is told not to quantize takes indices of codes, in any shape,
+        and `shape` (B, h, w, latent_channels) says what they make up.
+        """
+        if force_not_quantize and self.config.lookup_from_codebook:
+            quantized, z = None, self.quantize.get_codebook_entry(z, shape)
+            self._check_latent(z)
+        else:
+            self._check_latent(z)
+            quantized = None if force_not_quantize else self.quantize(z)
+        sample = self._decode(z if quantized is None else quantized.z_q, tile)
+        loss = z.new_zeros(len(z)) if quantized is None else quantized.loss
+        return DecoderOutput(sample, loss, quantized) if return_dict else (sample, loss)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor, Tensor]:
+        """Reconstruction of `sample` (B, in_channels, H, W): `.sample` like it, `.commit_loss`, and with indices and
+        perplexity `.regulariser`."""
+        return self.decode(self.encode(sample).latents, return_dict=return_dict)

@@ -1,0 +1,271 @@
+"""`Pretrained`: how UNet and first stages are made from, and written as, what other programs read and write."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ldm_fast.configs.first_stage import VQConfig
+from ldm_fast.files.atomic import write_atomically
+from ldm_fast.files.tensors import CheckpointError, read_json, read_shards, read_tensors, write_tensors
+from ldm_fast.interop.diffusers import config_from_diffusers, config_to_diffusers
+from ldm_fast.interop.names import (
+    UNET_PREFIX,
+    Config,
+    Entry,
+    check_names,
+    current_names,
+    from_compvis,
+    layout,
+    to_compvis,
+    without_training_state,
+)
+from ldm_fast.interop.stand_ins import stand_in
+
+M = TypeVar("M", bound="Pretrained")
+
+SAVED_LAYOUTS = ("diffusers", "compvis")
+WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of the file
+COMPVIS_WEIGHTS = "model.safetensors"
+STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what can be computed in as it is
+
+
+class Pretrained(nn.Module):
+    """Models that diffusers and the original code know, too. A subclass is built from its configuration alone.
+
+    Loaded models are in eval mode and have the checkpoint's dtype.
+    """
+
+    config_class: ClassVar[type]
+    stands_for: ClassVar[tuple[str, ...]]  # names of the classes of diffusers whose place it takes
+    compvis_prefix: ClassVar[str] = ""  # of parameter names in a file of the original code that holds this model alone
+    read_compvis: ClassVar[Callable[[Mapping[str, Any]], Config]]  # the original's constructor parameters
+
+    @classmethod
+    def diffusers_class(cls, config: Mapping[str, Any]) -> str:
+        """Return which class of `stands_for` a dictionary describes that does not name it."""
+        return cls.stands_for[0]
+
+    @classmethod
+    def from_config(cls: type[M], config: Mapping[str, Any]) -> M:
+        """A model with random weights from a dictionary as in diffusers' config.json.
+
+        Keys that start with "_" are ignored, but for `_class_name`. ValueError names a key that we do not know or whose
+        value we cannot honour.
+        """
+        return cls(read_config(cls, config))
+
+    @classmethod
+    def from_pretrained(
+        cls: type[M],
+        path: str | Path,
+        subfolder: str | None = None,
+        variant: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> M:
+        """The model in a folder as diffusers writes it (config.json and weights), or `save_pretrained` does.
+
+        Only local folders are read. `variant` is a part of the weights' file name ("fp16"), `torch_dtype` what the
+        weights are cast to. The weights are mapped into memory: the file has to stay as it is while they are in use.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            CheckpointError (a ValueError): config or weights are missing, damaged or do not fit; every key is named.
+        """
+        folder = Path(path) if subfolder is None else Path(path) / subfolder
+        values, names, tensors = read_folder(folder, variant)
+        try:
+            config = read_config(cls, values)
+        except ValueError as error:
+            raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+        if names == "compvis":
+            tensors = from_compvis(tensors, layout_of(cls, config), cls.__name__)
+        else:
+            tensors = current_names(tensors)
+        return assemble(cls, config, tensors, torch_dtype, str(folder))
+
+    def save_pretrained(self, path: str | Path, layout: str = "diffusers") -> None:
+        """Writes a folder with config.json and the weights as .safetensors, each file whole or not at all.
+
+        layout: "diffusers", a folder that diffusers' `from_pretrained` opens; or "compvis", with the parameter names of
+        the original code, as its programs read them (a UNet under `model.diffusion_model.`).
+
+        Raises CheckpointError (a ValueError) where adapters are in the model: they are to be merged or unloaded first.
+        """
+        if layout not in SAVED_LAYOUTS:
+            raise ValueError(f"save_pretrained: layout must be one of {', '.join(SAVED_LAYOUTS)}, got {layout!r}")
+        config = self._own_config()
+        if layout == "diffusers":
+            name, tensors = f"{WEIGHTS}.safetensors", without_training_state(self.state_dict())
+            shapes = {ours: entry.our_shape for entry in layout_of(type(self), config) for ours in entry.ours}
+            check_names(tensors, shapes, f"{type(self).__name__} to save; adapters are to be merged or unloaded first")
+        else:
+            prefixed = {self.compvis_prefix + key: tensor for key, tensor in self.to_compvis().items()}
+            name, tensors = COMPVIS_WEIGHTS, prefixed
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / name, tensors, {"format": "pt"})
+        for other in {f"{WEIGHTS}.safetensors", COMPVIS_WEIGHTS} - {name}:
+            (folder / other).unlink(
+                missing_ok=True
+            )  # of a model saved here before: from_pretrained would not know which
+        content = {"_class_name": None, **config_to_diffusers(config)}
+        write_atomically(folder / "config.json", (json.dumps(content, indent=2) + "\n").encode())
+
+    @classmethod
+    def from_compvis(cls: type[M], params: Mapping[str, Any] | Config, state_dict: Mapping[str, Tensor]) -> M:
+        """The model of the original code with these constructor parameters and weights, which are shared where they are
+        laid out alike.
+
+        params: what the original's constructor was given (for a first stage embed_dim, ddconfig and, with a codebook,
+        n_embed), or our configuration. state_dict: the original's parameter names, without the prefix that a
+        checkpoint puts before them.
+
+        Raises:
+            ValueError: a parameter we cannot honour.
+            CheckpointError (a ValueError): every key that is missing, unexpected or of the wrong shape.
+        """
+        if isinstance(params, Mapping):
+            params = cls.read_compvis(params)
+        _insist_on_class(cls, params)
+        tensors = from_compvis(state_dict, layout_of(cls, params), cls.__name__)
+        return assemble(cls, params, tensors, None, f"{cls.__name__}.from_compvis")
+
+    def to_compvis(self) -> dict[str, Tensor]:
+        """The state dict under the names and in the shapes of the original code."""
+
+        cls = type(self)
+        return to_compvis(self.state_dict(), layout_of(cls, self._own_config()), cls.__name__)
+
+    @classmethod
+    def from_diffusers(cls, module: nn.Module) -> Any:
+        """Our model with the configuration and the weights of a diffusers module: the tensors are shared, not copied.
+
+        What comes back stands for the module in diffusers' pipelines, too (see `drop_in`).
+
+        Raises:
+            TypeError: the module is none of those that this class stands for.
+            ValueError: a configuration we cannot honour, or weights that are wrapped (LoRA, offloading).
+        """
+
+        kind = type(module).__name__
+        if kind not in cls.stands_for:
+            known = " or ".join(cls.stands_for)
+            raise TypeError(f"{cls.__name__}.from_diffusers: module must be a {known}, got {kind}")
+        config = read_config(cls, {**module.config, "_class_name": kind})
+        if any(tensor.is_meta for tensor in module.parameters()):
+            raise ValueError(f"{cls.__name__}.from_diffusers: the module is offloaded; bring its weights back first")
+        build = stand_in(cls, kind)
+        model = assemble(build, config, module.state_dict(), None, f"{cls.__name__}.from_diffusers", mixed=True)
+        trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+        model.describe_as(dict(module.config))
+        return model.train(module.training)
+
+    def _own_config(self) -> Config:
+        """`config`, which in a pipeline of diffusers is their dictionary."""
+        if isinstance(self.config, Mapping):
+            return read_config(type(self), self.config)
+        return self.config
+
+
+def read_config(cls: type[Pretrained], config: Mapping[str, Any]) -> Config:
+    """Our configuration from a dictionary of diffusers, for a model of the class `cls`."""
+
+    if not isinstance(config, Mapping):
+        raise TypeError(f"{cls.__name__}: config must be a dictionary, got {type(config).__name__}")
+    if "_class_name" not in config:
+        config = {**config, "_class_name": cls.diffusers_class(config)}
+    ours = config_from_diffusers(config)
+    _insist_on_class(cls, ours)
+    return ours
+
+
+def _insist_on_class(cls: type[Pretrained], config: Config) -> None:
+    if type(config) is not cls.config_class:
+        raise ValueError(f"{cls.__name__}: the configuration is that of another model, {type(config).__name__}")
+
+
+def read_folder(folder: Path, variant: str | None) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
+    """(config.json, whose names the weights have, weights without prefix) of a model's folder."""
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}; models are read from local folders, nothing is downloaded")
+    config = read_json(folder / "config.json")
+    middle = f".{variant}" if variant else ""
+    for kind in ("safetensors", "bin"):
+        file, index = folder / f"{WEIGHTS}{middle}.{kind}", folder / f"{WEIGHTS}.{kind}.index{middle}.json"
+        if file.is_file():
+            return config, "diffusers", read_tensors(file).tensors
+        if index.is_file():
+            return config, "diffusers", read_shards(index).tensors
+    if not variant and (folder / COMPVIS_WEIGHTS).is_file():
+        tensors = read_tensors(folder / COMPVIS_WEIGHTS).tensors
+        return config, "compvis", {name.removeprefix(UNET_PREFIX): tensor for name, tensor in tensors.items()}
+    there = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    wanted = f"{WEIGHTS}{middle}.safetensors"
+    raise CheckpointError(f"{folder} holds no {wanted}; weights there: {', '.join(there) or 'none'}")
+
+
+@functools.lru_cache(maxsize=32)
+def layout_of(build: Callable[[Any], nn.Module], config: Config) -> tuple[Entry, ...]:
+    """Return the `layout` of the model that `build` makes of `config`, without allocating weights."""
+    trained = replace(config, codebook_ema_decay=None) if isinstance(config, VQConfig) else config
+    with torch.device("meta"):
+        model = build(trained)
+    return layout(model, config)
+
+
+def assemble(
+    cls: type[M],
+    config: Config,
+    state_dict: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    origin: str,
+    mixed: bool = False,
+) -> M:
+    """cls(config) around these very tensors, none of them copied (but to another `dtype`), in eval mode.
+
+    Nothing is allocated: the model is built on the meta device. `origin` is named in errors. With `mixed`, tensors
+    may be of different dtypes.
+
+    Raises CheckpointError: keys missing, unexpected or of the wrong shape, all named; dtypes that differ.
+    """
+
+    with torch.device("meta"):
+        model = cls(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_names(state_dict, expected, f"state dict of this {cls.__name__}, {origin}")
+    if not mixed:
+        state_dict = one_dtype(state_dict, dtype, origin)
+    model.load_state_dict(state_dict, assign=True)
+    return model.eval()
+
+
+def one_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, origin: str) -> dict[str, Tensor]:
+    """The tensors in `dtype`; where none is given in their own, if that is one. CheckpointError otherwise."""
+
+    found: dict[torch.dtype, list[str]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(tensor.dtype, []).append(name)
+    whole = [names[0] for kind, names in found.items() if not kind.is_floating_point]
+    if whole:
+        raise CheckpointError(
+            f"{origin}: weights must be floating point numbers, but {whole[0]} is {tensors[whole[0]].dtype}"
+        )
+    if dtype is not None:
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if len(found) > 1:
+        kinds = ", ".join(f"{len(names)} {kind} ({names[0]}, …)" for kind, names in found.items())
+        raise CheckpointError(f"{origin}: weights of different dtypes: {kinds}; say by torch_dtype which it shall be")
+    if not found.keys() <= set(STORED):
+        raise CheckpointError(f"{origin}: weights are {next(iter(found))}; say by torch_dtype what to compute in")
+    return dict(tensors)

@@ -1,0 +1,305 @@
+"""The ops by the native CPU kernels: tensors become addresses, shapes and strides for `ldm_fast._native` (csrc/cpu).
+
+The kernels compute in float32 for float32, bfloat16 and float16 storage, with AVX-512, AVX2 or portable code,
+whichever is the widest this CPU has, on the threads of the OpenMP runtime that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ldm_fast.ops.native import extension, load
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
+
+
+def unavailable() -> str | None:
+    """Why no op can run here, in one line; None if they can."""
+    return load()[1]
+
+
+def _unsupported(**tensors: Tensor | None) -> str | None:
+    for name, tensor in tensors.items():
+        if tensor is None or (tensor.is_cpu and tensor.dtype in _DTYPES):
+            continue
+        if not tensor.is_cpu:
+            return f"runs on CPU tensors, {name} is on {tensor.device}"
+        if tensor.dtype not in _DTYPES:
+            return f"computes float32, bfloat16 and float16, {name} is {tensor.dtype}"
+    return None
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _parameter(tensor: Tensor | None) -> Tensor | None:
+    """Small vectors go to the kernels as contiguous float32."""
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.float().contiguous()
+
+
+# ---- attention ----
+
+
+def attention_unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
+    if mask is not None and mask.dtype not in _MASK_KINDS:
+        return f"takes boolean, float32, bfloat16 and float16 masks, mask is {mask.dtype}"
+    return None if q.is_cpu and q.dtype in _DTYPES else _unsupported(q=q)  # k and v are like q
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """See `reference.attention`; the last stride of q, k and v is 1."""
+    batch, heads, rows, width = q.shape
+    out_stride = (rows * heads * width, width, heads * width)
+    out = q.new_empty_strided(q.shape, (*out_stride, 1))
+    lse = q.new_empty_strided((batch, heads, rows), (heads * rows, rows, 1), dtype=torch.float32)
+    extension().attention(
+        _DTYPES[q.dtype],
+        0 if mask is None else _MASK_KINDS[mask.dtype],
+        (batch, heads, rows, k.shape[2], width),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        _address(mask),
+        out.data_ptr(),
+        lse.data_ptr(),
+        q.stride()[:3],
+        k.stride()[:3],
+        v.stride()[:3],
+        out_stride,
+        (0, 0, 0, 0) if mask is None else mask.stride(),
+        scale,
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.attention_backward`; the last strides are 1, the gradients contiguous."""
+    grad, lse = grad.to(q.dtype), lse.contiguous()
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    extension().attention_backward(
+        _DTYPES[q.dtype],
+        0 if mask is None else _MASK_KINDS[mask.dtype],
+        (*q.shape[:3], k.shape[2], q.shape[3]),
+        *map(_address, (q, k, v, mask, out, lse, grad, dq, dk, dv)),
+        *(t.stride()[:3] for t in (q, k, v, out, grad)),
+        (0, 0, 0, 0) if mask is None else mask.stride(),
+        scale,
+        torch.get_num_threads(),
+    )
+    return dq, dk, dv
+
+
+# ---- group_norm_silu ----
+
+
+def group_norm_silu_unsupported(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> str | None:
+    for tensor in (x, weight, bias, scale, shift):
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype in _DTYPES):
+            return _unsupported(x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    return None
+
+
+def _shape(x: Tensor, num_groups: int) -> tuple[bool, tuple[int, int, int, int]]:
+    """Whether x is channels_last and not contiguous, and (B, C, S, G)."""
+    batch, channels, *spatial = x.shape
+    return not x.is_contiguous(), (batch, channels, math.prod(spatial), num_groups)
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.group_norm_silu`; x contiguous or channels_last."""
+    channels_last, shape = _shape(x, num_groups)
+    y = torch.empty_like(x)
+    batch, strides = shape[0], (shape[0] * num_groups, num_groups, 1)  # given, they make it cheaper than new_empty
+    statistics = x.new_empty_strided((2, batch, num_groups), strides, dtype=torch.float32)
+    weight, bias, scale, shift = _parameter(weight), _parameter(bias), _parameter(scale), _parameter(shift)
+    extension().group_norm_silu(
+        _DTYPES[x.dtype],
+        channels_last,
+        activation == "silu",
+        shape,
+        x.data_ptr(),
+        _address(weight),
+        _address(bias),
+        _address(scale),
+        _address(shift),
+        y.data_ptr(),
+        statistics.data_ptr(),
+        eps,
+        torch.get_num_threads(),
+    )
+    return y, statistics
+
+
+def group_norm_stats_unsupported(x: Tensor, num_groups: int) -> str | None:
+    return _unsupported(x=x)
+
+
+def group_norm_stats(x: Tensor, num_groups: int) -> Tensor:
+    """See `reference.group_norm_stats`; x contiguous or channels_last."""
+    channels_last, shape = _shape(x, num_groups)
+    stats = x.new_empty((x.shape[0], num_groups, 3), dtype=torch.float64)
+    extension().group_norm_stats(
+        _DTYPES[x.dtype], channels_last, shape, x.data_ptr(), stats.data_ptr(), torch.get_num_threads()
+    )
+    return stats
+
+
+def group_norm_apply_unsupported(
+    x: Tensor,
+    stats: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> str | None:
+    return group_norm_silu_unsupported(x, num_groups, weight, bias, eps, activation, scale, shift)
+
+
+def group_norm_apply(
+    x: Tensor,
+    stats: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    """See `reference.group_norm_apply`; x contiguous or channels_last, stats contiguous."""
+    channels_last, shape = _shape(x, num_groups)
+    y = torch.empty_like(x)
+    parameters = [_parameter(t) for t in (weight, bias, scale, shift)]
+    extension().group_norm_apply(
+        _DTYPES[x.dtype],
+        channels_last,
+        activation == "silu",
+        shape,
+        x.data_ptr(),
+        stats.data_ptr(),
+        *map(_address, parameters),
+        y.data_ptr(),
+        eps,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def group_norm_silu_backward(
+    grad: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    statistics: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See `reference.group_norm_silu_backward`; grad in the layout of x."""
+    channels_last, shape = _shape(x, num_groups)
+    grad = grad.to(x.dtype)
+    if grad.stride() != x.stride():
+        grad = torch.empty_like(x).copy_(grad)
+    dx = torch.empty_like(x)
+    inputs = (weight, bias, scale, shift)
+    parameters = [_parameter(t) for t in inputs]
+    gradients = [None if t is None else torch.empty_like(t) for t in parameters]
+    extension().group_norm_silu_backward(
+        _DTYPES[x.dtype],
+        channels_last,
+        activation == "silu",
+        shape,
+        grad.data_ptr(),
+        x.data_ptr(),
+        *map(_address, parameters),
+        statistics.data_ptr(),
+        dx.data_ptr(),
+        *map(_address, gradients),
+        torch.get_num_threads(),
+    )
+    pairs = zip(gradients, inputs, strict=True)
+    return dx, *(g if g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in pairs)
+
+
+# ---- nearest_codebook ----
+
+# How to search; every way finds the same indices. "auto" chooses by the sizes and by what the first rows show.
+SEARCHES = {"auto": 0, "brute force": 1, "pruned": 2, "bf16 candidates": 3}
+
+
+def nearest_codebook_unsupported(z: Tensor, codebook: Tensor) -> str | None:
+    return _unsupported(z=z, codebook=codebook)
+
+
+def nearest_codebook(z: Tensor, codebook: Tensor, search: str = "auto") -> Tensor:
+    """See `ops.nearest_codebook`: z (B, S, d) → (B, S); distances in float32 with fused multiply-adds in index order.
+
+    `search` is for tests and benchmarks: one of SEARCHES. A way that cannot take these inputs leaves the rows to brute
+    force.
+    """
+    index = torch.empty(z.shape[:2], dtype=torch.int64)
+    _search_codebook(z, codebook, search, index, None, None)
+    return index
+
+
+def nearest_codebook_stats_unsupported(z: Tensor, codebook: Tensor) -> str | None:
+    return _unsupported(z=z, codebook=codebook)
+
+
+def nearest_codebook_stats(z: Tensor, codebook: Tensor, search: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.nearest_codebook_stats`; `search` as above."""
+    index = torch.empty(z.shape[:2], dtype=torch.int64)
+    counts = torch.empty(codebook.shape[0], dtype=torch.int64)
+    sums = torch.empty(codebook.shape, dtype=torch.float32)
+    _search_codebook(z, codebook, search, index, counts, sums)
+    return index, counts, sums
+
+
+def _search_codebook(
+    z: Tensor, codebook: Tensor, search: str, index: Tensor, counts: Tensor | None, sums: Tensor | None
+) -> None:
+    extension().nearest_codebook(
+        _DTYPES[z.dtype],
+        SEARCHES[search],
+        (*z.shape[:2], *codebook.shape),
+        z.data_ptr(),
+        codebook.data_ptr(),
+        z.stride(),
+        codebook.stride(),
+        index.data_ptr(),
+        _address(counts),
+        _address(sums),
+        torch.get_num_threads(),
+    )

@@ -1,0 +1,1 @@
+"""Whole models: `LatentDiffusion`, and our models inside diffusers' pipelines."""

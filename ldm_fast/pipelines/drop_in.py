@@ -1,0 +1,85 @@
+"""Our models inside diffusers' pipelines.
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    ldm_fast.accelerate(pipe)
+
+or one component at a time, `pipe.unet = ldm_fast.UNet.from_diffusers(pipe.unet)`. The classes made here are our models
+with what diffusers' pipelines and loaders look for around them: its mixins that load LoRA and IP-Adapter files, and a
+`config` that says what the replaced module's said. They carry the names of the classes they stand for, since diffusers
+decides some things by name.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from ldm_fast.interop.stand_ins import require_diffusers
+from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.models.memory import fixed_weights
+from ldm_fast.models.unet import UNet
+
+REPLACED = {kind: ours for ours in (UNet, AutoencoderKL, VQModel) for kind in ours.stands_for}
+
+
+def accelerate(pipe: Any) -> Any:
+    """Replaces every UNet and first stage of a diffusers pipeline by ours, in place; returns the pipeline.
+
+    The weights are shared, not copied; `pipe.unet.join_projections()` trades that for fewer products. Components of
+    other kinds stay as they are, and so does the pipeline's record of its classes: `save_pretrained` writes a folder
+    that diffusers opens without us. Weights must not be trained during a call of the pipeline: what does not change
+    between its steps is computed once. Pipelines made of this one's components are accelerated in turn.
+
+    Raises TypeError if `pipe` is not a diffusers pipeline, ValueError for a UNet or first stage whose configuration we
+    cannot run, or that is compiled or offloaded already, and for a pipeline without either; nothing is replaced then.
+    """
+    diffusers = require_diffusers()
+    if not isinstance(pipe, diffusers.DiffusionPipeline):
+        raise TypeError(f"accelerate: pipe must be a diffusers pipeline, got {type(pipe).__name__}")
+    replaced, ours = {}, tuple(REPLACED.values())
+    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    modules = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # as before torch.compile
+    for name, module in modules.items():
+        kind = type(module).__name__
+        if kind not in REPLACED or isinstance(module, ours):
+            continue
+        _check_untouched(name, parts[name])
+        try:
+            replaced[name] = REPLACED[kind].from_diffusers(module)
+        except ValueError as error:
+            raise ValueError(f"accelerate: {name}: {error}") from error
+    if not replaced and not any(isinstance(module, ours) for module in modules.values()):
+        found = ", ".join(f"{name} ({type(part).__name__})" for name, part in parts.items())
+        raise ValueError(
+            f"accelerate: {type(pipe).__name__} has no {', '.join(REPLACED)} to replace; its components are {found}"
+        )
+    for name, module in replaced.items():
+        setattr(pipe, name, module)
+        pipe.register_to_config(**{name: ("diffusers", type(module).__name__)})
+    pipe.__class__ = _with_fixed_weights(type(pipe))
+    return pipe
+
+
+def _check_untouched(name: str, component: nn.Module) -> None:
+    """ValueError if something was put around the component, or a part of it, that its replacement would be without."""
+    for module in component.modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ValueError(f"accelerate: {name} is compiled; accelerate the pipeline first, then compile {name}")
+        if hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"):
+            raise ValueError(
+                f"accelerate: {name} has hooks on it (offloading, device_map, ...); accelerate the pipeline first, "
+                "then enable them"
+            )
+
+
+@functools.cache
+def _with_fixed_weights(pipeline: type) -> type:
+    """The pipeline's class under the same name, with every call in a scope of `fixed_weights`."""
+    if getattr(pipeline.__call__, "_fixes_weights", False):
+        return pipeline
+    call = fixed_weights()(pipeline.__call__)
+    call._fixes_weights = True
+    members = {"__call__": call, "__doc__": pipeline.__doc__, "__module__": pipeline.__module__}
+    return type(pipeline.__name__, (pipeline,), members)

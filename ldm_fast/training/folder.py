@@ -1,0 +1,103 @@
+"""A data set from a folder of pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from ldm_fast.files.images import read_image
+from ldm_fast.training.image_set import DataError, ImageSet
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+# A folder of images
+
+
+def folder_images(path: str | Path, size: int) -> ImageSet:
+    """All pictures below `path`, resized so that the short side is `size` and cropped in the middle to a square. What
+    is hidden (.ipynb_checkpoints/, ._1.png) is left out.
+
+    Captions come from `captions.jsonl` ({"file": ..., "caption": ...} a line) or from NAME.txt beside NAME.png; else
+    the names of the sub-folders are class labels; else the pictures are unconditional. Transparency becomes white.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder")
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
+    if not files:
+        raise DataError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {root}")
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    from tqdm import tqdm
+
+    for i, file in enumerate(tqdm(files, desc="reading images", unit="image", leave=False, delay=2)):
+        images[i] = _read_image(file, size)
+    names = tuple(file.relative_to(root).as_posix() for file in files)
+    captions = _captions(root, files, names)
+    labels, classes = (None, ()) if captions is not None else _labels(names)
+    return ImageSet(images, names=names, captions=captions, labels=labels, classes=classes)
+
+
+def _read_image(file: Path, size: int) -> torch.Tensor:
+    try:
+        return read_image(file, (size, size)).permute(2, 0, 1)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def _captions(root: Path, files: list[Path], names: tuple[str, ...]) -> tuple[str, ...] | None:
+    listing = root / "captions.jsonl"
+    if listing.is_file():
+        given = _read_listing(listing)
+        where = f"no caption in {listing}"
+    else:
+        given = {}
+        for file, name in zip(files, names, strict=True):
+            beside = file.with_suffix(".txt")
+            if beside.is_file():
+                given[name] = _read_text(beside).strip()
+        if not given:
+            return None
+        where = "no .txt file with a caption beside it"
+    for name in names:
+        if name not in given:
+            raise DataError(f"the image {name} has {where}")
+    return tuple(given[name] for name in names)
+
+
+def _read_listing(listing: Path) -> dict[str, str]:
+    given = {}
+    for number, line in enumerate(_read_text(listing).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name, caption = Path(entry["file"]).as_posix(), entry["caption"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f'{listing}, line {number}: need {{"file": ..., "caption": ...}}') from error
+        if not isinstance(caption, str):
+            raise DataError(f"{listing}, line {number}: the caption must be a string, got {caption!r}")
+        given[name] = caption
+    return given
+
+
+def _read_text(file: Path) -> str:
+    """UTF-8, with the byte order mark that some editors write or without. DataError names the file."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {file}: {error}") from error
+
+
+def _labels(names: tuple[str, ...]) -> tuple[torch.Tensor | None, tuple[str, ...]]:
+    folders = [name.split("/")[0] if "/" in name else None for name in names]
+    if all(folder is None for folder in folders):
+        return None, ()
+    if None in folders:
+        stray = names[folders.index(None)]
+        raise DataError(f"the image {stray} lies in no sub-folder while others do: its class is not known")
+    classes = tuple(sorted({folder for folder in folders if folder is not None}))
+    return torch.tensor([classes.index(folder) for folder in folders]), classes
