@@ -43,7 +43,7 @@ from model_shapes import ATTENTION, GROUP_NORM_SILU, GROUPS, AttentionShape, Gro
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ldm_fast.kernels import Launch, attention, group_norm_silu
+from ldm_fast.kernels import Launch, attention, attention_backward, group_norm_silu, group_norm_silu_backward
 from ldm_fast.ops.cases import Attention, GroupNormSilu, flops
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -162,7 +162,7 @@ def attention_launches(
     (k,), (v,), (dk,), (dv,) = (parts(m, 1) for _ in range(4))
     joined = parts(n, 3) if n == m else (q, *parts(m, 2))
     forward = attention.forward_launches(*joined, mask, d**-0.5, out, lse)
-    return forward + attention.backward_launches(grad, q, k, v, mask, d**-0.5, out, lse, dq, dk, dv)
+    return forward + attention_backward.backward_launches(grad, q, k, v, mask, d**-0.5, out, lse, dq, dk, dv)
 
 
 def group_norm_silu_launches(
@@ -179,7 +179,7 @@ def group_norm_silu_launches(
     forward = group_norm_silu.forward_launches(x, GROUPS, weight, bias, 1e-5, silu, scale, shift, y, statistics)
     weight, bias, dweight, dbias = of_training
     inputs = (grad, x, GROUPS, weight, bias, silu, scale, shift, statistics)
-    return forward + group_norm_silu.backward_launches(*inputs, dx, dweight, dbias, dscale, dshift)
+    return forward + group_norm_silu_backward.backward_launches(*inputs, dx, dweight, dbias, dscale, dshift)
 
 
 def works(ops: Iterable[str], dtype: torch.dtype, quick: bool = False) -> Iterator[tuple[str, list[Launch]]]:

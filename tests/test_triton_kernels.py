@@ -20,7 +20,14 @@ import torch
 pytest.importorskip("triton")
 
 from ldm_fast import kernels
-from ldm_fast.kernels import attention, group_norm_silu
+from ldm_fast.kernels import (
+    attention,
+    attention_backward,
+    attention_common,
+    group_norm_silu,
+    group_norm_silu_backward,
+    group_norm_silu_common,
+)
 from ldm_fast.ops import reference
 from ldm_fast.ops.cases import Attention, GroupNormSilu, make_inputs
 
@@ -89,12 +96,12 @@ def launches(op: str, case: Any, dtype: torch.dtype) -> list[kernels.Launch]:
         q, k, v, mask, scale = args
         lse = torch.empty(q.shape[:3], device="meta")
         forward = attention.forward_launches(*args, q, lse)
-        return forward + attention.backward_launches(q, q, k, v, mask, scale, q, lse, q, k, v)
+        return forward + attention_backward.backward_launches(q, q, k, v, mask, scale, q, lse, q, k, v)
     x, groups, weight, bias, _, activation, scale, shift = args
     statistics = torch.empty(2, x.shape[0], groups, device="meta")
     inputs = (x, groups, weight, bias, activation, scale, shift, statistics)
     forward = group_norm_silu.forward_launches(*args, x, statistics)
-    return forward + group_norm_silu.backward_launches(x, *inputs, x, weight, bias, scale, shift)
+    return forward + group_norm_silu_backward.backward_launches(x, *inputs, x, weight, bias, scale, shift)
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -200,9 +207,9 @@ class TestKernels:
         args = arguments("group_norm_silu", GroupNormSilu((2, 8, 90, 91), 2, layout, modulation="both"), torch.float32)
         x, groups, weight, bias, _, activation, scale, shift = args
         results = []
-        for spread in (group_norm_silu.SPREAD, 1):
-            monkeypatch.setattr(group_norm_silu, "SPREAD", spread)
-            assert (group_norm_silu._split(x).steps_apply > 1) == (spread == 1)
+        for spread in (group_norm_silu_common.SPREAD, 1):
+            monkeypatch.setattr(group_norm_silu_common, "SPREAD", spread)
+            assert (group_norm_silu_common.split_of(x).steps_apply > 1) == (spread == 1)
             y, statistics = group_norm_silu.group_norm_silu(*args)
             rest = (groups, weight, bias, activation, scale, shift, statistics)
             results.append([y, group_norm_silu.group_norm_silu_backward(y, x, *rest)[0]])
@@ -288,16 +295,17 @@ class TestKernels:
 
 @pytest.mark.skipif(kernels.interpreting(), reason="interpreted kernels do not keep their source")
 def test_the_table_misses_no_kernel() -> None:
-    for op, module, table in (
-        ("attention", attention, ATTENTION),
-        ("group_norm_silu", group_norm_silu, GROUP_NORM_SILU),
+    for op, modules, table in (
+        ("attention", (attention, attention_backward, attention_common), ATTENTION),
+        ("group_norm_silu", (group_norm_silu, group_norm_silu_backward, group_norm_silu_common), GROUP_NORM_SILU),
     ):
         ran = set()
         for case, expected in table:
             names = {launch.kernel.__name__ for launch in launches(op, case, torch.float16)}
             assert names == expected, case
             ran |= names
-        assert ran == {name for name, value in vars(module).items() if "tl.program_id" in getattr(value, "src", "")}
+        defined = {name: value for module in modules for name, value in vars(module).items()}
+        assert ran == {name for name, value in defined.items() if "tl.program_id" in getattr(value, "src", "")}
 
 
 @pytest.mark.parametrize(
@@ -306,7 +314,7 @@ def test_the_table_misses_no_kernel() -> None:
     + [(80, (64, 16)), (96, (64, 32)), (97, (128, 0)), (128, (128, 0)), (160, (128, 32)), (256, (256, 0))],
 )
 def test_a_width_is_at_most_two_powers_of_two(width: int, pieces: tuple[int, int]) -> None:
-    assert attention._pieces(width) == pieces
+    assert attention_common.pieces_of(width) == pieces
 
 
 @pytest.mark.parametrize("op", ("attention", "group_norm_silu"))
@@ -323,8 +331,8 @@ def test_the_work_is_divided_alike_for_any_batch(op: str) -> None:
 
 def test_offsets_of_groups_on_chip_fit_32_bits() -> None:
     small, large = (torch.empty(1, channels, 1 << 11, device="meta") for channels in (1 << 19, 1 << 20))
-    assert group_norm_silu._on_chip(small, 8, group_norm_silu.ON_CHIP) == (8, 1 << 11)
-    assert group_norm_silu._on_chip(large, 8, group_norm_silu.ON_CHIP) is None
+    assert group_norm_silu_common.on_chip(small, 8, group_norm_silu_common.ON_CHIP) == (8, 1 << 11)
+    assert group_norm_silu_common.on_chip(large, 8, group_norm_silu_common.ON_CHIP) is None
 
 
 def test_refusals_say_what_is_needed() -> None:

@@ -1,0 +1,428 @@
+"""The backward pass of `attention` in Triton: dq, dk and dv from what the forward pass returned, deterministic.
+
+p = exp(s - lse);  dv = pᵀ g;  dp = g vᵀ;  ds = p (dp - Σ p dp);  dq = scale · ds k;  dk = scale · dsᵀ q
+
+Short    M <= 128: a program keeps all of K and V, computes each score once, writes dq, and leaves one partial dk and
+         dv, summed afterwards in fixed order.
+Long     A program owns a tile of queries (dq) or of keys (dk and dv) and walks over the other side. Where registers
+         hold dk or dv, but not both, each has programs of its own.
+Wide     A head too wide to be kept: as long, but a program owns a piece of the gradient's columns and recomputes the
+         scores, D0 columns at a time.
+
+Layouts, and tiles in two pieces: `attention_common`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import Launch
+from .attention_common import (
+    BOTH,
+    GENERAL,
+    INF,
+    LOG2E,
+    REGISTERS,
+    RESIDENT_WARPS,
+    dot,
+    empty_like,
+    head_of,
+    in_units,
+    load,
+    load2,
+    mask_arguments,
+    pieces_of,
+    plan,
+    probabilities,
+    product,
+    scores,
+    store,
+    unit_of,
+    wide_product,
+)
+
+SHORT_KEYS = 128  # keys that a program keeps
+SHORT_GRADIENT = 80  # widest head whose dk and dv for all those keys stay in a program's registers
+
+
+@triton.jit
+def _recompute(
+    k0, k1, v0, v1, q0, q1, g0, g1, row_lse, scale_log2, mask, mask_n, mask_m, row, N, key, M,
+    D1: tl.constexpr, PER_QUERY: tl.constexpr,
+):  # fmt: skip
+    """p and dp of some keys, transposed.  # (keys, BLOCK_N)"""
+    s = product(k0, k1, q0, q1, D1)
+    s = scores(s, scale_log2, mask, mask_n, mask_m, row[None, :], N, key[:, None], M, PER_QUERY)
+    p = probabilities(tl.where(key[:, None] < M, s, -INF), row_lse, mask)
+    return p, product(v0, v1, g0, g1, D1)
+
+
+@triton.jit(do_not_specialize=GENERAL)
+def _backward_short(
+    grad, q, k, v, mask, lse, dq, dk_parts, dv_parts,
+    g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, mask_b, mask_h, mask_n, mask_m,
+    H, N, M, tiles, scale, scale_log2,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr,
+    BLOCK_N: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
+):  # fmt: skip
+    """tiles · BLOCK_N queries of one head: their dq, and what they add to dk and dv.
+
+    Tiles are transposed, keys × queries, each warp with 16 keys of its own: keys and their gradients then take few
+    registers, and p and ds are left operands as they come. Of a second piece, 16 keys, the warps divide queries and
+    columns, which 16 columns would be too few for: then all columns are one piece.
+    """
+    tl.static_assert(M1 == 0 or D1 == 0)
+    groups = tl.cdiv(N, BLOCK_N * tiles)
+    pid = tl.program_id(0)
+    b, h = head_of(pid // groups, H)
+    first = (pid % groups) * (BLOCK_N * tiles)
+    grad += (b * g_b + h * g_h) * UNIT
+    q += (b * q_b + h * q_h) * UNIT
+    k += (b * k_b + h * k_h) * UNIT
+    v += (b * v_b + h * v_h) * UNIT
+    dq += (b * N * H + h) * D
+    lse += (b * H + h) * N
+    dk_parts += pid.to(tl.int64) * M * D
+    dv_parts += pid.to(tl.int64) * M * D
+    if mask is not None:
+        mask += b * mask_b + h * mask_h
+
+    key = tl.arange(0, M0)
+    k0, k1 = load2(k, key, M, k_m * UNIT, D, D0, D1)  # (M0, D0), (M0, D1)
+    v0, v1 = load2(v, key, M, v_m * UNIT, D, D0, D1)
+    dk0 = tl.zeros((M0, D0), tl.float32)
+    dv0 = tl.zeros((M0, D0), tl.float32)
+    if D1 > 0:
+        dk1 = tl.zeros((M0, D1), tl.float32)
+        dv1 = tl.zeros((M0, D1), tl.float32)
+    if M1 > 0:
+        rest = M0 + tl.arange(0, M1)
+        dk_rest = tl.zeros((M1, D0), tl.float32)
+        dv_rest = tl.zeros((M1, D0), tl.float32)
+    for tile in range(tiles):
+        row = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        q0, q1 = load2(q, row, N, q_n * UNIT, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
+        g0, g1 = load2(grad, row, N, g_n * UNIT, D, D0, D1)
+        row_lse = tl.load(lse + row, mask=row < N, other=INF)[None, :]  # beyond N: probabilities of zero
+
+        p, dp = _recompute(
+            k0, k1, v0, v1, q0, q1, g0, g1, row_lse, scale_log2, mask, mask_n, mask_m, row, N, key, M, D1, PER_QUERY
+        )
+        delta = tl.sum(p * dp, 0)[None, :]
+        if M1 > 0:
+            k_rest = load(k, rest, M, k_m * UNIT, tl.arange(0, D0), D)  # (M1, D0)
+            v_rest = load(v, rest, M, v_m * UNIT, tl.arange(0, D0), D)
+            p_rest, dp_rest = _recompute(
+                k_rest, k_rest, v_rest, v_rest, q0, q1, g0, g1, row_lse, scale_log2, mask, mask_n, mask_m, row, N,
+                rest, M, D1, PER_QUERY,
+            )  # fmt: skip
+            delta += tl.sum(p_rest * dp_rest, 0)[None, :]
+            ds_rest = (p_rest * (dp_rest - delta)).to(q.dtype.element_ty)
+            p_rest = p_rest.to(q.dtype.element_ty)
+        ds = (p * (dp - delta)).to(q.dtype.element_ty)
+        p = p.to(q.dtype.element_ty)
+        dv0 = dot(p, g0, dv0)
+        dk0 = dot(ds, q0, dk0)
+        if D1 > 0:
+            dv1 = dot(p, g1, dv1)
+            dk1 = dot(ds, q1, dk1)
+        if M1 > 0:  # last: if the compiler for sm_80 sees them first, every warp computes the whole products
+            dv_rest = dot(p_rest, g0, dv_rest)
+            dk_rest = dot(ds_rest, q0, dk_rest)
+
+        # In branches of their own: the compiler divides products that it sees together among the warps in one way, and
+        # keys times columns is not the way for queries times columns. As right operands the keys come from the
+        # first-level cache: they would fill the registers of every warp.
+        if first + tile * BLOCK_N < N:
+            right = load(k, key, M, k_m * UNIT, tl.arange(0, D0), D)
+            part = tl.dot(tl.trans(ds), right, input_precision="ieee")  # (BLOCK_N, D0)
+            if M1 > 0:
+                right = load(k, rest, M, k_m * UNIT, tl.arange(0, D0), D)
+                part = dot(tl.trans(ds_rest), right, part)
+            store(dq, row, N, H * D, tl.arange(0, D0), D, part * scale)
+        if D1 > 0:
+            if first + tile * BLOCK_N < N:
+                right = load(k, key, M, k_m * UNIT, D0 + tl.arange(0, D1), D)
+                part = tl.dot(tl.trans(ds), right, input_precision="ieee")  # (BLOCK_N, D1)
+                store(dq, row, N, H * D, D0 + tl.arange(0, D1), D, part * scale)
+
+    store(dk_parts, key, M, D, tl.arange(0, D0), D, dk0 * scale)
+    store(dv_parts, key, M, D, tl.arange(0, D0), D, dv0)
+    if D1 > 0:
+        store(dk_parts, key, M, D, D0 + tl.arange(0, D1), D, dk1 * scale)
+        store(dv_parts, key, M, D, D0 + tl.arange(0, D1), D, dv1)
+    if M1 > 0:
+        store(dk_parts, rest, M, D, tl.arange(0, D0), D, dk_rest * scale)
+        store(dv_parts, rest, M, D, tl.arange(0, D0), D, dv_rest)
+
+
+@triton.jit(do_not_specialize=GENERAL)
+def _sum_parts(dk_parts, dv_parts, dk, dv, H, M, groups, D: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK elements of one head's dk and dv: the partial sums of its query groups, added in their order."""
+    blocks = tl.cdiv(M * D, BLOCK)
+    bh = tl.program_id(0) // blocks
+    b, h = head_of(bh, H)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < M * D
+    dk_parts += bh.to(tl.int64) * groups * M * D
+    dv_parts += bh.to(tl.int64) * groups * M * D
+    sum_k = tl.zeros((BLOCK,), tl.float32)
+    sum_v = tl.zeros((BLOCK,), tl.float32)
+    for group in range(groups):
+        sum_k += tl.load(dk_parts + group * M * D + place, mask=inside, other=0.0)
+        sum_v += tl.load(dv_parts + group * M * D + place, mask=inside, other=0.0)
+    target = (b * M * H + h) * D + (place // D).to(tl.int64) * (H * D) + place % D
+    tl.store(dk + target, sum_k.to(dk.dtype.element_ty), mask=inside)
+    tl.store(dv + target, sum_v.to(dv.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=GENERAL)
+def _backward_queries(
+    grad, q, k, v, mask, out, lse, dq, delta,
+    g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, o_b, o_h, o_n, mask_b, mask_h, mask_n, mask_m,
+    H, N, M, width, scale, scale_log2,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_M: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
+):  # fmt: skip
+    """dq (one piece of its columns) and delta = Σ grad · out of BLOCK_N queries of one head; reads k and v once."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(N, BLOCK_N)
+    row = (pid // PIECES % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b, h = head_of(pid // PIECES // tiles, H)
+    grad += (b * g_b + h * g_h) * UNIT
+    q += (b * q_b + h * q_h) * UNIT
+    k += (b * k_b + h * k_h) * UNIT
+    v += (b * v_b + h * v_h) * UNIT
+    out += (b * o_b + h * o_h) * UNIT
+    dq += (b * N * H + h) * D
+    lse += (b * H + h) * N
+    delta += (b * H + h) * N
+    if mask is not None:
+        mask += b * mask_b + h * mask_h
+
+    col0 = tl.arange(0, D0)
+    if PIECES > 1:
+        col0 += pid % PIECES * D0
+        row_delta = tl.zeros((BLOCK_N,), tl.float32)
+        for start in range(0, width, D0):
+            g = load(grad, row, N, g_n * UNIT, start + tl.arange(0, D0), D).to(tl.float32)
+            o = load(out, row, N, o_n * UNIT, start + tl.arange(0, D0), D).to(tl.float32)
+            row_delta += tl.sum(g * o, 1)
+    else:
+        q0, q1 = load2(q, row, N, q_n * UNIT, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
+        g0, g1 = load2(grad, row, N, g_n * UNIT, D, D0, D1)
+        o0, o1 = load2(out, row, N, o_n * UNIT, D, D0, D1)
+        row_delta = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
+        if D1 > 0:
+            row_delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
+    tl.store(delta + row, row_delta, mask=row < N)
+    row_lse = tl.load(lse + row, mask=row < N, other=INF)[:, None]
+
+    dq0 = tl.zeros((BLOCK_N, D0), tl.float32)
+    dq1 = dq0
+    if D1 > 0:
+        dq1 = tl.zeros((BLOCK_N, D1), tl.float32)
+    for start in range(0, M, BLOCK_M):
+        key = start + tl.arange(0, BLOCK_M)
+        if PIECES > 1:
+            s = wide_product(q, row, N, q_n * UNIT, k, key, M, k_m * UNIT, width, D, D0, BLOCK_N, BLOCK_M)
+            dp = wide_product(grad, row, N, g_n * UNIT, v, key, M, v_m * UNIT, width, D, D0, BLOCK_N, BLOCK_M)
+            k0 = load(k, key, M, k_m * UNIT, col0, D)
+        else:
+            k0, k1 = load2(k, key, M, k_m * UNIT, D, D0, D1)  # (BLOCK_M, D0), (BLOCK_M, D1)
+            v0, v1 = load2(v, key, M, v_m * UNIT, D, D0, D1)
+            s = product(q0, q1, k0, k1, D1)  # (BLOCK_N, BLOCK_M)
+            dp = product(g0, g1, v0, v1, D1)
+        s = scores(s, scale_log2, mask, mask_n, mask_m, row[:, None], N, key[None, :], M, PER_QUERY)
+        if not EVEN_M:
+            s = tl.where(key[None, :] < M, s, -INF)
+        p = probabilities(s, row_lse, mask)
+        ds = (p * (dp - row_delta[:, None])).to(q.dtype.element_ty)
+        dq0 = dot(ds, k0, dq0)
+        if D1 > 0:
+            dq1 = dot(ds, k1, dq1)
+    store(dq, row, N, H * D, col0, D, dq0 * scale)
+    if D1 > 0:
+        store(dq, row, N, H * D, D0 + tl.arange(0, D1), D, dq1 * scale)
+
+
+@triton.jit
+def _key_gradients(
+    grad, q, k, v, mask, lse, delta, dk, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, piece,
+    H, N, M, width, scale, scale_log2,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
+):  # fmt: skip
+    """One piece of the columns of dk and dv, or of that which is not None, of the keys `key` of one head.
+
+    The pointers are to that head. Scores are transposed, keys × queries, so that they are left operands as they come.
+    Keys beyond M need no care: a key's row of the gradients depends on that key alone, and those rows are not stored.
+    """
+    col0 = piece * D0 + tl.arange(0, D0)
+    if PIECES == 1:
+        k0, k1 = load2(k, key, M, k_m * UNIT, D, D0, D1)  # (BLOCK_M, D0), (BLOCK_M, D1)
+        if dk is not None:
+            v0, v1 = load2(v, key, M, v_m * UNIT, D, D0, D1)
+    if dk is not None:
+        dk0 = tl.zeros((BLOCK_M, D0), tl.float32)
+        if D1 > 0:
+            dk1 = tl.zeros((BLOCK_M, D1), tl.float32)
+    if dv is not None:
+        dv0 = tl.zeros((BLOCK_M, D0), tl.float32)
+        if D1 > 0:
+            dv1 = tl.zeros((BLOCK_M, D1), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        row = start + tl.arange(0, BLOCK_N)
+        if PIECES > 1:
+            s = wide_product(k, key, M, k_m * UNIT, q, row, N, q_n * UNIT, width, D, D0, BLOCK_M, BLOCK_N)
+            if dk is not None:
+                dp = wide_product(v, key, M, v_m * UNIT, grad, row, N, g_n * UNIT, width, D, D0, BLOCK_M, BLOCK_N)
+            q0 = load(q, row, N, q_n * UNIT, col0, D)
+            g0 = load(grad, row, N, g_n * UNIT, col0, D)
+        else:
+            q0, q1 = load2(q, row, N, q_n * UNIT, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
+            g0, g1 = load2(grad, row, N, g_n * UNIT, D, D0, D1)
+            s = product(k0, k1, q0, q1, D1)  # (BLOCK_M, BLOCK_N)
+            if dk is not None:
+                dp = product(v0, v1, g0, g1, D1)
+        s = scores(s, scale_log2, mask, mask_n, mask_m, row[None, :], N, key[:, None], M, PER_QUERY)
+        row_lse = tl.load(lse + row, mask=row < N, other=INF)[None, :]  # beyond N: probabilities of zero
+        p = probabilities(s, row_lse, mask)
+        if dk is not None:
+            row_delta = tl.load(delta + row, mask=row < N, other=0.0)[None, :]
+            ds = (p * (dp - row_delta)).to(q.dtype.element_ty)
+            dk0 = dot(ds, q0, dk0)
+            if D1 > 0:
+                dk1 = dot(ds, q1, dk1)
+        if dv is not None:
+            p = p.to(q.dtype.element_ty)
+            dv0 = dot(p, g0, dv0)
+            if D1 > 0:
+                dv1 = dot(p, g1, dv1)
+    if dk is not None:
+        store(dk, key, M, H * D, col0, D, dk0 * scale)
+        if D1 > 0:
+            store(dk, key, M, H * D, D0 + tl.arange(0, D1), D, dk1 * scale)
+    if dv is not None:
+        store(dv, key, M, H * D, col0, D, dv0)
+        if D1 > 0:
+            store(dv, key, M, H * D, D0 + tl.arange(0, D1), D, dv1)
+
+
+@triton.jit(do_not_specialize=GENERAL)
+def _backward_keys(
+    grad, q, k, v, mask, lse, delta, dk, dv,
+    g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, mask_b, mask_h, mask_n, mask_m,
+    H, N, M, width, scale, scale_log2,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PIECES: tl.constexpr, APART: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
+):  # fmt: skip
+    """dk and dv (one piece of their columns; APART: one of the two) of BLOCK_M keys of one head; reads q, grad, lse and
+    delta once.
+    """
+    PARTS: tl.constexpr = 2 * PIECES if APART else PIECES
+    pid = tl.program_id(0)
+    piece = pid % PIECES
+    tiles = tl.cdiv(M, BLOCK_M)
+    key = (pid // PARTS % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b, h = head_of(pid // PARTS // tiles, H)
+    grad += (b * g_b + h * g_h) * UNIT
+    q += (b * q_b + h * q_h) * UNIT
+    k += (b * k_b + h * k_h) * UNIT
+    v += (b * v_b + h * v_h) * UNIT
+    dk += (b * M * H + h) * D
+    dv += (b * M * H + h) * D
+    lse += (b * H + h) * N
+    delta += (b * H + h) * N
+    if mask is not None:
+        mask += b * mask_b + h * mask_h
+
+    if APART:
+        if pid // PIECES % 2 == 0:
+            _key_gradients(
+                grad, q, k, v, mask, lse, delta, dk, None, g_n, q_n, k_m, v_m, mask_n, mask_m, key, piece,
+                H, N, M, width, scale, scale_log2, D, D0, D1, PIECES, BLOCK_N, BLOCK_M, UNIT, PER_QUERY,
+            )  # fmt: skip
+        else:
+            _key_gradients(
+                grad, q, k, v, mask, lse, delta, None, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, piece,
+                H, N, M, width, scale, scale_log2, D, D0, D1, PIECES, BLOCK_N, BLOCK_M, UNIT, PER_QUERY,
+            )  # fmt: skip
+    else:
+        _key_gradients(
+            grad, q, k, v, mask, lse, delta, dk, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, piece,
+            H, N, M, width, scale, scale_log2, D, D0, D1, PIECES, BLOCK_N, BLOCK_M, UNIT, PER_QUERY,
+        )  # fmt: skip
+
+
+def backward_launches(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> list[Launch]:
+    """What `attention_backward` launches, in this order, to fill dq, dk and dv."""
+    (b, h, n, d), m = q.shape, k.shape[2]
+    unit, half = unit_of(grad, q, k, v, out), q.element_size() == 2
+    mask, mask_strides, per_query = mask_arguments(mask)
+    strides = in_units(unit, grad, q, k, v)
+    scales = (scale, scale * LOG2E.value)
+    options = {"D": d, "UNIT": unit, "PER_QUERY": per_query, "num_stages": 1, "enable_fp_fusion": True}
+    if m <= SHORT_KEYS and half and d <= SHORT_GRADIENT:
+        (d0, d1), (m0, m1) = pieces_of(d), (max(16, triton.next_power_of_2(m)), 0)
+        if mask is None and 16 < d <= 64 and pieces_of(m) == (64, 16):
+            # 80 keys instead of 128 save more than 64 columns instead of 48 cost
+            (d0, d1), (m0, m1) = (triton.next_power_of_2(d), 0), (64, 16)
+        block = 64 if d0 + d1 <= 48 else 16 if mask is not None and d > 64 else 32
+        tiles = max(1, min(16, n // (8 * block)))
+        groups = triton.cdiv(n, block * tiles)
+        dk_parts, dv_parts = torch.empty((2, b * h * groups, m, d), dtype=torch.float32, device=q.device)
+        args = (grad, q, k, v, mask, lse, dq, dk_parts, dv_parts, *strides, *mask_strides, h, n, m, tiles, *scales)
+        warps = 8 if m0 > 64 else 4
+        options.update(D0=d0, D1=d1, M0=m0, M1=m1, BLOCK_N=block, num_warps=warps)
+        add = {"D": d, "BLOCK": 256, "num_warps": 2, "enable_fp_fusion": True}
+        return [
+            Launch(_backward_short, b * h * groups, args, options, RESIDENT_WARPS // warps),
+            Launch(_sum_parts, b * h * triton.cdiv(m * d, 256), (dk_parts, dv_parts, dk, dv, h, m, groups), add, 8),
+        ]
+    delta = torch.empty_like(lse)
+    sizes = (*mask_strides, h, n, m, d, *scales)
+    columns, own, step, warps = plan(d, half, mask is not None, backward=True)
+    even = m % step == 0
+    args = (grad, q, k, v, mask, out, lse, dq, delta, *strides, *in_units(unit, out), *sizes)
+    options.update(REGISTERS if d > 128 else {})
+    for_queries = {**options, **columns, "BLOCK_N": own, "BLOCK_M": step, "EVEN_M": even, "num_warps": warps}
+    programs = b * h * triton.cdiv(n, own) * columns["PIECES"]
+    queries = Launch(_backward_queries, programs, args, for_queries, RESIDENT_WARPS // warps)
+    columns, own, step, warps = plan(d, half, mask is not None, backward=True, keys=True)
+    args = (grad, q, k, v, mask, lse, delta, dk, dv, *strides, *sizes)
+    apart = columns["D0"] + columns["D1"] > BOTH
+    for_keys = {**options, **columns, "APART": apart, "BLOCK_N": step, "BLOCK_M": own, "num_warps": warps}
+    programs = b * h * triton.cdiv(m, own) * columns["PIECES"] * (2 if apart else 1)
+    return [queries, Launch(_backward_keys, programs, args, for_keys, RESIDENT_WARPS // warps)]
+
+
+def attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv), from what the forward returned."""
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()  # the gradient of a sum has strides of zero
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+    for launch in backward_launches(grad, q, k, v, mask, scale, out, lse, dq, dk, dv):
+        launch.run()
+    return dq, dk, dv
