@@ -1,4 +1,4 @@
-"""Triton kernels, imported as `ldm_fast.kernels`: one file per op.
+"""Triton kernels, imported as `ldm_fast.kernels`: a file for each op and direction.
 
 Importing this package costs nothing and needs no Triton, so that `unavailable()` can explain a missing one. The files
 of the ops do need it: ask `unavailable()` first, then import `ldm_fast.kernels.<op>`.
