@@ -23,6 +23,7 @@ from ldm_fast.configs.first_stage import AutoencoderConfig
 from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.diffusion.schedule import NoiseSchedule
 from ldm_fast.models import attention as attention_layers
+from ldm_fast.models import joined
 from ldm_fast.models import memory as reuse
 from ldm_fast.models.attention import Attention
 from ldm_fast.models.autoencoder import AutoencoderKL
@@ -61,7 +62,7 @@ def projected(monkeypatch) -> list[Tensor]:
 
     def linears(x, layers):
         sources.append(x)
-        return reuse.linears(x, layers)
+        return joined.linears(x, layers)
 
     monkeypatch.setattr(attention_layers, "linears", linears)
     return sources
@@ -482,7 +483,7 @@ def joined_products(unet: UNet, context: Tensor, monkeypatch) -> int:
     """How many products with a weight of several projections one call makes."""
     made = []
     linear = nn.functional.linear
-    monkeypatch.setattr(reuse, "F", SimpleNamespace(linear=lambda *given: made.append(given) or linear(*given)))
+    monkeypatch.setattr(joined, "F", SimpleNamespace(linear=lambda *given: made.append(given) or linear(*given)))
     unet.forget()
     run(unet, context)
     monkeypatch.undo()
@@ -605,23 +606,23 @@ def test_linears(bias):
     layers = [nn.Linear(6, width, bias=bias) for width in (5, 3, 1)]
     x = torch.randn(2, 7, 6)
     wanted = [layer(x) for layer in layers]
-    reuse.join(layers)
-    got = reuse.linears(x, layers)
+    joined.join(layers)
+    got = joined.linears(x, layers)
     assert [t.shape for t in got] == [t.shape for t in wanted]
     assert all(relative_error(g, w) <= TOLERANCE for g, w in zip(got, wanted, strict=True))
     assert got[0].untyped_storage().data_ptr() == got[2].untyped_storage().data_ptr()  # one product indeed
     layers[1].weight.zero_()  # still the layer's own
-    assert torch.equal(reuse.linears(x, layers)[1], (layers[1].bias if bias else torch.zeros(1)).expand(2, 7, 3))
+    assert torch.equal(joined.linears(x, layers)[1], (layers[1].bias if bias else torch.zeros(1)).expand(2, 7, 3))
 
 
 @pytest.mark.parametrize("which", range(3))
 def test_a_wrapped_or_hooked_projection_is_called(which):
     layers = [nn.Linear(6, 4) for _ in range(3)]
-    reuse.join(layers)
+    joined.join(layers)
     called = []
     layers[which].register_forward_hook(lambda *_: called.append(which))
     with torch.no_grad():
-        reuse.linears(torch.ones(1, 6), layers)
+        joined.linears(torch.ones(1, 6), layers)
     assert called == [which]
 
 
@@ -641,8 +642,8 @@ def test_hooks_on_every_module_see_the_projections(unet, context, kind):
 
 def test_gradients_reach_every_projection():
     layers = [nn.Linear(6, 4) for _ in range(3)]
-    reuse.join(layers)
-    sum(t.sum() for t in reuse.linears(torch.ones(1, 6), layers)).backward()
+    joined.join(layers)
+    sum(t.sum() for t in joined.linears(torch.ones(1, 6), layers)).backward()
     assert all(layer.weight.grad.all() and layer.bias.grad.all() for layer in layers)
 
 
@@ -654,10 +655,10 @@ def test_layers_that_cannot_be_joined_stay_where_they_are():
         [nn.Linear(6, 4), nn.Linear(6, 4, bias=False)],
     ):
         before = [p.data_ptr() for layer in layers[1:] for p in layer.parameters() if p.ndim == 1 or p.is_meta]
-        reuse.join(layers)
+        joined.join(layers)
         assert [p.data_ptr() for layer in layers[1:] for p in layer.parameters() if p.ndim == 1 or p.is_meta] == before
     with torch.no_grad():
-        half_joined = reuse.linears(torch.ones(1, 6), layers)
+        half_joined = joined.linears(torch.ones(1, 6), layers)
         assert torch.equal(half_joined[0], layers[0](torch.ones(1, 6)))
 
 

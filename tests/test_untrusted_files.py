@@ -64,7 +64,7 @@ def test_code_behind_a_harmless_name_is_not_run(tmp_path):
     code = f"""if True:
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
-        from ldm_fast import checkpoints
+        from ldm_fast.checkpoints import load as checkpoints
         print(checkpoints.load({str(tmp_path / "model.ckpt")!r}).first_stage.config.z_channels)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -256,7 +256,7 @@ def test_errors_on_the_way_back():
     ours["conv_in.bias"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"(?s)1 unexpected: extra.*conv_in.bias is \(3,\) instead of \(32,\)"):
         ours_to_compvis(ours, config)
-    with pytest.raises(TypeError, match="no layout for dict"):
+    with pytest.raises(TypeError, match="no model for dict"):
         compvis_to_ours({}, {})
 
 
