@@ -25,6 +25,7 @@
 // phase, which has little to compute, writes it; only a dx that is computed from scratch is streamed.
 #pragma once
 
+#include "huge_pages.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -71,20 +72,20 @@ inline Centre conclude(const GroupNormSilu& a, int64_t i, const Moments& measure
     return c;
 }
 
-// What the apply phase multiplies p and q by, so that exp2 can take what they give, t = STRETCH h, as it is.
-template <bool silu>
-constexpr float STRETCH = silu ? -LOG2_E : 1.0f;
+// What the apply phase multiplies p and q by, so that exp2 can take what they give, t = stretch h, as it is.
+constexpr float stretch(bool silu) { return silu ? -LOG2_E : 1.0f; }
 
 // Of n channels from `channel` on in one group: what the apply phase multiplies x - mean by and what it adds to it.
-template <bool silu, class Args>
+template <class Args>
 inline void write_affine(const Args& a, int64_t batch, int64_t channel, int64_t n, Centre centre, float* gains,
                          float* offsets) {
     const int64_t first = batch * a.channels + channel;
+    const F stretched = set(stretch(a.silu));
     each_vector(n, [&](int64_t i, auto lanes) {
-        F p = set(STRETCH<silu>), q = zero();
+        F p = stretched, q = zero();
         if (a.scale) p = p + p * load(a.scale + first + i, lanes);
         if (a.bias) q = p * load(a.bias + channel + i, lanes);
-        if (a.shift) q = fma(load(a.shift + first + i, lanes), set(STRETCH<silu>), q);
+        if (a.shift) q = fma(load(a.shift + first + i, lanes), stretched, q);
         if (a.weight) p = p * load(a.weight + channel + i, lanes);
         store(gains + i, p * centre.rstd, lanes), store(offsets + i, q - p * centre.rest, lanes);
     });
@@ -98,18 +99,18 @@ constexpr int DEGREE<f16> = 4;
 template <>
 constexpr int DEGREE<bf16> = 3;
 
-// The activation of h = t / STRETCH, in place; SiLU is t / (STRETCH + STRETCH 2^t). A division takes less than a
+// The activation of h = t / stretch, in place; SiLU is t / (stretch + stretch 2^t). A division takes less than a
 // reciprocal and what mends it.
 template <class T, bool silu, int n>
 [[gnu::always_inline]] inline void activate(F (&t)[n]) {
     if constexpr (silu) {
         F divisor[n];
-        exp2<DEGREE<T>>(t, divisor, STRETCH<silu>, STRETCH<silu>);
+        exp2<DEGREE<T>>(t, divisor, stretch(silu), stretch(silu));
         for (int v = 0; v < n; ++v) t[v] = t[v] / divisor[v];
     }
 }
 
-// grad times the derivative of the activation at h = t / STRETCH, in place.
+// grad times the derivative of the activation at h = t / stretch, in place.
 template <class T, bool silu, int n>
 [[gnu::always_inline]] inline void through_activation(F (&grad)[n], const F (&t)[n]) {
     if constexpr (silu) {
@@ -117,9 +118,49 @@ template <class T, bool silu, int n>
         exp2<DEGREE<T>>(t, divisor, 1.0f, 1.0f);
         for (int v = 0; v < n; ++v) {
             const F s = 1.0f / divisor[v];
-            grad[v] = grad[v] * s * fma(t[v] * (1.0f / STRETCH<silu>), 1.0f - s, set(1.0f));
+            grad[v] = grad[v] * s * fma(t[v] * (1.0f / stretch(silu)), 1.0f - s, set(1.0f));
         }
     }
+}
+
+// A condition that loops are compiled for. The phases around the loops are the same code whatever it is: choose() calls
+// body with the conditions as constants, once for a slab.
+template <bool condition>
+struct Known {
+    static constexpr bool value = condition;
+};
+
+template <class Body>
+inline void choose(bool condition, const Body& body) {
+    condition ? body(Known<true>{}) : body(Known<false>{});
+}
+
+template <class Body>
+inline void choose(bool silu, bool streamed, const Body& body) {
+    choose(silu, [&](auto with_silu) {
+        if constexpr (STREAMS) {
+            choose(streamed, [&](auto with_streams) { body(with_silu, with_streams); });
+        } else {
+            (void)streamed;
+            body(with_silu, Known<false>{});
+        }
+    });
+}
+
+// With one pixel both layouts are the same memory, and vectors should run over channels.
+template <class Args>
+inline bool channels_innermost(const Args& a) {
+    return a.channels_last || a.spatial == 1;
+}
+
+// Whether to stream the result. `out` is null if nothing of that size is written; `arrays` is how many arrays of its
+// size are read and written.
+template <class T, class Args>
+inline bool streamed(const Args& a, void* out, int arrays) {
+    const int64_t bytes = out ? a.batch * a.channels * a.spatial * static_cast<int64_t>(sizeof(T)) : 0;
+    prefer_huge_pages(out, bytes);
+    const int64_t row = channels_innermost(a) ? a.channels : a.spatial;
+    return arrays * bytes >= CACHED_BYTES && streamable(static_cast<const T*>(out), row);
 }
 
 template <class Args>

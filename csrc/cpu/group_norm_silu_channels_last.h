@@ -125,8 +125,30 @@ inline void measure(const T* x, int64_t n, int64_t channels, const float* shift,
 // Numbers per channel, one row of them each: what measuring needs, then what applying does.
 enum ForwardRow { MEAN, GAIN, OFFSET, FORWARD_ROWS };
 
+// y of n pixels.
 template <class T, bool silu, bool streamed>
-bool forward(const GroupNormSilu& a) {
+inline void apply(const T* x, T* y, int64_t n, int64_t C, const float* rows) {
+    each_pixel<4>(n, C, [&](int64_t c, int64_t i, auto pixels, int64_t next, auto vectors) {
+        constexpr int V = decltype(vectors)::n;
+        F mean[V], p[V], q[V], t[V];
+        load(rows + MEAN * C + c, mean, vectors), load(rows + GAIN * C + c, p, vectors);
+        load(rows + OFFSET * C + c, q, vectors);
+        for (int k = 0; k < pixels.n; ++k) {
+            load(x + i + k * C, t, vectors);
+            for (int v = 0; v < V; ++v) {
+                const int64_t ahead = next + (k * V + v) * W;
+                __builtin_prefetch(x + ahead, 0, 2);
+                if (!streamed) __builtin_prefetch(y + ahead, 1);
+                t[v] = fma(t[v] - mean[v], p[v], q[v]);
+            }
+            activate<T, silu>(t);
+            store<streamed>(y + i + k * C, t, vectors);
+        }
+    });
+}
+
+template <class T>
+bool forward(const GroupNormSilu& a, bool streamed) {
     const Slabs slabs(a.channels, a.spatial);
     const int64_t units = a.batch, C = a.channels, per_group = C / a.groups, per_sample = C * a.spatial;
     const T* const x = static_cast<const T*>(a.x);
@@ -168,32 +190,15 @@ bool forward(const GroupNormSilu& a) {
             }
             const Centre group = conclude(a, unit * a.groups + g, measured);
             fill(rows + MEAN * C + c, per_group, group.mean);
-            write_affine<silu>(a, unit, c, per_group, group, rows + GAIN * C + c, rows + OFFSET * C + c);
+            write_affine(a, unit, c, per_group, group, rows + GAIN * C + c, rows + OFFSET * C + c);
         }
         for (int row = 0; row < FORWARD_ROWS; ++row) to_order_of<T>(rows + row * C, C);
     };
     const auto last = [&](int64_t unit, int64_t slab, int) {
         if (a.phases == Phases::measure) return;
-        const float* const rows = rows_of(unit);
         const int64_t begin = slabs.begin(slab), at = unit * per_sample + begin * C;
-        const T* const from = x + at;
-        T* const to = y + at;
-        each_pixel<4>(slabs.end(slab) - begin, C, [&](int64_t c, int64_t i, auto pixels, int64_t next, auto vectors) {
-            constexpr int V = decltype(vectors)::n;
-            F mean[V], p[V], q[V], t[V];
-            load(rows + MEAN * C + c, mean, vectors), load(rows + GAIN * C + c, p, vectors);
-            load(rows + OFFSET * C + c, q, vectors);
-            for (int k = 0; k < pixels.n; ++k) {
-                load(from + i + k * C, t, vectors);
-                for (int v = 0; v < V; ++v) {
-                    const int64_t ahead = next + (k * V + v) * W;
-                    __builtin_prefetch(from + ahead, 0, 2);
-                    if (!streamed) __builtin_prefetch(to + ahead, 1);
-                    t[v] = fma(t[v] - mean[v], p[v], q[v]);
-                }
-                activate<T, silu>(t);
-                store<streamed>(to + i + k * C, t, vectors);
-            }
+        choose(a.silu, streamed, [&](auto silu, auto streamed) {
+            apply<T, silu.value, streamed.value>(x + at, y + at, slabs.end(slab) - begin, C, rows_of(unit));
         });
         if (streamed) finish_streaming();
     };
@@ -206,20 +211,20 @@ bool forward(const GroupNormSilu& a) {
 // and of dL/dx̂ · x̂ in them: -(MEAN_G + MEAN_G_X (x - mean)).
 enum BackwardRow { MEAN_G = FORWARD_ROWS, MEAN_G_X, BACKWARD_ROWS };
 
-template <class T, bool silu>
+template <class T>
 inline void write_coefficients(const GroupNormSiluBackward& a, int64_t unit, float* rows) {
     const int64_t C = a.channels, per_group = C / a.groups;
     for (int64_t g = 0; g < a.groups; ++g) {
         const Centre group{a.mean[unit * a.groups + g], a.rstd[unit * a.groups + g], 0.0f};
         const int64_t c = g * per_group;
         fill(rows + MEAN * C + c, per_group, group.mean);
-        write_affine<silu>(a, unit, c, per_group, group, rows + GAIN * C + c, rows + OFFSET * C + c);
+        write_affine(a, unit, c, per_group, group, rows + GAIN * C + c, rows + OFFSET * C + c);
     }
     for (int row = 0; row < FORWARD_ROWS; ++row) to_order_of<T>(rows + row * C, C);
 }
 
 // The rows of means from the sums of dh and dh·x̂ over the pixels of each channel.
-template <class T, bool silu>
+template <class T>
 inline void write_means(const GroupNormSiluBackward& a, int64_t unit, const float* s, const float* t, float* rows) {
     const int64_t C = a.channels, per_group = C / a.groups;
     float *const gain = rows + GAIN * C, *const mean_g = rows + MEAN_G * C, *const mean_g_x = rows + MEAN_G_X * C;
@@ -228,7 +233,7 @@ inline void write_means(const GroupNormSiluBackward& a, int64_t unit, const floa
         double sum_g = 0, sum_g_x = 0;
         const int64_t begin = g * per_group, end = begin + per_group;
         for (int64_t c = begin; c < end; ++c) sum_g += double{gain[c]} * s[c], sum_g_x += double{gain[c]} * t[c];
-        const double factor = -1.0 / (STRETCH<silu> * static_cast<double>(per_group * a.spatial));
+        const double factor = -1.0 / (stretch(a.silu) * static_cast<double>(per_group * a.spatial));
         fill(mean_g + begin, per_group, static_cast<float>(sum_g * factor));
         fill(mean_g_x + begin, per_group, static_cast<float>(sum_g_x * factor * a.rstd[unit * a.groups + g]));
     }
@@ -284,14 +289,14 @@ inline void apply_pixels(const T* x, const T* grad, const float* kept, T* dx, in
                 load(grad + i, d, vectors);
                 through_activation<T, silu>(d, h);
             }
-            for (int v = 0; v < V; ++v) d[v] = fma(d[v], p[v] * (1.0f / STRETCH<silu>), fma(off[v], g_x[v], g[v]));
+            for (int v = 0; v < V; ++v) d[v] = fma(d[v], p[v] * (1.0f / stretch(silu)), fma(off[v], g_x[v], g[v]));
             store<streamed>(dx + i, d, vectors);
         }
     });
 }
 
-template <class T, bool silu, bool streamed>
-bool backward(const GroupNormSiluBackward& a) {
+template <class T>
+bool backward(const GroupNormSiluBackward& a, bool streamed) {
     const Slabs slabs(a.channels, a.spatial);
     const int64_t units = a.batch, C = a.channels, per_group = C / a.groups, per_sample = C * a.spatial;
     const T *const x = static_cast<const T*>(a.x), *const grad = static_cast<const T*>(a.grad);
@@ -302,14 +307,17 @@ bool backward(const GroupNormSiluBackward& a) {
     Kept<T> kept(dx, per_sample, unit_by_unit(units, slabs.per_unit, threads), threads);
     if (!coefficients.data || !sums.data || !dh.data || !dh_x.data || !kept.scratch.data) return false;
     for (int64_t unit = 0; unit < units; ++unit)
-        write_coefficients<T, silu>(a, unit, coefficients.data + unit * BACKWARD_ROWS * C);
+        write_coefficients<T>(a, unit, coefficients.data + unit * BACKWARD_ROWS * C);
 
     const auto first = [&](int64_t unit, int64_t slab, int slot) {
         float *const s = sums.data + (unit * slabs.per_unit + slab) * 2 * C, *const keep = kept.at(unit, slot);
         const int64_t begin = slabs.begin(slab), at = unit * per_sample + begin * C;
         fill(s, 2 * C, 0.0f);
-        add_pixels<T, silu>(x + at, grad + at, slabs.end(slab) - begin, C, coefficients.data + unit * BACKWARD_ROWS * C,
-                            keep ? keep + begin * C : nullptr, s);
+        choose(a.silu, [&](auto silu) {
+            add_pixels<T, silu.value>(x + at, grad + at, slabs.end(slab) - begin, C,
+                                      coefficients.data + unit * BACKWARD_ROWS * C, keep ? keep + begin * C : nullptr,
+                                      s);
+        });
     };
     const auto between = [&](int64_t unit, int) {
         float *const s = dh.data + unit * C, *const t = dh_x.data + unit * C;
@@ -321,17 +329,16 @@ bool backward(const GroupNormSiluBackward& a) {
         from_order_of<T>(s, C), from_order_of<T>(t, C);
         for (int64_t g = 0; g < a.groups; ++g)
             for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) t[c] *= a.rstd[unit * a.groups + g];
-        write_means<T, silu>(a, unit, s, t, coefficients.data + unit * BACKWARD_ROWS * C);
+        write_means<T>(a, unit, s, t, coefficients.data + unit * BACKWARD_ROWS * C);
     };
     const auto last = [&](int64_t unit, int64_t slab, int slot) {
         const float* const keep = kept.at(unit, slot);
         const int64_t begin = slabs.begin(slab), at = unit * per_sample + begin * C;
         const float* const rows = coefficients.data + unit * BACKWARD_ROWS * C;
-        if (keep) {
-            apply_pixels<T, silu, false>(x + at, nullptr, keep + begin * C, dx + at, slabs.end(slab) - begin, C, rows);
-        } else {
-            apply_pixels<T, silu, streamed>(x + at, grad + at, nullptr, dx + at, slabs.end(slab) - begin, C, rows);
-        }
+        choose(a.silu, streamed && !keep, [&](auto silu, auto streamed) {
+            apply_pixels<T, silu.value, streamed.value>(x + at, grad + at, keep ? keep + begin * C : nullptr, dx + at,
+                                                        slabs.end(slab) - begin, C, rows);
+        });
         if (streamed) finish_streaming();
     };
     run_phases(units, slabs.per_unit, threads, first, between, last);

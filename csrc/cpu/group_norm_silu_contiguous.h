@@ -142,8 +142,8 @@ inline Moments apply_and_measure(const T* x, T* y, int64_t channels, int64_t spa
     return total;
 }
 
-template <class T, bool silu, bool streamed>
-bool forward(const GroupNormSilu& a) {
+template <class T>
+bool forward(const GroupNormSilu& a, bool streamed) {
     const Slabs slabs(a.channels, a.groups, a.spatial);
     const int64_t units = a.batch * a.groups;
     const T* const x = static_cast<const T*>(a.x);
@@ -170,12 +170,14 @@ bool forward(const GroupNormSilu& a) {
         for (int64_t begin = slabs.begin(slab); begin < end; begin += AT_ONCE) {
             const int64_t count = end - begin < AT_ONCE ? end - begin : AT_ONCE;
             const int64_t channel = unit * slabs.channels_per_group + begin;  // of all B * C
-            write_affine<silu>(a, sample, channel - sample * a.channels, count, centres.data[unit], gains, offsets);
-            for (int64_t k = 0; k < count; ++k) {
-                const int64_t from = (channel + k) * a.spatial;
-                apply<T, silu, streamed>(x + from, y + from, a.spatial, centres.data[unit].mean, gains[k], offsets[k],
-                                         slabs.ahead(a.spatial));
-            }
+            write_affine(a, sample, channel - sample * a.channels, count, centres.data[unit], gains, offsets);
+            choose(a.silu, streamed, [&](auto silu, auto streamed) {
+                for (int64_t k = 0; k < count; ++k) {
+                    const int64_t from = (channel + k) * a.spatial;
+                    apply<T, silu.value, streamed.value>(x + from, y + from, a.spatial, centres.data[unit].mean,
+                                                         gains[k], offsets[k], slabs.ahead(a.spatial));
+                }
+            });
         }
         if (streamed) finish_streaming();
     };
@@ -195,10 +197,12 @@ bool forward(const GroupNormSilu& a) {
         for (int64_t next = claim(); next >= 0; next = claim()) {
             between(unit, slot);
             const int64_t sample = unit / a.groups, channel = unit * channels - sample * a.channels;
-            write_affine<silu>(a, sample, channel, channels, centres.data[unit], gains, offsets);
-            measured.data[next] =
-                apply_and_measure<T, silu, streamed>(x + unit * per_unit, y + unit * per_unit, channels, a.spatial,
-                                                     centres.data[unit].mean, gains, offsets, x + next * per_unit);
+            write_affine(a, sample, channel, channels, centres.data[unit], gains, offsets);
+            choose(a.silu, streamed, [&](auto silu, auto streamed) {
+                measured.data[next] = apply_and_measure<T, silu.value, streamed.value>(
+                    x + unit * per_unit, y + unit * per_unit, channels, a.spatial, centres.data[unit].mean, gains,
+                    offsets, x + next * per_unit);
+            });
             unit = next;
         }
         between(unit, slot), last(unit, 0, slot);
@@ -244,7 +248,7 @@ struct Means {
 template <class T, bool silu, bool streamed>
 inline void apply_channel(const T* x, const T* grad, const float* kept, T* dx, int64_t n, float mean, float gain,
                           float offset, Means means) {
-    const F m = set(mean), p = set(gain), q = set(offset), slope = set(gain / STRETCH<silu>);
+    const F m = set(mean), p = set(gain), q = set(offset), slope = set(gain / stretch(silu));
     const F minus_g = set(-means.g), minus_g_x = set(-means.g_x);
     each_pair(n, [&](int64_t i, auto vectors) {
         constexpr int V = decltype(vectors)::n;
@@ -265,8 +269,8 @@ inline void apply_channel(const T* x, const T* grad, const float* kept, T* dx, i
     });
 }
 
-template <class T, bool silu, bool streamed>
-bool backward(const GroupNormSiluBackward& a) {
+template <class T>
+bool backward(const GroupNormSiluBackward& a, bool streamed) {
     const Slabs slabs(a.channels, a.groups, a.spatial);
     const int64_t units = a.batch * a.groups, per_group = slabs.channels_per_group, S = a.spatial;
     const T *const x = static_cast<const T*>(a.x), *const grad = static_cast<const T*>(a.grad);
@@ -283,19 +287,21 @@ bool backward(const GroupNormSiluBackward& a) {
         float gains[AT_ONCE], offsets[AT_ONCE];
         for (; begin < end; begin += AT_ONCE) {
             const int64_t count = end - begin < AT_ONCE ? end - begin : AT_ONCE, channel = unit * per_group + begin;
-            write_affine<silu>(a, sample, channel - sample * a.channels, count, {a.mean[unit], a.rstd[unit], 0.0f},
-                               gains, offsets);
+            write_affine(a, sample, channel - sample * a.channels, count, {a.mean[unit], a.rstd[unit], 0.0f}, gains,
+                         offsets);
             for (int64_t k = 0; k < count; ++k) body(begin + k, channel + k, gains[k], offsets[k]);
         }
     };
     const auto first = [&](int64_t unit, int64_t slab, int slot) {
         float* const keep = kept.at(unit, slot);
-        each_channel(unit, slabs.begin(slab), slabs.end(slab), [&](int64_t k, int64_t channel, float p, float q) {
-            double sums[2] = {0, 0};
-            add_channel<T, silu>(x + channel * S, grad + channel * S, S, a.mean[unit], p, q,
-                                 keep ? keep + k * S : nullptr, dx + channel * S, slabs.ahead(S), sums);
-            dh.data[channel] = static_cast<float>(sums[0]);
-            dh_x.data[channel] = static_cast<float>(sums[1] * a.rstd[unit]);
+        choose(a.silu, [&](auto silu) {
+            each_channel(unit, slabs.begin(slab), slabs.end(slab), [&](int64_t k, int64_t channel, float p, float q) {
+                double sums[2] = {0, 0};
+                add_channel<T, silu.value>(x + channel * S, grad + channel * S, S, a.mean[unit], p, q,
+                                           keep ? keep + k * S : nullptr, dx + channel * S, slabs.ahead(S), sums);
+                dh.data[channel] = static_cast<float>(sums[0]);
+                dh_x.data[channel] = static_cast<float>(sums[1] * a.rstd[unit]);
+            });
         });
     };
     const auto between = [&](int64_t unit, int) {
@@ -303,19 +309,17 @@ bool backward(const GroupNormSiluBackward& a) {
         each_channel(unit, 0, per_group, [&](int64_t, int64_t channel, float p, float) {
             s += double{p} * dh.data[channel], t += double{p} * dh_x.data[channel];
         });
-        const double factor = 1.0 / (STRETCH<silu> * static_cast<double>(per_group * S));
+        const double factor = 1.0 / (stretch(a.silu) * static_cast<double>(per_group * S));
         means.data[unit] = {static_cast<float>(s * factor), static_cast<float>(t * factor * a.rstd[unit])};
     };
     const auto last = [&](int64_t unit, int64_t slab, int slot) {
         const float* const keep = kept.at(unit, slot);
-        each_channel(unit, slabs.begin(slab), slabs.end(slab), [&](int64_t k, int64_t channel, float p, float q) {
-            if (keep) {
-                apply_channel<T, silu, false>(x + channel * S, nullptr, keep + k * S, dx + channel * S, S, a.mean[unit],
-                                              p, q, means.data[unit]);
-            } else {
-                apply_channel<T, silu, streamed>(x + channel * S, grad + channel * S, nullptr, dx + channel * S, S,
-                                                 a.mean[unit], p, q, means.data[unit]);
-            }
+        choose(a.silu, streamed && !keep, [&](auto silu, auto streamed) {
+            each_channel(unit, slabs.begin(slab), slabs.end(slab), [&](int64_t k, int64_t channel, float p, float q) {
+                apply_channel<T, silu.value, streamed.value>(x + channel * S, grad + channel * S,
+                                                             keep ? keep + k * S : nullptr, dx + channel * S, S,
+                                                             a.mean[unit], p, q, means.data[unit]);
+            });
         });
         if (streamed) finish_streaming();
     };

@@ -6,16 +6,17 @@
 
 namespace ldm::LDM_ISA {
 
+#if defined(__AVX2__)
+constexpr bool STREAMS = true;
+#else
+constexpr bool STREAMS = false;
+#endif
+
 // Whether rows of `row` elements, the first of them at p, are made of whole cache lines.
 template <class T>
 inline bool streamable(const T* p, int64_t row) {
-#if defined(__AVX2__)
     constexpr uintptr_t LINE = 64;
-    return reinterpret_cast<uintptr_t>(p) % LINE == 0 && static_cast<uintptr_t>(row) * sizeof(T) % LINE == 0;
-#else
-    (void)p, (void)row;
-    return false;
-#endif
+    return STREAMS && reinterpret_cast<uintptr_t>(p) % LINE == 0 && static_cast<uintptr_t>(row) * sizeof(T) % LINE == 0;
 }
 
 // finish_streaming() goes between the last of these stores and whatever tells another thread about them.
