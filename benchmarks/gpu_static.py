@@ -44,6 +44,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ldm_fast.kernels import Launch, attention, attention_backward, group_norm_silu, group_norm_silu_backward
+from ldm_fast.kernels.group_norm_silu_common import Norm
 from ldm_fast.ops.cases import Attention, GroupNormSilu, flops
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -176,10 +177,11 @@ def group_norm_silu_launches(
     )
     statistics = torch.empty(2, shape.B, GROUPS, device="meta")
     silu = "silu" if shape.silu else None
-    forward = group_norm_silu.forward_launches(x, GROUPS, weight, bias, 1e-5, silu, scale, shift, y, statistics)
+    norm = Norm(x, GROUPS, weight, bias, 1e-5, silu, scale, shift)
+    forward = group_norm_silu.forward_launches(norm, y, statistics)
     weight, bias, dweight, dbias = of_training
-    inputs = (grad, x, GROUPS, weight, bias, silu, scale, shift, statistics)
-    return forward + group_norm_silu_backward.backward_launches(*inputs, dx, dweight, dbias, dscale, dshift)
+    norm, gradients = norm._replace(weight=weight, bias=bias), (dx, dweight, dbias, dscale, dshift)
+    return forward + group_norm_silu_backward.backward_launches(grad, norm, statistics, gradients)
 
 
 def works(ops: Iterable[str], dtype: torch.dtype, quick: bool = False) -> Iterator[tuple[str, list[Launch]]]:
@@ -242,7 +244,7 @@ def _source(launch: Launch) -> ASTSource:
 
 def compile_launch(launch: Launch, arch: int) -> Static:
     """Compile one launch for sm_`arch` and read the machine code."""
-    options = {name: value for name, value in launch.options.items() if name not in launch.kernel.arg_names}
+    options = {name: value for name, value in launch.keywords.items() if name not in launch.kernel.arg_names}
     built = triton.compile(_source(launch), target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(built.asm["cubin"])

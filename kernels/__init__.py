@@ -7,7 +7,6 @@ of the ops do need it: ask `unavailable()` first, then import `ldm_fast.kernels.
 import contextlib
 import functools
 import os
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -19,17 +18,22 @@ _OLDEST = (8, 0)  # compute capability: what Triton supports, and what the share
 class Launch(NamedTuple):
     """One kernel launch as data: an op runs its launches, the static checks compile the same ones without a GPU."""
 
-    kernel: Callable[..., Any]
+    kernel: Any  # a function under `triton.jit`, which is untyped
     programs: int
     args: tuple[Any, ...]
     options: dict[str, Any]
     resident: int = 1  # programs that one multiprocessor is meant to hold at a time: registers and memory allow it
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The options, and fused multiply-adds: from Triton 3.10 on, the compiler makes them only if it is told to."""
+        return {"enable_fp_fusion": True, **self.options}
+
     def run(self) -> None:
         device = next(arg.device for arg in self.args if isinstance(arg, torch.Tensor))
         # Triton launches on the current device, which need not be that of the tensors
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[(self.programs,)](*self.args, **self.options)
+            self.kernel[(self.programs,)](*self.args, **self.keywords)
 
 
 def interpreting() -> bool:

@@ -208,7 +208,7 @@ def forward_launches(
     unit, half = unit_of(q, k, v), q.element_size() == 2
     mask, mask_strides, per_query = mask_arguments(mask)
     tensors = (q, k, v, mask, out, lse, *in_units(unit, q, k, v), *mask_strides)
-    options = {"D": d, "UNIT": unit, "PER_QUERY": per_query, "num_stages": 2, "enable_fp_fusion": True}
+    options = {"D": d, "UNIT": unit, "PER_QUERY": per_query, "num_stages": 2}
     if half and _is_short(m, d, mask is not None):
         (d0, d1), (m0, m1) = pieces_of(d), pieces_of(m)
         block, warps = 64, 4

@@ -374,7 +374,7 @@ def backward_launches(
     mask, mask_strides, per_query = mask_arguments(mask)
     strides = in_units(unit, grad, q, k, v)
     scales = (scale, scale * LOG2E.value)
-    options = {"D": d, "UNIT": unit, "PER_QUERY": per_query, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"D": d, "UNIT": unit, "PER_QUERY": per_query, "num_stages": 1}
     if m <= SHORT_KEYS and half and d <= SHORT_GRADIENT:
         (d0, d1), (m0, m1) = pieces_of(d), (max(16, triton.next_power_of_2(m)), 0)
         if mask is None and 16 < d <= 64 and pieces_of(m) == (64, 16):
@@ -387,7 +387,7 @@ def backward_launches(
         args = (grad, q, k, v, mask, lse, dq, dk_parts, dv_parts, *strides, *mask_strides, h, n, m, tiles, *scales)
         warps = 8 if m0 > 64 else 4
         options.update(D0=d0, D1=d1, M0=m0, M1=m1, BLOCK_N=block, num_warps=warps)
-        add = {"D": d, "BLOCK": 256, "num_warps": 2, "enable_fp_fusion": True}
+        add = {"D": d, "BLOCK": 256, "num_warps": 2}
         return [
             Launch(_backward_short, b * h * groups, args, options, RESIDENT_WARPS // warps),
             Launch(_sum_parts, b * h * triton.cdiv(m * d, 256), (dk_parts, dv_parts, dk, dv, h, m, groups), add, 8),

@@ -13,6 +13,7 @@ Layouts and tiles: `group_norm_silu_common`.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import Launch, refuse, unavailable
 from .group_norm_silu_backward import group_norm_silu_backward
@@ -20,16 +21,20 @@ from .group_norm_silu_common import (
     GENERAL,
     MOST_CHANNELS,
     ON_CHIP,
+    Norm,
     affine,
-    aligned,
-    block_of,
-    group_of,
+    group_launch,
+    known_groups,
     layout_of,
+    load,
     on_chip,
-    per_width_of,
-    resident_of,
+    partial_results,
+    some_channels,
+    some_pixels,
+    split_launch,
     split_of,
-    tile_of,
+    store,
+    whole_group,
 )
 
 __all__ = [
@@ -60,26 +65,22 @@ def _forward_group(
     UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """One group of one image, kept on chip; grid (B · G). Moves x and y once."""
-    C, S = aligned(C, S, UNIT, CHANNELS_LAST)
-    width, _ = aligned(width, S, UNIT, CHANNELS_LAST)
     pid = tl.program_id(0)
-    b = (pid // G).to(tl.int64)
-    last = (pid % G + 1) * width
-    channel = pid % G * width + tl.arange(0, CHANNELS)
-    offsets, inside = tile_of(channel, tl.arange(0, PIXELS), last, C, S, CHANNELS_LAST)
-    value = tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
+    row, image, channel, exists, offsets, inside, count = whole_group(
+        pid, C, S, G, width, CHANNELS, PIXELS, UNIT, CHANNELS_LAST
+    )
+    value = load(x + image, offsets, inside)  # (CHANNELS, PIXELS)
 
-    count = 1.0 * width * S
     center, deviation = _moments(value, inside, count)
     inverse = tl.rsqrt(deviation / count + eps)
     tl.store(mean + pid, center)
     tl.store(rstd + pid, inverse)
 
-    factor, offset, _ = affine(weight, bias, scale, shift, b * C, channel, channel < last)
+    factor, offset, _ = affine(weight, bias, scale, shift, row, channel, exists)
     h = (value - center) * inverse * factor[:, None] + offset[:, None]
     if SILU:
         h *= tl.sigmoid(h)
-    tl.store(y + b * C * S + offsets, h.to(y.dtype.element_ty), mask=inside)
+    store(y + image, offsets, h, inside)
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -91,20 +92,14 @@ def _stats(
 
     Every element of the tile follows its own mean (Welford 1962); they are joined once, at the end.
     """
-    C, S = aligned(C, S, UNIT, CHANNELS_LAST)
-    pid = tl.program_id(0)
-    tiles = tl.cdiv(C, CHANNELS)
-    chunk = pid % chunks
-    channel = pid // chunks % tiles * CHANNELS + tl.arange(0, CHANNELS)
-    b = (pid // chunks // tiles).to(tl.int64)
-    x += b * C * S
+    C, S, b, channel, exists, chunk = some_channels(tl.program_id(0), C, S, chunks, CHANNELS, UNIT, CHANNELS_LAST)
     center = tl.zeros((CHANNELS, PIXELS), tl.float32)
     deviation = tl.zeros((CHANNELS, PIXELS), tl.float32)
     count = tl.zeros((PIXELS,), tl.float32)
     for step in range(steps):
         pixel = (chunk * steps + step) * PIXELS + tl.arange(0, PIXELS)
-        offsets, inside = tile_of(channel.to(tl.int64), pixel, C, C, S, CHANNELS_LAST)
-        value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+        offsets, inside = some_pixels(chunk * steps + step, channel, C, S, PIXELS, CHANNELS_LAST)
+        value = load(x + b * C * S, offsets, inside)
         off = tl.where(inside, value - center, 0.0)
         center += off * (1.0 / (step + 1))
         deviation += off * tl.where(inside, value - center, 0.0)
@@ -116,8 +111,8 @@ def _stats(
     rest = tl.sum(off * count[None, :], 1) / total
     squares = tl.sum(deviation + off * off * count[None, :], 1) - total * rest * rest
     place = (b * C + channel) * chunks + chunk
-    tl.store(means + place, joined + rest, mask=channel < C)
-    tl.store(deviations + place, squares, mask=channel < C)
+    tl.store(means + place, joined + rest, mask=exists)
+    tl.store(deviations + place, squares, mask=exists)
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -133,15 +128,14 @@ def _merge(means, deviations, mean, rstd, S, G, width, chunks, pixels, eps, BLOC
     for start in range(0, parts, BLOCK):
         part = start + tl.arange(0, BLOCK)
         count = tl.minimum(pixels, S - part % chunks * pixels).to(tl.float32)
-        acc += tl.where(part < parts, (tl.load(means + part, mask=part < parts, other=0.0) - first) * count, 0.0)
+        acc += tl.where(part < parts, (load(means, part, part < parts) - first) * count, 0.0)
     center = first + tl.sum(acc, 0) / total
     acc = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, parts, BLOCK):
         part = start + tl.arange(0, BLOCK)
         count = tl.minimum(pixels, S - part % chunks * pixels).to(tl.float32)
-        off = tl.load(means + part, mask=part < parts, other=0.0) - center
-        within = tl.load(deviations + part, mask=part < parts, other=0.0)
-        acc += tl.where(part < parts, within + off * off * count, 0.0)
+        off = load(means, part, part < parts) - center
+        acc += tl.where(part < parts, load(deviations, part, part < parts) + off * off * count, 0.0)
     tl.store(mean + pid, center)
     tl.store(rstd + pid, tl.rsqrt(tl.sum(acc, 0) / total + eps))
 
@@ -156,187 +150,143 @@ def _apply(
 
     Moves x and y once; what belongs to a channel is read and worked out once, before the loop.
     """
-    C, S = aligned(C, S, UNIT, CHANNELS_LAST)
-    pid = tl.program_id(0)
-    tiles = tl.cdiv(C, CHANNELS)
-    chunk = pid % chunks
-    channel = pid // chunks % tiles * CHANNELS + tl.arange(0, CHANNELS)
-    b = (pid // chunks // tiles).to(tl.int64)
-    group = b * G + group_of(channel, per_width)
-    center = tl.load(mean + group, mask=channel < C, other=0.0)[:, None]  # (CHANNELS, 1)
-    inverse = tl.load(rstd + group, mask=channel < C, other=0.0)
-    factor, offset, _ = affine(weight, bias, scale, shift, b * C, channel, channel < C)
-    factor, offset = (inverse * factor)[:, None], offset[:, None]
+    C, S, b, channel, exists, chunk = some_channels(tl.program_id(0), C, S, chunks, CHANNELS, UNIT, CHANNELS_LAST)
+    _, center, inverse, factor, offset = known_groups(
+        mean, rstd, weight, bias, scale, shift, b, channel, exists, C, G, per_width
+    )
+    center, factor, offset = center[:, None], (inverse * factor)[:, None], offset[:, None]  # (CHANNELS, 1)
     for step in range(steps):
-        pixel = (chunk * steps + step) * PIXELS + tl.arange(0, PIXELS)
-        offsets, inside = tile_of(channel.to(tl.int64), pixel, C, C, S, CHANNELS_LAST)
-        value = tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
-        h = (value - center) * factor + offset
+        offsets, inside = some_pixels(chunk * steps + step, channel, C, S, PIXELS, CHANNELS_LAST)
+        h = (load(x + b * C * S, offsets, inside) - center) * factor + offset  # (CHANNELS, PIXELS)
         if SILU:
             h *= tl.sigmoid(h)
-        tl.store(y + b * C * S + offsets, h.to(y.dtype.element_ty), mask=inside)
+        store(y + b * C * S, offsets, h, inside)
+
+
+def forward_launches(norm: Norm, y: Tensor, statistics: Tensor) -> list[Launch]:
+    """What `group_norm_silu` launches, in this order, to fill y and statistics."""
+    x, (mean, rstd) = norm.x, statistics
+    if tile := on_chip(x, norm.width, ON_CHIP):
+        return [group_launch(_forward_group, norm, tile, (x, *norm.vectors, y, mean, rstd), norm.eps)]
+    parts = partial_results(x)
+    _, s, groups = norm.sizes
+    args = (*parts, mean, rstd, s, groups, norm.width, parts.shape[-1], split_of(x).chunk, norm.eps)
+    merge = Launch(_merge, x.shape[0] * groups, args, {"BLOCK": 1024, "num_warps": 4})
+    return [stats_launch(x, parts), merge, apply_launch(norm, mean, rstd, y)]
+
+
+def stats_launch(x: Tensor, parts: Tensor) -> Launch:
+    """The first half of the split form: fills the means and squared deviations, parts (2, B, C, chunks)."""
+    return split_launch(_stats, x, (x, *parts, x.shape[1], layout_of(x)[0]), split_of(x).steps, 32)
+
+
+def apply_launch(norm: Norm, mean: Tensor, rstd: Tensor, y: Tensor) -> Launch:
+    """The second half of the split form: fills y from mean and rstd (B, num_groups)."""
+    x, silu = norm.x, norm.activation == "silu"
+    args = (x, *norm.vectors, mean, rstd, y, *norm.sizes, norm.per_width)
+    return split_launch(_apply, x, args, split_of(x).steps_apply, 32, SILU=silu)
+
+
+def _unsupported(norm: Norm) -> str | None:
+    for name, vector in zip(("weight", "bias", "scale", "shift"), norm.vectors, strict=True):
+        if vector is not None and vector.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"the Triton kernel takes a float16, bfloat16 or float32 {name}, not {vector.dtype}"
+    if not norm.x.is_contiguous() and not norm.x.movedim(1, -1).is_contiguous():
+        return "the Triton kernel needs x contiguous or channels_last: call .contiguous() first"
+    if norm.x.shape[1] > MOST_CHANNELS:
+        return f"the Triton kernel takes at most {MOST_CHANNELS} channels, not {norm.x.shape[1]}"
+    return refuse(norm.x)
 
 
 def group_norm_silu_unsupported(
-    x: torch.Tensor,
+    x: Tensor,
     num_groups: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     activation: str | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
 ) -> str | None:
     """Why these (validated) inputs cannot run, None if they can."""
-    for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
-        if tensor is not None and tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            return f"the Triton kernel takes a float16, bfloat16 or float32 {name}, not {tensor.dtype}"
-    if not x.is_contiguous() and not x.movedim(1, -1).is_contiguous():
-        return "the Triton kernel needs x contiguous or channels_last: call .contiguous() first"
-    if x.shape[1] > MOST_CHANNELS:
-        return f"the Triton kernel takes at most {MOST_CHANNELS} channels, not {x.shape[1]}"
-    return refuse(x)
-
-
-def forward_launches(
-    x: torch.Tensor,
-    num_groups: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    activation: str | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    y: torch.Tensor,
-    statistics: torch.Tensor,
-) -> list[Launch]:
-    """What `group_norm_silu` launches, in this order, to fill y and statistics."""
-    (b, c), (mean, rstd) = x.shape[:2], statistics
-    width, (s, _) = c // num_groups, layout_of(x)
-    if tile := on_chip(x, width, ON_CHIP):
-        args = (x, weight, bias, scale, shift, y, mean, rstd, c, s, num_groups, width, eps)
-        options = {**block_of(x, *tile, 16, width), "SILU": activation == "silu"}
-        return [Launch(_forward_group, b * num_groups, args, options, resident_of(options))]
-    stats, means, deviations, pixels = stats_launch(x)
-    merge = (means, deviations, mean, rstd, s, num_groups, width, means.shape[-1], pixels, eps)
-    return [
-        stats,
-        Launch(_merge, b * num_groups, merge, {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}),
-        apply_launch(x, num_groups, weight, bias, activation, scale, shift, mean, rstd, y),
-    ]
-
-
-def stats_launch(x: torch.Tensor) -> tuple[Launch, torch.Tensor, torch.Tensor, int]:
-    """The first half of the split form, the (B, C, chunks) means and squared deviations it fills, pixels per chunk."""
-    b, c = x.shape[:2]
-    s, split = layout_of(x)[0], split_of(x)
-    chunks = triton.cdiv(s, split.pixels * split.steps)
-    means, deviations = torch.empty((2, b, c, chunks), dtype=torch.float32, device=x.device)
-    options = block_of(x, split.channels, split.pixels, 32)
-    args = (x, means, deviations, c, s, chunks, split.steps)
-    launch = Launch(_stats, chunks * triton.cdiv(c, split.channels) * b, args, options, resident_of(options))
-    return launch, means, deviations, split.pixels * split.steps
-
-
-def apply_launch(
-    x: torch.Tensor,
-    num_groups: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    y: torch.Tensor,
-) -> Launch:
-    """The second half of the split form: fills y from mean and rstd (B, num_groups)."""
-    b, c = x.shape[:2]
-    s, split = layout_of(x)[0], split_of(x)
-    chunks = triton.cdiv(s, split.pixels * split.steps_apply)
-    args = (x, weight, bias, scale, shift, mean, rstd, y, c, s, num_groups, per_width_of(c // num_groups), chunks)
-    options = {**block_of(x, split.channels, split.pixels, 32), "SILU": activation == "silu"}
-    programs = chunks * triton.cdiv(c, split.channels) * b
-    return Launch(_apply, programs, (*args, split.steps_apply), options, resident_of(options))
+    return _unsupported(Norm(x, num_groups, weight, bias, eps, activation, scale, shift))
 
 
 def group_norm_silu(
-    x: torch.Tensor,
+    x: Tensor,
     num_groups: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     activation: str | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """y and its statistics, mean and rstd, (2, B, G) in float32, of validated inputs."""
-    weight, bias, scale, shift = (None if t is None else t.contiguous() for t in (weight, bias, scale, shift))
+    norm = Norm(x, num_groups, weight, bias, eps, activation, scale, shift).contiguous()
     y = torch.empty_like(x)
     statistics = torch.empty((2, x.shape[0], num_groups), dtype=torch.float32, device=x.device)
-    for launch in forward_launches(x, num_groups, weight, bias, eps, activation, scale, shift, y, statistics):
+    for launch in forward_launches(norm, y, statistics):
         launch.run()
     return y, statistics
 
 
-def group_norm_stats_unsupported(x: torch.Tensor, num_groups: int) -> str | None:
+def group_norm_stats_unsupported(x: Tensor, num_groups: int) -> str | None:
     """Why this (validated) input cannot run, None if it can."""
-    return group_norm_silu_unsupported(x, num_groups, None, None, 1.0, None, None, None)
+    return _unsupported(Norm(x, num_groups))
 
 
-def group_norm_stats(x: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """Count, mean and sum of squared deviations, (B, num_groups, 3) in float64; see `ldm_fast.reference`."""
-    launch, means, deviations, pixels = stats_launch(x)
-    launch.run()
-    b, _, chunks = means.shape
-    s = layout_of(x)[0]
+def group_norm_stats(x: Tensor, num_groups: int) -> Tensor:
+    """Count, mean and sum of squared deviations, (B, num_groups, 3) in float64; see `ldm_fast.ops.reference`."""
+    parts, (pixels, _), chunk = partial_results(x), layout_of(x), split_of(x).chunk
+    stats_launch(x, parts).run()
+    chunks = parts.shape[-1]
     # all chunks of a group's channels, joined in float64: a few thousand numbers
-    counts = torch.full((chunks,), float(pixels), dtype=torch.float64, device=x.device)
-    counts[-1] = s - (chunks - 1) * pixels
-    means, deviations = (t.double().reshape(b, num_groups, -1, chunks) for t in (means, deviations))
-    total = float(x.shape[1] // num_groups * s)
+    counts = torch.full((chunks,), float(chunk), dtype=torch.float64, device=x.device)
+    counts[-1] = pixels - (chunks - 1) * chunk
+    means, deviations = parts.double().reshape(2, x.shape[0], num_groups, -1, chunks)
+    total = float(x.shape[1] // num_groups * pixels)
     mean = (means * counts).sum((2, 3)) / total  # (B, G)
     squares = (deviations + (means - mean[..., None, None]).square() * counts).sum((2, 3))
     return torch.stack([torch.full_like(mean, total), mean, squares], dim=-1)
 
 
 def group_norm_apply_unsupported(
-    x: torch.Tensor,
-    stats: torch.Tensor,
+    x: Tensor,
+    stats: Tensor,
     num_groups: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     activation: str | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
 ) -> str | None:
     """Why these (validated) inputs cannot run, None if they can."""
-    return group_norm_silu_unsupported(x, num_groups, weight, bias, eps, activation, scale, shift)
+    return _unsupported(Norm(x, num_groups, weight, bias, eps, activation, scale, shift))
 
 
 def group_norm_apply(
-    x: torch.Tensor,
-    stats: torch.Tensor,
+    x: Tensor,
+    stats: Tensor,
     num_groups: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     activation: str | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-) -> torch.Tensor:
-    """`group_norm_silu` of x by the statistics of what x is a part of; see `ldm_fast.reference`."""
-    weight, bias, scale = (None if t is None else t.contiguous() for t in (weight, bias, scale))
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    """`group_norm_silu` of x by the statistics of what x is a part of; see `ldm_fast.ops.reference`."""
     y = torch.empty_like(x)
     count, mean, squares = stats.unbind(-1)
     rstd = (squares / count + eps).rsqrt()
     rounded = mean.float().contiguous()
-    # What rounding the mean to float32 loses shows where it is far above the deviation: it goes into the shift.
+    # Rounding the mean to float32 loses digits that show if it is far above the deviation: they go into the shift.
     rest = ((rounded.double() - mean) * rstd).float().repeat_interleave(x.shape[1] // num_groups, dim=1)  # (B, C)
     rest = rest if weight is None else rest * weight.float()
     rest = rest if scale is None else rest * (1.0 + scale.float())
     shift = rest if shift is None else rest + shift.float()
-    mean, rstd = rounded, rstd.float()
-    apply_launch(x, num_groups, weight, bias, activation, scale, shift, mean, rstd, y).run()
+    norm = Norm(x, num_groups, weight, bias, eps, activation, scale, shift).contiguous()
+    apply_launch(norm, rounded, rstd.float(), y).run()
     return y

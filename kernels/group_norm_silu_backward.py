@@ -1,5 +1,8 @@
 """The backward pass of `group_norm_silu` in Triton, deterministic.
 
+dh = grad · silu'(h) or grad;  dx = rstd · (dh · factor - mean(dh · factor) - x̂ · mean(dh · factor · x̂)), means over a
+group; a channel's Σ dh and Σ dh · x̂ give the gradients of its weight, bias, scale and shift
+
 On chip  A group that fits into a program's registers beside its gradient: two reads and one write.
 Split    A larger group: `_grad_sums` reads x and grad, `_merge_grads` joins, `_grad_apply` reads both again and writes
          dx.
@@ -10,29 +13,39 @@ Layouts and tiles: `group_norm_silu_common`.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import Launch
 from .group_norm_silu_common import (
     GENERAL,
     ON_CHIP,
+    Norm,
     affine,
-    aligned,
-    block_of,
-    group_of,
-    layout_of,
+    group_launch,
+    known_groups,
+    load,
     on_chip,
-    per_width_of,
-    resident_of,
+    partial_results,
+    some_channels,
+    some_pixels,
+    split_launch,
     split_of,
+    store,
     tile_of,
+    whole_group,
 )
 
 
 @triton.jit
-def _silu_gradient(grad, h):
-    """grad · silu'(h) = grad · σ(h) (1 + h (1 - σ(h)))"""
-    sigmoid = tl.sigmoid(h)
-    return grad * sigmoid * (1.0 + h * (1.0 - sigmoid))
+def _hat_and_gradient(x, grad, offsets, inside, center, inverse, factor, offset, SILU: tl.constexpr):
+    """x̂ and dh = grad · silu'(h) = grad · σ(h) (1 + h (1 - σ(h))) of a tile.  # (CHANNELS, PIXELS)"""
+    hat = (load(x, offsets, inside) - center) * inverse
+    dh = load(grad, offsets, inside)
+    if SILU:
+        h = hat * factor + offset
+        sigmoid = tl.sigmoid(h)
+        dh = dh * sigmoid * (1.0 + h * (1.0 - sigmoid))
+    return hat, dh
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -42,29 +55,23 @@ def _backward_group(
     UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """dx of one group of one image kept on chip, and its channels' Σ dh and Σ dh · x̂; grid (B · G)."""
-    C, S = aligned(C, S, UNIT, CHANNELS_LAST)
-    width, _ = aligned(width, S, UNIT, CHANNELS_LAST)
     pid = tl.program_id(0)
-    b = (pid // G).to(tl.int64)
-    last = (pid % G + 1) * width
-    channel = pid % G * width + tl.arange(0, CHANNELS)
-    offsets, inside = tile_of(channel, tl.arange(0, PIXELS), last, C, S, CHANNELS_LAST)
-    inverse = tl.load(rstd + pid)
-    hat = (tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32) - tl.load(mean + pid)) * inverse
-    dh = tl.load(grad + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
-    factor, offset, _ = affine(weight, bias, scale, shift, b * C, channel, channel < last)
-    if SILU:
-        dh = _silu_gradient(dh, hat * factor[:, None] + offset[:, None])
+    row, image, channel, exists, offsets, inside, count = whole_group(
+        pid, C, S, G, width, CHANNELS, PIXELS, UNIT, CHANNELS_LAST
+    )
+    center, inverse = tl.load(mean + pid), tl.load(rstd + pid)
+    factor, offset, _ = affine(weight, bias, scale, shift, row, channel, exists)
+    hat, dh = _hat_and_gradient(
+        x + image, grad + image, offsets, inside, center, inverse, factor[:, None], offset[:, None], SILU
+    )
 
     total = tl.sum(dh, 1)  # (CHANNELS,)
     total_hat = tl.sum(dh * hat, 1)
-    tl.store(sums + b * C + channel, total, mask=channel < last)
-    tl.store(sums_hat + b * C + channel, total_hat, mask=channel < last)
-    count = 1.0 * width * S
+    tl.store(sums + row + channel, total, mask=exists)
+    tl.store(sums_hat + row + channel, total_hat, mask=exists)
     level = tl.sum(factor * total, 0) / count
     slope = tl.sum(factor * total_hat, 0) / count
-    result = inverse * (dh * factor[:, None] - level - hat * slope)
-    tl.store(dx + b * C * S + offsets, result.to(dx.dtype.element_ty), mask=inside)
+    store(dx + image, offsets, inverse * (dh * factor[:, None] - level - hat * slope), inside)
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -74,30 +81,22 @@ def _grad_sums(
     UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Σ dh and Σ dh · x̂ of CHANNELS channels over steps · PIXELS pixels; grid (chunks · channel tiles · B)."""
-    C, S = aligned(C, S, UNIT, CHANNELS_LAST)
-    pid = tl.program_id(0)
-    tiles = tl.cdiv(C, CHANNELS)
-    chunk = pid % chunks
-    channel = pid // chunks % tiles * CHANNELS + tl.arange(0, CHANNELS)
-    b = (pid // chunks // tiles).to(tl.int64)
-    group = b * G + group_of(channel, per_width)
-    center = tl.load(mean + group, mask=channel < C, other=0.0)[:, None]
-    inverse = tl.load(rstd + group, mask=channel < C, other=0.0)[:, None]
-    factor, offset, _ = affine(weight, bias, scale, shift, b * C, channel, channel < C)
+    C, S, b, channel, exists, chunk = some_channels(tl.program_id(0), C, S, chunks, CHANNELS, UNIT, CHANNELS_LAST)
+    _, center, inverse, factor, offset = known_groups(
+        mean, rstd, weight, bias, scale, shift, b, channel, exists, C, G, per_width
+    )
+    center, inverse, factor, offset = center[:, None], inverse[:, None], factor[:, None], offset[:, None]
+    image = b * C * S
     total = tl.zeros((CHANNELS, PIXELS), tl.float32)
     total_hat = tl.zeros((CHANNELS, PIXELS), tl.float32)
     for step in range(steps):
-        pixel = (chunk * steps + step) * PIXELS + tl.arange(0, PIXELS)
-        offsets, inside = tile_of(channel.to(tl.int64), pixel, C, C, S, CHANNELS_LAST)
-        hat = (tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32) - center) * inverse
-        dh = tl.load(grad + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)
-        if SILU:
-            dh = _silu_gradient(dh, hat * factor[:, None] + offset[:, None])
+        offsets, inside = some_pixels(chunk * steps + step, channel, C, S, PIXELS, CHANNELS_LAST)
+        hat, dh = _hat_and_gradient(x + image, grad + image, offsets, inside, center, inverse, factor, offset, SILU)
         total += dh
         total_hat += dh * hat
     place = (b * C + channel) * chunks + chunk
-    tl.store(parts + place, tl.sum(total, 1), mask=channel < C)
-    tl.store(parts_hat + place, tl.sum(total_hat, 1), mask=channel < C)
+    tl.store(parts + place, tl.sum(total, 1), mask=exists)
+    tl.store(parts_hat + place, tl.sum(total_hat, 1), mask=exists)
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -107,7 +106,7 @@ def _merge_grads(
 ):  # fmt: skip
     """Σ dh and Σ dh · x̂ of one group's channels, and their weighted means over the group; grid (B · G)."""
     pid = tl.program_id(0)
-    b = (pid // G).to(tl.int64)
+    row = (pid // G).to(tl.int64) * C
     last = (pid % G + 1) * width
     level = tl.zeros((CHANNELS,), tl.float32)
     slope = tl.zeros((CHANNELS,), tl.float32)
@@ -117,12 +116,12 @@ def _merge_grads(
         total_hat = tl.zeros((CHANNELS, BLOCK), tl.float32)
         for start in range(0, chunks, BLOCK):
             place, inside = tile_of(channel, start + tl.arange(0, BLOCK), last, C, chunks, False)
-            total += tl.load(parts + b * C * chunks + place, mask=inside, other=0.0)
-            total_hat += tl.load(parts_hat + b * C * chunks + place, mask=inside, other=0.0)
+            total += load(parts + row * chunks, place, inside)
+            total_hat += load(parts_hat + row * chunks, place, inside)
         sum_, sum_hat = tl.sum(total, 1), tl.sum(total_hat, 1)
-        tl.store(sums + b * C + channel, sum_, mask=channel < last)
-        tl.store(sums_hat + b * C + channel, sum_hat, mask=channel < last)
-        factor, _, _ = affine(weight, None, scale, None, b * C, channel, channel < last)
+        tl.store(sums + row + channel, sum_, mask=channel < last)
+        tl.store(sums_hat + row + channel, sum_hat, mask=channel < last)
+        factor, _, _ = affine(weight, None, scale, None, row, channel, channel < last)
         level += factor * sum_
         slope += factor * sum_hat
     count = 1.0 * width * S
@@ -140,29 +139,17 @@ def _grad_apply(
 
     Moves grad, x and dx once.
     """
-    C, S = aligned(C, S, UNIT, CHANNELS_LAST)
-    pid = tl.program_id(0)
-    tiles = tl.cdiv(C, CHANNELS)
-    chunk = pid % chunks
-    channel = pid // chunks % tiles * CHANNELS + tl.arange(0, CHANNELS)
-    b = (pid // chunks // tiles).to(tl.int64)
-    group = b * G + group_of(channel, per_width)
-    center = tl.load(mean + group, mask=channel < C, other=0.0)[:, None]  # (CHANNELS, 1)
-    inverse = tl.load(rstd + group, mask=channel < C, other=0.0)[:, None]
-    level = tl.load(levels + group, mask=channel < C, other=0.0)[:, None]
-    slope = tl.load(slopes + group, mask=channel < C, other=0.0)[:, None]
-    factor, offset, _ = affine(weight, bias, scale, shift, b * C, channel, channel < C)
-    factor, offset = factor[:, None], offset[:, None]
+    C, S, b, channel, exists, chunk = some_channels(tl.program_id(0), C, S, chunks, CHANNELS, UNIT, CHANNELS_LAST)
+    group, center, inverse, factor, offset = known_groups(
+        mean, rstd, weight, bias, scale, shift, b, channel, exists, C, G, per_width
+    )
+    center, inverse, factor, offset = center[:, None], inverse[:, None], factor[:, None], offset[:, None]
+    level, slope = load(levels, group, exists)[:, None], load(slopes, group, exists)[:, None]
+    image = b * C * S
     for step in range(steps):
-        pixel = (chunk * steps + step) * PIXELS + tl.arange(0, PIXELS)
-        offsets, inside = tile_of(channel.to(tl.int64), pixel, C, C, S, CHANNELS_LAST)
-        value = tl.load(x + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)  # (CHANNELS, PIXELS)
-        dh = tl.load(grad + b * C * S + offsets, mask=inside, other=0.0).to(tl.float32)
-        hat = (value - center) * inverse
-        if SILU:
-            dh = _silu_gradient(dh, hat * factor + offset)
-        result = inverse * (dh * factor - level - hat * slope)
-        tl.store(dx + b * C * S + offsets, result.to(dx.dtype.element_ty), mask=inside)
+        offsets, inside = some_pixels(chunk * steps + step, channel, C, S, PIXELS, CHANNELS_LAST)
+        hat, dh = _hat_and_gradient(x + image, grad + image, offsets, inside, center, inverse, factor, offset, SILU)
+        store(dx + image, offsets, inverse * (dh * factor - level - hat * slope), inside)
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -176,87 +163,66 @@ def _grad_parameters(
     total_hat = tl.zeros((BLOCK,), tl.float32)
     gain, base, _ = affine(weight, bias, None, None, 0, channel, inside)
     for b in range(B):
-        sum_ = tl.load(sums + b * C + channel, mask=inside, other=0.0)
-        sum_hat = tl.load(sums_hat + b * C + channel, mask=inside, other=0.0)
+        sum_, sum_hat = load(sums + b * C, channel, inside), load(sums_hat + b * C, channel, inside)
         _, _, modulation = affine(None, None, scale, None, b * C, channel, inside)
         total += sum_ * modulation
         total_hat += sum_hat * modulation
         if dscale is not None:
-            change = gain * sum_hat + base * sum_
-            tl.store(dscale + b * C + channel, change.to(dscale.dtype.element_ty), mask=inside)
+            store(dscale + b * C, channel, gain * sum_hat + base * sum_, inside)
         if dshift is not None:
-            tl.store(dshift + b * C + channel, sum_.to(dshift.dtype.element_ty), mask=inside)
+            store(dshift + b * C, channel, sum_, inside)
     if dweight is not None:
-        tl.store(dweight + channel, total_hat.to(dweight.dtype.element_ty), mask=inside)
+        store(dweight, channel, total_hat, inside)
     if dbias is not None:
-        tl.store(dbias + channel, total.to(dbias.dtype.element_ty), mask=inside)
+        store(dbias, channel, total, inside)
 
 
-def backward_launches(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    num_groups: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    statistics: torch.Tensor,
-    dx: torch.Tensor,
-    dweight: torch.Tensor | None,
-    dbias: torch.Tensor | None,
-    dscale: torch.Tensor | None,
-    dshift: torch.Tensor | None,
-) -> list[Launch]:
-    """What `group_norm_silu_backward` launches, in this order, to fill dx and the gradients that are not None."""
-    b, c = x.shape[:2]
-    width, (s, _) = c // num_groups, layout_of(x)
-    fusion, silu = {"enable_fp_fusion": True}, {"SILU": activation == "silu"}
-    sums, sums_hat = torch.empty((2, b, c), dtype=torch.float32, device=x.device)
-    inputs = (grad, x, weight, bias, scale, shift, *statistics)
-    if tile := on_chip(x, width, ON_CHIP // 2):
-        options = {**block_of(x, *tile, 16, width), **silu}
-        args = (*inputs, dx, sums, sums_hat, c, s, num_groups, width)
-        launches = [Launch(_backward_group, b * num_groups, args, options, resident_of(options))]
+# of x, weight, bias, scale and shift; None if there is no such tensor
+Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def backward_launches(grad: Tensor, norm: Norm, statistics: Tensor, gradients: Gradients) -> list[Launch]:
+    """What `group_norm_silu_backward` launches, in this order, to fill the gradients that are not None."""
+    x, (b, c), groups = norm.x, norm.x.shape[:2], norm.num_groups
+    dx, *of_vectors = gradients
+    inputs = (grad, x, *norm.vectors, *statistics)
+    sums = torch.empty((2, b, c), dtype=torch.float32, device=x.device)
+    if tile := on_chip(x, norm.width, ON_CHIP // 2):
+        launches = [group_launch(_backward_group, norm, tile, (*inputs, dx, *sums))]
     else:
-        split, per_width = split_of(x), per_width_of(width)
-        tiles = triton.cdiv(c, split.channels) * b
-        chunks, chunks_apply = (triton.cdiv(s, split.pixels * n) for n in (split.steps, split.steps_apply))
-        parts, parts_hat = torch.empty((2, b, c, chunks), dtype=torch.float32, device=x.device)
-        levels, slopes = torch.empty((2, b, num_groups), dtype=torch.float32, device=x.device)
-        add = (*inputs, parts, parts_hat, c, s, num_groups, per_width, chunks, split.steps)
-        merge = (parts, parts_hat, weight, scale, sums, sums_hat, levels, slopes, c, s, num_groups, width, chunks)
-        apply = (*inputs, levels, slopes, dx, c, s, num_groups, per_width, chunks_apply, split.steps_apply)
-        options = {**block_of(x, split.channels, split.pixels, 16), **silu}
+        split, parts, silu = split_of(x), partial_results(x), norm.activation == "silu"
+        means = torch.empty((2, b, groups), dtype=torch.float32, device=x.device)
+        add = (*inputs, *parts, *norm.sizes, norm.per_width)
+        merge = (*parts, norm.weight, norm.scale, *sums, *means, *norm.sizes, norm.width, parts.shape[-1])
+        apply = (*inputs, *means, dx, *norm.sizes, norm.per_width)
         launches = [
-            Launch(_grad_sums, chunks * tiles, add, options, resident_of(options)),
-            Launch(_merge_grads, b * num_groups, merge, {"CHANNELS": 32, "BLOCK": 32, "num_warps": 4, **fusion}),
-            Launch(_grad_apply, chunks_apply * tiles, apply, options, resident_of(options)),
+            split_launch(_grad_sums, x, add, split.steps, 16, SILU=silu),
+            Launch(_merge_grads, b * groups, merge, {"CHANNELS": 32, "BLOCK": 32, "num_warps": 4}),
+            split_launch(_grad_apply, x, apply, split.steps_apply, 16, SILU=silu),
         ]
-    if any(gradient is not None for gradient in (dweight, dbias, dscale, dshift)):
-        args = (sums, sums_hat, weight, bias, scale, dweight, dbias, dscale, dshift, b, c)
-        launches.append(Launch(_grad_parameters, triton.cdiv(c, 64), args, {"BLOCK": 64, "num_warps": 1, **fusion}))
+    if any(gradient is not None for gradient in of_vectors):
+        args = (*sums, norm.weight, norm.bias, norm.scale, *of_vectors, b, c)
+        launches.append(Launch(_grad_parameters, triton.cdiv(c, 64), args, {"BLOCK": 64, "num_warps": 1}))
     return launches
 
 
 def group_norm_silu_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
+    grad: Tensor,
+    x: Tensor,
     num_groups: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     activation: str | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    statistics: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    scale: Tensor | None,
+    shift: Tensor | None,
+    statistics: Tensor,
+) -> Gradients:
     """(dx, dweight, dbias, dscale, dshift), None for what was None, from what the forward returned."""
     if grad.stride() != x.stride():
         grad = torch.empty_like(x).copy_(grad)
-    weight, bias, scale, shift = (None if t is None else t.contiguous() for t in (weight, bias, scale, shift))
-    dx, *gradients = (None if t is None else torch.empty_like(t) for t in (x, weight, bias, scale, shift))
-    for launch in backward_launches(
-        grad, x, num_groups, weight, bias, activation, scale, shift, statistics, dx, *gradients
-    ):
+    norm = Norm(x, num_groups, weight, bias, 0.0, activation, scale, shift).contiguous()
+    weight, bias, scale, shift = (None if t is None else torch.empty_like(t) for t in norm.vectors)
+    gradients = torch.empty_like(x), weight, bias, scale, shift
+    for launch in backward_launches(grad, norm, statistics, gradients):
         launch.run()
-    return dx, *gradients
+    return gradients

@@ -1,13 +1,13 @@
-"""What the group norm kernels share: tiles, what is affine per channel, how work is divided.
+"""What the forward and backward kernels of group norm share: tiles, what differs per channel, how work is divided.
 
-Layout   x is (B, C, S) seen with two strides: contiguous (S, 1) or channels_last (1, C). A tile is CHANNELS × PIXELS;
-         which of the two is long decides what is read in a row, so one kernel serves both layouts. weight, bias and the
-         modulation are one number per channel: nothing is divided per element.
-On chip  A group that fits into a program's registers has a program of its own.
+Layout   x is (B, C, S) seen with two strides: contiguous (S, 1) or channels_last (1, C). A tile is CHANNELS × PIXELS.
+         Its longer side is what is read in a row, so one kernel serves both layouts. weight, bias and the modulation
+         are one number per channel: nothing is divided per element.
+On chip  A group that fits into the registers of one program has a program of its own.
 Split    A larger group is divided into tiles of channels and chunks of pixels. Any tile may hold channels of several
-         groups, so work is split alike for one wide group and for many narrow ones.
+         groups, so one wide group is split in the same way as many narrow ones.
 
-How work is divided depends on C, S and the layout alone, never on B.
+How work is divided depends on C, S and the layout alone, never on B: an image has the same bits in any batch.
 """
 
 import math
@@ -16,18 +16,33 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from . import Launch
 
 ON_CHIP = 16384  # padded elements of a group that one program keeps; its backward keeps two tensors
 TILE = 4096  # elements of a tile of the split form
-ROW_BYTES = 128  # least that is read in a row of a channels_last tensor
-CHUNKS = 256  # most partial results per channel
-SPREAD = 1024  # programs of an image from which on each of them applies several tiles, at most STEPS
-STEPS = 8
-RESIDENT_WARPS = 16  # that a multiprocessor is meant to hold, each with half a kilobyte or more of x on its way
-MOST_CHANNELS = 1 << 20  # for which `group_of` is exact
-# Arguments of which a kernel needs to know nothing in advance: how rows are aligned is in UNIT. So one compiled kernel
-# serves every size of image and number of channels that is divided alike.
+ROW_BYTES = 128  # the least that is read in a row of a channels_last tensor
+CHUNKS = 256  # the most partial results per channel
+# An image divided into more tiles than SPREAD is applied by programs of several tiles each, of STEPS at most.
+SPREAD, STEPS = 1024, 8
+RESIDENT_WARPS = 16  # that a multiprocessor is meant to hold, each waiting for half a kilobyte of x or more
+MOST_CHANNELS = 1 << 20  # for which the division in `known_groups` is exact
+# Arguments that a kernel is not specialised for: UNIT says how rows are aligned. So one compiled kernel serves every
+# size of image and number of channels that is divided in the same way.
 GENERAL = ("B", "C", "S", "G", "width", "per_width", "chunks", "pixels", "steps")
+
+
+@triton.jit
+def load(ptr, offsets, inside):
+    """A tile as float32, zero where it does not exist."""
+    return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(ptr, offsets, value, inside):
+    """Write a tile, rounded to the type of the tensor."""
+    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -39,21 +54,21 @@ def affine(weight, bias, scale, shift, row, channel, inside):
     one = tl.where(inside, 1.0, 0.0)
     factor, offset, modulation = one, one - one, one
     if weight is not None:
-        factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+        factor = load(weight, channel, inside)
     if bias is not None:
-        offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+        offset = load(bias, channel, inside)
     if scale is not None:
-        modulation = 1.0 + tl.load(scale + row + channel, mask=inside, other=0.0).to(tl.float32)
+        modulation = 1.0 + load(scale + row, channel, inside)
         factor *= modulation
         offset *= modulation
     if shift is not None:
-        offset += tl.load(shift + row + channel, mask=inside, other=0.0).to(tl.float32)
+        offset += load(shift + row, channel, inside)
     return factor, offset, modulation
 
 
 @triton.jit
 def aligned(C, S, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """C and S; the compiler learns that UNIT elements, at most 16 bytes, divide whichever lies in a row."""
+    """C and S; the compiler learns that UNIT elements, at most 16 bytes, divide whichever of them is a row."""
     if CHANNELS_LAST:
         C = C // UNIT * UNIT
     else:
@@ -65,7 +80,7 @@ def aligned(C, S, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
 def tile_of(channel, pixel, end, C, S, CHANNELS_LAST: tl.constexpr):
     """Offsets of a tile in one image, and which of them exist (channels up to `end`).  # (CHANNELS, PIXELS)
 
-    Offsets have the type of `channel`: 64 bits, or 32, which take fewer registers, where all of an image's fit.
+    Offsets have the type of `channel`: 64 bits, or 32, which take fewer registers, if all offsets in an image fit.
     """
     if CHANNELS_LAST:
         offsets = channel[:, None] + pixel.to(channel.dtype)[None, :] * C
@@ -75,26 +90,100 @@ def tile_of(channel, pixel, end, C, S, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def group_of(channel, per_width):
-    """channel // width as a product; per_width is 2⁴⁰ / width, rounded up."""
-    return (channel.to(tl.int64) * per_width) >> 40
+def whole_group(
+    pid, C, S, G, width,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """The tile of one group, the pid-th of B · G.
+
+    The group's image: its first number in a (B, C) tensor, and its first element in x. The channels, and which of them
+    exist. Offsets of the tile in the image, and which of them exist. The number of elements of the group.
+    """
+    C, S = aligned(C, S, UNIT, CHANNELS_LAST)
+    width, _ = aligned(width, S, UNIT, CHANNELS_LAST)
+    row = (pid // G).to(tl.int64) * C
+    last = (pid % G + 1) * width
+    channel = pid % G * width + tl.arange(0, CHANNELS)
+    offsets, inside = tile_of(channel, tl.arange(0, PIXELS), last, C, S, CHANNELS_LAST)
+    return row, row * S, channel, channel < last, offsets, inside, 1.0 * width * S
 
 
-def layout_of(x: torch.Tensor) -> tuple[int, bool]:
-    """S, and whether channels are what lies in a row."""
+@triton.jit
+def some_channels(pid, C, S, chunks, CHANNELS: tl.constexpr, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """The work of one program of the split form, the pid-th of chunks · channel tiles · B.
+
+    C and S as `aligned` gives them, the image, the channels, which of them exist, and the chunk of pixels.
+    """
+    C, S = aligned(C, S, UNIT, CHANNELS_LAST)
+    tiles = tl.cdiv(C, CHANNELS)
+    channel = pid // chunks % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    return C, S, (pid // chunks // tiles).to(tl.int64), channel, channel < C, pid % chunks
+
+
+@triton.jit
+def some_pixels(step, channel, C, S, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Offsets of these channels' step-th tile in their image, and which of them exist.  # (CHANNELS, PIXELS)"""
+    return tile_of(channel.to(tl.int64), step * PIXELS + tl.arange(0, PIXELS), C, C, S, CHANNELS_LAST)
+
+
+@triton.jit
+def known_groups(mean, rstd, weight, bias, scale, shift, b, channel, exists, C, G, per_width):
+    """The index of each channel's group, and its mean, rstd, factor and offset.  # (CHANNELS,)
+
+    channel // width is a product: per_width is 2⁴⁰ / width, rounded up.
+    """
+    group = b * G + ((channel.to(tl.int64) * per_width) >> 40)
+    center, inverse = load(mean, group, exists), load(rstd, group, exists)
+    factor, offset, _ = affine(weight, bias, scale, shift, b * C, channel, exists)
+    return group, center, inverse, factor, offset
+
+
+class Norm(NamedTuple):
+    """The (validated) arguments of one call of `group_norm_silu`; the backward pass needs no eps."""
+
+    x: Tensor  # (B, C, *spatial)
+    num_groups: int
+    weight: Tensor | None = None  # (C,)
+    bias: Tensor | None = None
+    eps: float = 0.0
+    activation: str | None = None
+    scale: Tensor | None = None  # (B, C)
+    shift: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Channels of a group."""
+        return self.x.shape[1] // self.num_groups
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """C, S and G, as kernels take them."""
+        return self.x.shape[1], layout_of(self.x)[0], self.num_groups
+
+    @property
+    def per_width(self) -> int:
+        """What `known_groups` multiplies by, exact for MOST_CHANNELS."""
+        return -(-(1 << 40) // self.width)  # rounded up
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, ...]:
+        """weight, bias, scale and shift."""
+        return self.weight, self.bias, self.scale, self.shift
+
+    def contiguous(self) -> "Norm":
+        """The same with contiguous vectors."""
+        weight, bias, scale, shift = (None if vector is None else vector.contiguous() for vector in self.vectors)
+        return self._replace(weight=weight, bias=bias, scale=scale, shift=shift)
+
+
+def layout_of(x: Tensor) -> tuple[int, bool]:
+    """S, and whether the channels of a pixel, not the pixels of a channel, are a row."""
     pixels = x[0, 0].numel()
     return pixels, pixels == 1 or not x.is_contiguous()
 
 
-def unit_of(x: torch.Tensor, width: int = 0) -> dict[str, Any]:
-    """How many elements, at most 16 bytes, divide a row, and each group's part of it if groups have programs."""
-    pixels, channels_last = layout_of(x)
-    row = math.gcd(x.shape[1], width) if channels_last else pixels
-    return {"UNIT": math.gcd(16 // x.element_size(), row), "CHANNELS_LAST": channels_last}
-
-
-def on_chip(x: torch.Tensor, width: int, limit: int) -> tuple[int, int] | None:
-    """The tile that holds a group, or None where the group is split."""
+def on_chip(x: Tensor, width: int, limit: int) -> tuple[int, int] | None:
+    """The tile that holds a group of `width` channels in `limit` elements; None if the group is split."""
     pixels, channels_last = layout_of(x)
     tile = triton.next_power_of_2(width), triton.next_power_of_2(pixels)
     # a narrow group of a channels_last tensor would be read in crumbs of a few bytes per pixel
@@ -104,15 +193,21 @@ def on_chip(x: torch.Tensor, width: int, limit: int) -> tuple[int, int] | None:
 
 
 class Split(NamedTuple):
-    """How a group too large for a program is divided; a chunk of pixels has `steps` tiles."""
+    """How groups too large for a program are divided; a chunk of pixels has `steps` tiles."""
 
     channels: int  # of a tile
     pixels: int
     steps: int  # that keep the partial results of a channel below CHUNKS
     steps_apply: int
 
+    @property
+    def chunk(self) -> int:
+        """Pixels of one partial result."""
+        return self.pixels * self.steps
 
-def split_of(x: torch.Tensor) -> Split:
+
+def split_of(x: Tensor) -> Split:
+    """How x is divided if its groups do not fit into a program."""
     pixels, channels_last = layout_of(x)
     if channels_last:
         channel_tile = min(triton.next_power_of_2(x.shape[1]), ROW_BYTES // x.element_size())
@@ -125,22 +220,41 @@ def split_of(x: torch.Tensor) -> Split:
     return Split(channel_tile, pixel_tile, triton.cdiv(along, CHUNKS), max(1, min(STEPS, tiles // SPREAD)))
 
 
-def block_of(x: torch.Tensor, channels: int, pixels: int, elements: int, width: int = 0) -> dict[str, Any]:
-    """A tile, and warps that give a thread about `elements` elements of it, half as many where each has an address."""
-    unit = unit_of(x, width)
-    if unit["UNIT"] * x.element_size() < 16:
+def partial_results(x: Tensor) -> Tensor:
+    """Room for two float32 numbers per channel and chunk of pixels of the split form.  # (2, B, C, chunks)"""
+    chunks = triton.cdiv(layout_of(x)[0], split_of(x).chunk)
+    return torch.empty((2, *x.shape[:2], chunks), dtype=torch.float32, device=x.device)
+
+
+def tiled(
+    kernel: Any, programs: int, args: tuple[Any, ...], x: Tensor, tile: tuple[int, int], width: int,
+    elements: int, **constants: Any,
+) -> Launch:  # fmt: skip
+    """A launch of programs that have a tile of x each, and about `elements` elements of it for each thread.
+
+    Tiles begin at multiples of `width` channels. Threads have half as many elements if each needs its own address.
+    """
+    pixels, channels_last = layout_of(x)
+    unit = math.gcd(16 // x.element_size(), width if channels_last else pixels)
+    if unit * x.element_size() < 16:
         elements //= 2
-    warps = max(1, min(16, channels * pixels // (32 * elements)))
+    warps = max(1, min(16, tile[0] * tile[1] // (32 * elements)))
+    options = {"CHANNELS": tile[0], "PIXELS": tile[1], "UNIT": unit, "CHANNELS_LAST": channels_last, **constants}
     # as many registers as RESIDENT_WARPS leave: left alone, the compiler for sm_100 takes fewer, and spills
-    options = {"num_warps": warps, "maxnreg": 65536 // (32 * RESIDENT_WARPS), "enable_fp_fusion": True}
-    return {"CHANNELS": channels, "PIXELS": pixels, **unit, **options}
+    options |= {"num_warps": warps, "maxnreg": 65536 // (32 * RESIDENT_WARPS)}
+    return Launch(kernel, programs, args, options, max(1, RESIDENT_WARPS // warps))
 
 
-def resident_of(options: dict[str, Any]) -> int:
-    """Programs of these options that a multiprocessor is meant to hold."""
-    return max(1, RESIDENT_WARPS // options["num_warps"])
+def group_launch(kernel: Any, norm: Norm, tile: tuple[int, int], args: tuple[Any, ...], *rest: Any) -> Launch:
+    """`kernel` for groups on chip, one to a program; the sizes stand between `args` and `rest`."""
+    args = (*args, *norm.sizes, norm.width, *rest)
+    programs, silu = norm.x.shape[0] * norm.num_groups, norm.activation == "silu"
+    return tiled(kernel, programs, args, norm.x, tile, norm.width, 16, SILU=silu)
 
 
-def per_width_of(width: int) -> int:
-    """What `group_of` multiplies by."""
-    return triton.cdiv(1 << 40, width)
+def split_launch(kernel: Any, x: Tensor, args: tuple[Any, ...], steps: int, elements: int, **constants: Any) -> Launch:
+    """`kernel` for all tiles of the split form, `steps` to a program; chunks and steps follow `args`."""
+    (b, c), split = x.shape[:2], split_of(x)
+    chunks = triton.cdiv(layout_of(x)[0], split.pixels * steps)
+    programs = chunks * triton.cdiv(c, split.channels) * b
+    return tiled(kernel, programs, (*args, chunks, steps), x, split[:2], c, elements, **constants)

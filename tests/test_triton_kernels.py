@@ -97,11 +97,11 @@ def launches(op: str, case: Any, dtype: torch.dtype) -> list[kernels.Launch]:
         lse = torch.empty(q.shape[:3], device="meta")
         forward = attention.forward_launches(*args, q, lse)
         return forward + attention_backward.backward_launches(q, q, k, v, mask, scale, q, lse, q, k, v)
-    x, groups, weight, bias, _, activation, scale, shift = args
-    statistics = torch.empty(2, x.shape[0], groups, device="meta")
-    inputs = (x, groups, weight, bias, activation, scale, shift, statistics)
-    forward = group_norm_silu.forward_launches(*args, x, statistics)
-    return forward + group_norm_silu_backward.backward_launches(x, *inputs, x, weight, bias, scale, shift)
+    norm = group_norm_silu_common.Norm(*args)
+    statistics = torch.empty(2, norm.x.shape[0], norm.num_groups, device="meta")
+    forward = group_norm_silu.forward_launches(norm, norm.x, statistics)
+    gradients = (norm.x, *norm.vectors)
+    return forward + group_norm_silu_backward.backward_launches(norm.x, norm, statistics, gradients)
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
