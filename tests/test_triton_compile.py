@@ -18,7 +18,7 @@ import golden
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3", reason="Triton 3.2 compiles the kernels, some of them with spills")
 
 from ldm_fast import kernels
 from ldm_fast.interop.compvis import (

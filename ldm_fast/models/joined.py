@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from ldm_fast.ops.op import autocast_dtype
+
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling the layer is F.linear with its weights: no adapter around it, no hook, not quantized."""
@@ -28,7 +30,7 @@ def _stands_alone(x: Tensor) -> bool:
 
 def under_autocast(x: Tensor) -> bool:
     """Whether ops on x are cast by autocast."""
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return autocast_dtype(x) is not None
 
 
 # ---- one product ----

@@ -216,7 +216,7 @@ class UNet(Pretrained, Remembering):
                 if tensor is not None and tensor.dtype != self.dtype:
                     raise ValueError(f"UNet: {name} must be {self.dtype} as the weights are, got {tensor.dtype}")
         batch, width = sample.shape[0], self.context_channels
-        given = () if isinstance(timestep, float | int) else getattr(timestep, "shape", None)  # NumPy's have one, too
+        given = () if isinstance(timestep, (float, int)) else getattr(timestep, "shape", None)  # NumPy's have one, too
         if given is None or tuple(given) not in ((), (1,), (batch,)):
             given = repr(timestep) if given is None else tuple(given)
             raise ValueError(f"UNet: timestep must be a number or a tensor ({batch},), got {given}")

@@ -24,10 +24,14 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} must have a floating-point dtype, got {tensor.dtype}")
 
 
+# Asked once: PyTorch 2.6 cannot compile the question.
+_AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast has x's device compute in; None where it is off."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in _AUTOCAST_DEVICES and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 
