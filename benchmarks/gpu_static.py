@@ -44,6 +44,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ldm_fast.kernels import Launch, attention, attention_backward, group_norm_silu, group_norm_silu_backward
+from ldm_fast.kernels.attention_common import Inputs
 from ldm_fast.kernels.group_norm_silu_common import Norm
 from ldm_fast.ops.cases import Attention, GroupNormSilu, flops
 
@@ -162,8 +163,9 @@ def attention_launches(
     (out,), (grad,), (dq,), (q,) = (parts(n, 1) for _ in range(4))
     (k,), (v,), (dk,), (dv,) = (parts(m, 1) for _ in range(4))
     joined = parts(n, 3) if n == m else (q, *parts(m, 2))
-    forward = attention.forward_launches(*joined, mask, d**-0.5, out, lse)
-    return forward + attention_backward.backward_launches(grad, q, k, v, mask, d**-0.5, out, lse, dq, dk, dv)
+    forward = attention.forward_launches(Inputs(*joined, mask, d**-0.5), out, lse)
+    inputs = Inputs(q, k, v, mask, d**-0.5)
+    return forward + attention_backward.backward_launches(grad, inputs, out, lse, (dq, dk, dv))
 
 
 def group_norm_silu_launches(

@@ -13,6 +13,7 @@ Layouts, and tiles in two pieces: `attention_common`.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import Launch, refuse, unavailable
 from .attention_backward import attention_backward
@@ -22,21 +23,20 @@ from .attention_common import (
     LN2,
     LOG2E,
     REGISTERS,
-    RESIDENT_WARPS,
+    Inputs,
     dot,
     empty_like,
-    head_of,
-    in_units,
-    load,
+    launch_of,
     load2,
-    mask_arguments,
+    one_head,
     pieces_of,
     plan,
     product,
     scores,
     store,
-    unit_of,
+    store2,
     wide_product,
+    zeros2,
 )
 
 __all__ = ["attention", "attention_backward", "attention_unsupported", "unavailable"]
@@ -57,36 +57,30 @@ def _forward_short(
 ):  # fmt: skip
     """tiles · BLOCK_N queries of one head over all of its keys; moves q, k, v and out once."""
     groups = tl.cdiv(N, BLOCK_N * tiles)
-    b, h = head_of(tl.program_id(0) // groups, H)
     first = (tl.program_id(0) % groups) * (BLOCK_N * tiles)
-    q += (b * q_b + h * q_h) * UNIT
-    k += (b * k_b + h * k_h) * UNIT
-    v += (b * v_b + h * v_h) * UNIT
+    b, h, q, k, v, lse = one_head(tl.program_id(0) // groups, q, k, v, lse, q_b, q_h, k_b, k_h, v_b, v_h, H, N, UNIT)
     out += (b * N * H + h) * D
-    lse += (b * H + h) * N
     if mask is not None:
         mask += b * mask_b + h * mask_h
 
     key0 = tl.arange(0, M0)
-    k00, k01 = load2(k, key0, M, k_m * UNIT, D, D0, D1)  # (M0, D0), (M0, D1)
-    v00, v01 = load2(v, key0, M, v_m * UNIT, D, D0, D1)
+    k00, k01 = load2(k, key0, M, k_m * UNIT, 0, D, D0, D1)  # (M0, D0), (M0, D1)
+    v00, v01 = load2(v, key0, M, v_m * UNIT, 0, D, D0, D1)
     if M1 > 0:
         key1 = M0 + tl.arange(0, M1)
-        k10, k11 = load2(k, key1, M, k_m * UNIT, D, D0, D1)  # (M1, D0), (M1, D1)
-        v10, v11 = load2(v, key1, M, v_m * UNIT, D, D0, D1)
+        k10, k11 = load2(k, key1, M, k_m * UNIT, 0, D, D0, D1)  # (M1, D0), (M1, D1)
+        v10, v11 = load2(v, key1, M, v_m * UNIT, 0, D, D0, D1)
 
     for tile in range(tiles):
         row = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        q0, q1 = load2(q, row, N, q_n * UNIT, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
+        q0, q1 = load2(q, row, N, q_n * UNIT, 0, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
 
         s0 = product(q0, q1, k00, k01, D1)  # (BLOCK_N, M0)
-        s0 = scores(s0, scale_log2, mask, mask_n, mask_m, row[:, None], N, key0[None, :], M, PER_QUERY)
-        s0 = tl.where(key0[None, :] < M, s0, -INF)
+        s0 = scores(s0, scale_log2, mask, mask_n, mask_m, row[:, None], N, key0[None, :], M, PER_QUERY, True)
         top = tl.max(s0, 1)
         if M1 > 0:
             s1 = product(q0, q1, k10, k11, D1)  # (BLOCK_N, M1)
-            s1 = scores(s1, scale_log2, mask, mask_n, mask_m, row[:, None], N, key1[None, :], M, PER_QUERY)
-            s1 = tl.where(key1[None, :] < M, s1, -INF)
+            s1 = scores(s1, scale_log2, mask, mask_n, mask_m, row[:, None], N, key1[None, :], M, PER_QUERY, True)
             top = tl.maximum(top, tl.max(s1, 1))
         top = tl.where(top == -INF, 0.0, top)
 
@@ -118,42 +112,30 @@ def _forward_long(
     q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, mask_b, mask_h, mask_n, mask_m,
     H, N, M, width, scale_log2,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PIECES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_M: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BOUND: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N queries of one head, one of PIECES pieces of the output's columns; reads k and v once."""
-    pid = tl.program_id(0)
-    tiles = tl.cdiv(N, BLOCK_N)
+    pid, tiles = tl.program_id(0), tl.cdiv(N, BLOCK_N)
+    start = pid % PIECES * D0  # the piece's first column
     row = (pid // PIECES % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b, h = head_of(pid // PIECES // tiles, H)
-    q += (b * q_b + h * q_h) * UNIT
-    k += (b * k_b + h * k_h) * UNIT
-    v += (b * v_b + h * v_h) * UNIT
+    b, h, q, k, v, lse = one_head(pid // PIECES // tiles, q, k, v, lse, q_b, q_h, k_b, k_h, v_b, v_h, H, N, UNIT)
     out += (b * N * H + h) * D
-    lse += (b * H + h) * N
     if mask is not None:
         mask += b * mask_b + h * mask_h
-    col0 = tl.arange(0, D0)
-    if PIECES > 1:
-        col0 += pid % PIECES * D0
-    else:
-        q0, q1 = load2(q, row, N, q_n * UNIT, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
+    if PIECES == 1:
+        q0, q1 = load2(q, row, N, q_n * UNIT, 0, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
 
     top = tl.full((BLOCK_N,), -INF, tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    acc0 = tl.zeros((BLOCK_N, D0), tl.float32)
-    acc1 = acc0
-    if D1 > 0:
-        acc1 = tl.zeros((BLOCK_N, D1), tl.float32)
-    for start in range(0, M, BLOCK_M):
-        key = start + tl.arange(0, BLOCK_M)
+    acc0, acc1 = zeros2(BLOCK_N, D0, D1)
+    for first in range(0, M, BLOCK_M):
+        key = first + tl.arange(0, BLOCK_M)
         if PIECES > 1:
-            s = wide_product(q, row, N, q_n * UNIT, k, key, M, k_m * UNIT, width, D, D0, BLOCK_N, BLOCK_M)
+            s = wide_product(q, row, N, q_n * UNIT, k, key, M, k_m * UNIT, width, D, D0)
         else:
-            k0, k1 = load2(k, key, M, k_m * UNIT, D, D0, D1)  # (BLOCK_M, D0), (BLOCK_M, D1)
+            k0, k1 = load2(k, key, M, k_m * UNIT, 0, D, D0, D1)  # (BLOCK_M, D0), (BLOCK_M, D1)
             s = product(q0, q1, k0, k1, D1)  # (BLOCK_N, BLOCK_M)
-        s = scores(s, scale_log2, mask, mask_n, mask_m, row[:, None], N, key[None, :], M, PER_QUERY)
-        if not EVEN_M:
-            s = tl.where(key[None, :] < M, s, -INF)
+        s = scores(s, scale_log2, mask, mask_n, mask_m, row[:, None], N, key[None, :], M, PER_QUERY, BOUND)
 
         new_top = tl.maximum(top, tl.max(s, 1))
         safe_top = tl.where(new_top == -INF, 0.0, new_top)
@@ -161,15 +143,14 @@ def _forward_long(
         p = tl.exp2(s - safe_top[:, None])
         total = total * rescale + tl.sum(p, 1)
         p = p.to(v.dtype.element_ty)
-        acc0 = dot(p, load(v, key, M, v_m * UNIT, col0, D), acc0 * rescale[:, None])
+        v0, v1 = load2(v, key, M, v_m * UNIT, start, D, D0, D1)
+        acc0 = dot(p, v0, acc0 * rescale[:, None])
         if D1 > 0:
-            acc1 = dot(p, load(v, key, M, v_m * UNIT, D0 + tl.arange(0, D1), D), acc1 * rescale[:, None])
+            acc1 = dot(p, v1, acc1 * rescale[:, None])
         top = new_top
 
     share = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-    store(out, row, N, H * D, col0, D, acc0 * share)
-    if D1 > 0:
-        store(out, row, N, H * D, D0 + tl.arange(0, D1), D, acc1 * share)
+    store2(out, row, N, H * D, start, D, D0, D1, acc0 * share, acc1 * share)
     # every piece computes the same lse: all of them store it rather than branch
     tl.store(lse + row, (tl.where(total == 0.0, 0.0, top) + tl.log2(total)) * LN2, mask=row < N)
 
@@ -181,9 +162,7 @@ def _is_short(m: int, d: int, masked: bool) -> bool:
     return d <= SHORT_WIDTH and keys <= most_keys and keys * columns <= most_elements
 
 
-def attention_unsupported(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> str | None:
+def attention_unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
     """Why these (validated) inputs cannot run, None if they can."""
     if mask is not None and mask.dtype not in (torch.bool, torch.float16, torch.bfloat16, torch.float32):
         return f"the Triton kernel takes boolean, float16, bfloat16 and float32 masks, not {mask.dtype}"
@@ -194,22 +173,14 @@ def attention_unsupported(
     return refuse(q)
 
 
-def forward_launches(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> list[Launch]:
+def forward_launches(inputs: Inputs, out: Tensor, lse: Tensor) -> list[Launch]:
     """What `attention` launches to fill out and lse."""
-    (b, h, n, d), m = q.shape, k.shape[2]
-    unit, half = unit_of(q, k, v), q.element_size() == 2
-    mask, mask_strides, per_query = mask_arguments(mask)
-    tensors = (q, k, v, mask, out, lse, *in_units(unit, q, k, v), *mask_strides)
-    options = {"D": d, "UNIT": unit, "PER_QUERY": per_query, "num_stages": 2}
-    if half and _is_short(m, d, mask is not None):
+    q, k, v, mask, scale = inputs
+    (b, h, n, d), m, masked = q.shape, k.shape[2], mask is not None
+    strides, options = inputs.strides(q, k, v)
+    args = (q, k, v, inputs.mask_bytes, out, lse, *strides, h, n, m)
+    options["num_stages"] = 2
+    if inputs.half and _is_short(m, d, masked):
         (d0, d1), (m0, m1) = pieces_of(d), pieces_of(m)
         block, warps = 64, 4
         if (d0, d1) == (128, 0):  # 16 more keys are too few columns for the warps of a smaller tile
@@ -218,26 +189,21 @@ def forward_launches(
         # more tiles per program spread the loading of k and v, fewer leave programs for every processor
         tiles = max(1, min(4, n // (8 * block)))
         options.update(D0=d0, D1=d1, M0=m0, M1=m1, BLOCK_N=block, num_warps=warps)
-        args = (*tensors, h, n, m, tiles, scale * LOG2E.value)
         programs = b * h * triton.cdiv(n, block * tiles)
-        return [Launch(_forward_short, programs, args, options, RESIDENT_WARPS // warps)]
-    columns, own, step, warps = plan(d, half, mask is not None)
-    if columns["PIECES"] > 1 and m % step:
-        step = 16  # the condition on the keys takes registers
-    if columns["PIECES"] > 1 and not half:
+        return [launch_of(_forward_short, programs, (*args, tiles, scale * LOG2E.value), options)]
+    division = plan(d, inputs.half, masked)
+    if division.columns["PIECES"] > 1 and m % division.step:
+        division = division._replace(step=16)  # the condition on the keys takes registers
+    if division.columns["PIECES"] > 1 and not inputs.half:
         options["num_stages"] = 1  # and so do float32 tiles that are loaded ahead
-    options.update(columns, **REGISTERS, BLOCK_N=own, BLOCK_M=step, EVEN_M=m % step == 0, num_warps=warps)
-    args = (*tensors, h, n, m, d, scale * LOG2E.value)
-    programs = b * h * triton.cdiv(n, own) * columns["PIECES"]
-    return [Launch(_forward_long, programs, args, options, RESIDENT_WARPS // warps)]
+    options.update(REGISTERS, BLOCK_N=division.own, BLOCK_M=division.step, BOUND=m % division.step > 0)
+    return [division.launch(_forward_long, b * h, n, (*args, d, scale * LOG2E.value), options)]
 
 
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse) of validated inputs; mask expanded to (B, H, N, M) or None."""
     out = empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    for launch in forward_launches(q, k, v, mask, scale, out, lse):
+    for launch in forward_launches(Inputs(q, k, v, mask, scale), out, lse):
         launch.run()
     return out, lse

@@ -15,6 +15,7 @@ Layouts, and tiles in two pieces: `attention_common`.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import Launch
 from .attention_common import (
@@ -23,22 +24,23 @@ from .attention_common import (
     INF,
     LOG2E,
     REGISTERS,
-    RESIDENT_WARPS,
+    Inputs,
     dot,
+    dot2,
     empty_like,
-    head_of,
-    in_units,
+    launch_of,
     load,
     load2,
-    mask_arguments,
+    one_head,
     pieces_of,
     plan,
     probabilities,
     product,
     scores,
     store,
-    unit_of,
+    store2,
     wide_product,
+    zeros2,
 )
 
 SHORT_KEYS = 128  # keys that a program keeps
@@ -52,9 +54,8 @@ def _recompute(
 ):  # fmt: skip
     """p and dp of some keys, transposed.  # (keys, BLOCK_N)"""
     s = product(k0, k1, q0, q1, D1)
-    s = scores(s, scale_log2, mask, mask_n, mask_m, row[None, :], N, key[:, None], M, PER_QUERY)
-    p = probabilities(tl.where(key[:, None] < M, s, -INF), row_lse, mask)
-    return p, product(v0, v1, g0, g1, D1)
+    s = scores(s, scale_log2, mask, mask_n, mask_m, row[None, :], N, key[:, None], M, PER_QUERY, True)
+    return probabilities(s, row_lse, mask), product(v0, v1, g0, g1, D1)
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -72,37 +73,29 @@ def _backward_short(
     columns, which 16 columns would be too few for: then all columns are one piece.
     """
     tl.static_assert(M1 == 0 or D1 == 0)
-    groups = tl.cdiv(N, BLOCK_N * tiles)
-    pid = tl.program_id(0)
-    b, h = head_of(pid // groups, H)
+    pid, groups = tl.program_id(0), tl.cdiv(N, BLOCK_N * tiles)
     first = (pid % groups) * (BLOCK_N * tiles)
+    b, h, q, k, v, lse = one_head(pid // groups, q, k, v, lse, q_b, q_h, k_b, k_h, v_b, v_h, H, N, UNIT)
     grad += (b * g_b + h * g_h) * UNIT
-    q += (b * q_b + h * q_h) * UNIT
-    k += (b * k_b + h * k_h) * UNIT
-    v += (b * v_b + h * v_h) * UNIT
     dq += (b * N * H + h) * D
-    lse += (b * H + h) * N
     dk_parts += pid.to(tl.int64) * M * D
     dv_parts += pid.to(tl.int64) * M * D
     if mask is not None:
         mask += b * mask_b + h * mask_h
 
     key = tl.arange(0, M0)
-    k0, k1 = load2(k, key, M, k_m * UNIT, D, D0, D1)  # (M0, D0), (M0, D1)
-    v0, v1 = load2(v, key, M, v_m * UNIT, D, D0, D1)
-    dk0 = tl.zeros((M0, D0), tl.float32)
-    dv0 = tl.zeros((M0, D0), tl.float32)
-    if D1 > 0:
-        dk1 = tl.zeros((M0, D1), tl.float32)
-        dv1 = tl.zeros((M0, D1), tl.float32)
+    k0, k1 = load2(k, key, M, k_m * UNIT, 0, D, D0, D1)  # (M0, D0), (M0, D1)
+    v0, v1 = load2(v, key, M, v_m * UNIT, 0, D, D0, D1)
+    dk0, dk1 = zeros2(M0, D0, D1)
+    dv0, dv1 = zeros2(M0, D0, D1)
     if M1 > 0:
         rest = M0 + tl.arange(0, M1)
         dk_rest = tl.zeros((M1, D0), tl.float32)
         dv_rest = tl.zeros((M1, D0), tl.float32)
     for tile in range(tiles):
         row = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        q0, q1 = load2(q, row, N, q_n * UNIT, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
-        g0, g1 = load2(grad, row, N, g_n * UNIT, D, D0, D1)
+        q0, q1 = load2(q, row, N, q_n * UNIT, 0, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
+        g0, g1 = load2(grad, row, N, g_n * UNIT, 0, D, D0, D1)
         row_lse = tl.load(lse + row, mask=row < N, other=INF)[None, :]  # beyond N: probabilities of zero
 
         p, dp = _recompute(
@@ -146,11 +139,8 @@ def _backward_short(
                 part = tl.dot(tl.trans(ds), right, input_precision="ieee")  # (BLOCK_N, D1)
                 store(dq, row, N, H * D, D0 + tl.arange(0, D1), D, part * scale)
 
-    store(dk_parts, key, M, D, tl.arange(0, D0), D, dk0 * scale)
-    store(dv_parts, key, M, D, tl.arange(0, D0), D, dv0)
-    if D1 > 0:
-        store(dk_parts, key, M, D, D0 + tl.arange(0, D1), D, dk1 * scale)
-        store(dv_parts, key, M, D, D0 + tl.arange(0, D1), D, dv1)
+    store2(dk_parts, key, M, D, 0, D, D0, D1, dk0 * scale, dk1 * scale)
+    store2(dv_parts, key, M, D, 0, D, D0, D1, dv0, dv1)
     if M1 > 0:
         store(dk_parts, rest, M, D, tl.arange(0, D0), D, dk_rest * scale)
         store(dv_parts, rest, M, D, tl.arange(0, D0), D, dv_rest)
@@ -160,18 +150,17 @@ def _backward_short(
 def _sum_parts(dk_parts, dv_parts, dk, dv, H, M, groups, D: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK elements of one head's dk and dv: the partial sums of its query groups, added in their order."""
     blocks = tl.cdiv(M * D, BLOCK)
-    bh = tl.program_id(0) // blocks
-    b, h = head_of(bh, H)
+    bh = (tl.program_id(0) // blocks).to(tl.int64)
     place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = place < M * D
-    dk_parts += bh.to(tl.int64) * groups * M * D
-    dv_parts += bh.to(tl.int64) * groups * M * D
+    dk_parts += bh * groups * M * D
+    dv_parts += bh * groups * M * D
     sum_k = tl.zeros((BLOCK,), tl.float32)
     sum_v = tl.zeros((BLOCK,), tl.float32)
     for group in range(groups):
         sum_k += tl.load(dk_parts + group * M * D + place, mask=inside, other=0.0)
         sum_v += tl.load(dv_parts + group * M * D + place, mask=inside, other=0.0)
-    target = (b * M * H + h) * D + (place // D).to(tl.int64) * (H * D) + place % D
+    target = (bh // H * M * H + bh % H) * D + (place // D).to(tl.int64) * (H * D) + place % D
     tl.store(dk + target, sum_k.to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + target, sum_v.to(dv.dtype.element_ty), mask=inside)
 
@@ -182,131 +171,94 @@ def _backward_queries(
     g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, o_b, o_h, o_n, mask_b, mask_h, mask_n, mask_m,
     H, N, M, width, scale, scale_log2,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PIECES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_M: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BOUND: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
 ):  # fmt: skip
     """dq (one piece of its columns) and delta = Σ grad · out of BLOCK_N queries of one head; reads k and v once."""
-    pid = tl.program_id(0)
-    tiles = tl.cdiv(N, BLOCK_N)
+    pid, tiles = tl.program_id(0), tl.cdiv(N, BLOCK_N)
+    start = pid % PIECES * D0  # the piece's first column
     row = (pid // PIECES % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b, h = head_of(pid // PIECES // tiles, H)
+    b, h, q, k, v, lse = one_head(pid // PIECES // tiles, q, k, v, lse, q_b, q_h, k_b, k_h, v_b, v_h, H, N, UNIT)
     grad += (b * g_b + h * g_h) * UNIT
-    q += (b * q_b + h * q_h) * UNIT
-    k += (b * k_b + h * k_h) * UNIT
-    v += (b * v_b + h * v_h) * UNIT
     out += (b * o_b + h * o_h) * UNIT
     dq += (b * N * H + h) * D
-    lse += (b * H + h) * N
     delta += (b * H + h) * N
     if mask is not None:
         mask += b * mask_b + h * mask_h
 
-    col0 = tl.arange(0, D0)
     if PIECES > 1:
-        col0 += pid % PIECES * D0
         row_delta = tl.zeros((BLOCK_N,), tl.float32)
-        for start in range(0, width, D0):
-            g = load(grad, row, N, g_n * UNIT, start + tl.arange(0, D0), D).to(tl.float32)
-            o = load(out, row, N, o_n * UNIT, start + tl.arange(0, D0), D).to(tl.float32)
+        for col in range(0, width, D0):
+            g = load(grad, row, N, g_n * UNIT, col + tl.arange(0, D0), D).to(tl.float32)
+            o = load(out, row, N, o_n * UNIT, col + tl.arange(0, D0), D).to(tl.float32)
             row_delta += tl.sum(g * o, 1)
     else:
-        q0, q1 = load2(q, row, N, q_n * UNIT, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
-        g0, g1 = load2(grad, row, N, g_n * UNIT, D, D0, D1)
-        o0, o1 = load2(out, row, N, o_n * UNIT, D, D0, D1)
+        q0, q1 = load2(q, row, N, q_n * UNIT, 0, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
+        g0, g1 = load2(grad, row, N, g_n * UNIT, 0, D, D0, D1)
+        o0, o1 = load2(out, row, N, o_n * UNIT, 0, D, D0, D1)
         row_delta = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
         if D1 > 0:
             row_delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
     tl.store(delta + row, row_delta, mask=row < N)
     row_lse = tl.load(lse + row, mask=row < N, other=INF)[:, None]
 
-    dq0 = tl.zeros((BLOCK_N, D0), tl.float32)
-    dq1 = dq0
-    if D1 > 0:
-        dq1 = tl.zeros((BLOCK_N, D1), tl.float32)
-    for start in range(0, M, BLOCK_M):
-        key = start + tl.arange(0, BLOCK_M)
+    dq0, dq1 = zeros2(BLOCK_N, D0, D1)
+    for first in range(0, M, BLOCK_M):
+        key = first + tl.arange(0, BLOCK_M)
         if PIECES > 1:
-            s = wide_product(q, row, N, q_n * UNIT, k, key, M, k_m * UNIT, width, D, D0, BLOCK_N, BLOCK_M)
-            dp = wide_product(grad, row, N, g_n * UNIT, v, key, M, v_m * UNIT, width, D, D0, BLOCK_N, BLOCK_M)
-            k0 = load(k, key, M, k_m * UNIT, col0, D)
-        else:
-            k0, k1 = load2(k, key, M, k_m * UNIT, D, D0, D1)  # (BLOCK_M, D0), (BLOCK_M, D1)
-            v0, v1 = load2(v, key, M, v_m * UNIT, D, D0, D1)
-            s = product(q0, q1, k0, k1, D1)  # (BLOCK_N, BLOCK_M)
-            dp = product(g0, g1, v0, v1, D1)
-        s = scores(s, scale_log2, mask, mask_n, mask_m, row[:, None], N, key[None, :], M, PER_QUERY)
-        if not EVEN_M:
-            s = tl.where(key[None, :] < M, s, -INF)
-        p = probabilities(s, row_lse, mask)
-        ds = (p * (dp - row_delta[:, None])).to(q.dtype.element_ty)
-        dq0 = dot(ds, k0, dq0)
-        if D1 > 0:
-            dq1 = dot(ds, k1, dq1)
-    store(dq, row, N, H * D, col0, D, dq0 * scale)
-    if D1 > 0:
-        store(dq, row, N, H * D, D0 + tl.arange(0, D1), D, dq1 * scale)
+            s = wide_product(q, row, N, q_n * UNIT, k, key, M, k_m * UNIT, width, D, D0)
+            dp = wide_product(grad, row, N, g_n * UNIT, v, key, M, v_m * UNIT, width, D, D0)
+        k0, k1 = load2(k, key, M, k_m * UNIT, start, D, D0, D1)  # (BLOCK_M, D0), (BLOCK_M, D1)
+        if PIECES == 1:
+            v0, v1 = load2(v, key, M, v_m * UNIT, 0, D, D0, D1)
+            s, dp = product(q0, q1, k0, k1, D1), product(g0, g1, v0, v1, D1)  # (BLOCK_N, BLOCK_M)
+        s = scores(s, scale_log2, mask, mask_n, mask_m, row[:, None], N, key[None, :], M, PER_QUERY, BOUND)
+        ds = (probabilities(s, row_lse, mask) * (dp - row_delta[:, None])).to(q.dtype.element_ty)
+        dq0, dq1 = dot2(ds, k0, k1, dq0, dq1, D1)
+    store2(dq, row, N, H * D, start, D, D0, D1, dq0 * scale, dq1 * scale)
 
 
 @triton.jit
 def _key_gradients(
-    grad, q, k, v, mask, lse, delta, dk, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, piece,
+    grad, q, k, v, mask, lse, delta, dk, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, start,
     H, N, M, width, scale, scale_log2,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """One piece of the columns of dk and dv, or of that which is not None, of the keys `key` of one head.
+    """The columns from `start` on of dk and dv, or of that which is not None, of the keys `key` of one head.
 
     The pointers are to that head. Scores are transposed, keys × queries, so that they are left operands as they come.
     Keys beyond M need no care: a key's row of the gradients depends on that key alone, and those rows are not stored.
     """
-    col0 = piece * D0 + tl.arange(0, D0)
     if PIECES == 1:
-        k0, k1 = load2(k, key, M, k_m * UNIT, D, D0, D1)  # (BLOCK_M, D0), (BLOCK_M, D1)
+        k0, k1 = load2(k, key, M, k_m * UNIT, 0, D, D0, D1)  # (BLOCK_M, D0), (BLOCK_M, D1)
         if dk is not None:
-            v0, v1 = load2(v, key, M, v_m * UNIT, D, D0, D1)
-    if dk is not None:
-        dk0 = tl.zeros((BLOCK_M, D0), tl.float32)
-        if D1 > 0:
-            dk1 = tl.zeros((BLOCK_M, D1), tl.float32)
-    if dv is not None:
-        dv0 = tl.zeros((BLOCK_M, D0), tl.float32)
-        if D1 > 0:
-            dv1 = tl.zeros((BLOCK_M, D1), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        row = start + tl.arange(0, BLOCK_N)
+            v0, v1 = load2(v, key, M, v_m * UNIT, 0, D, D0, D1)
+    dk0, dk1 = zeros2(BLOCK_M, D0, D1)
+    dv0, dv1 = zeros2(BLOCK_M, D0, D1)
+    for first in range(0, N, BLOCK_N):
+        row = first + tl.arange(0, BLOCK_N)
         if PIECES > 1:
-            s = wide_product(k, key, M, k_m * UNIT, q, row, N, q_n * UNIT, width, D, D0, BLOCK_M, BLOCK_N)
+            s = wide_product(k, key, M, k_m * UNIT, q, row, N, q_n * UNIT, width, D, D0)
             if dk is not None:
-                dp = wide_product(v, key, M, v_m * UNIT, grad, row, N, g_n * UNIT, width, D, D0, BLOCK_M, BLOCK_N)
-            q0 = load(q, row, N, q_n * UNIT, col0, D)
-            g0 = load(grad, row, N, g_n * UNIT, col0, D)
-        else:
-            q0, q1 = load2(q, row, N, q_n * UNIT, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
-            g0, g1 = load2(grad, row, N, g_n * UNIT, D, D0, D1)
+                dp = wide_product(v, key, M, v_m * UNIT, grad, row, N, g_n * UNIT, width, D, D0)
+        q0, q1 = load2(q, row, N, q_n * UNIT, start, D, D0, D1)  # (BLOCK_N, D0), (BLOCK_N, D1)
+        g0, g1 = load2(grad, row, N, g_n * UNIT, start, D, D0, D1)
+        if PIECES == 1:
             s = product(k0, k1, q0, q1, D1)  # (BLOCK_M, BLOCK_N)
             if dk is not None:
                 dp = product(v0, v1, g0, g1, D1)
-        s = scores(s, scale_log2, mask, mask_n, mask_m, row[None, :], N, key[:, None], M, PER_QUERY)
+        s = scores(s, scale_log2, mask, mask_n, mask_m, row[None, :], N, key[:, None], M, PER_QUERY, False)
         row_lse = tl.load(lse + row, mask=row < N, other=INF)[None, :]  # beyond N: probabilities of zero
         p = probabilities(s, row_lse, mask)
         if dk is not None:
             row_delta = tl.load(delta + row, mask=row < N, other=0.0)[None, :]
-            ds = (p * (dp - row_delta)).to(q.dtype.element_ty)
-            dk0 = dot(ds, q0, dk0)
-            if D1 > 0:
-                dk1 = dot(ds, q1, dk1)
+            dk0, dk1 = dot2((p * (dp - row_delta)).to(q.dtype.element_ty), q0, q1, dk0, dk1, D1)
         if dv is not None:
-            p = p.to(q.dtype.element_ty)
-            dv0 = dot(p, g0, dv0)
-            if D1 > 0:
-                dv1 = dot(p, g1, dv1)
+            dv0, dv1 = dot2(p.to(q.dtype.element_ty), g0, g1, dv0, dv1, D1)
     if dk is not None:
-        store(dk, key, M, H * D, col0, D, dk0 * scale)
-        if D1 > 0:
-            store(dk, key, M, H * D, D0 + tl.arange(0, D1), D, dk1 * scale)
+        store2(dk, key, M, H * D, start, D, D0, D1, dk0 * scale, dk1 * scale)
     if dv is not None:
-        store(dv, key, M, H * D, col0, D, dv0)
-        if D1 > 0:
-            store(dv, key, M, H * D, D0 + tl.arange(0, D1), D, dv1)
+        store2(dv, key, M, H * D, start, D, D0, D1, dv0, dv1)
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -321,18 +273,13 @@ def _backward_keys(
     delta once.
     """
     PARTS: tl.constexpr = 2 * PIECES if APART else PIECES
-    pid = tl.program_id(0)
-    piece = pid % PIECES
-    tiles = tl.cdiv(M, BLOCK_M)
+    pid, tiles = tl.program_id(0), tl.cdiv(M, BLOCK_M)
+    start = pid % PIECES * D0  # the piece's first column
     key = (pid // PARTS % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    b, h = head_of(pid // PARTS // tiles, H)
+    b, h, q, k, v, lse = one_head(pid // PARTS // tiles, q, k, v, lse, q_b, q_h, k_b, k_h, v_b, v_h, H, N, UNIT)
     grad += (b * g_b + h * g_h) * UNIT
-    q += (b * q_b + h * q_h) * UNIT
-    k += (b * k_b + h * k_h) * UNIT
-    v += (b * v_b + h * v_h) * UNIT
     dk += (b * M * H + h) * D
     dv += (b * M * H + h) * D
-    lse += (b * H + h) * N
     delta += (b * H + h) * N
     if mask is not None:
         mask += b * mask_b + h * mask_h
@@ -340,89 +287,67 @@ def _backward_keys(
     if APART:
         if pid // PIECES % 2 == 0:
             _key_gradients(
-                grad, q, k, v, mask, lse, delta, dk, None, g_n, q_n, k_m, v_m, mask_n, mask_m, key, piece,
+                grad, q, k, v, mask, lse, delta, dk, None, g_n, q_n, k_m, v_m, mask_n, mask_m, key, start,
                 H, N, M, width, scale, scale_log2, D, D0, D1, PIECES, BLOCK_N, BLOCK_M, UNIT, PER_QUERY,
             )  # fmt: skip
         else:
             _key_gradients(
-                grad, q, k, v, mask, lse, delta, None, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, piece,
+                grad, q, k, v, mask, lse, delta, None, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, start,
                 H, N, M, width, scale, scale_log2, D, D0, D1, PIECES, BLOCK_N, BLOCK_M, UNIT, PER_QUERY,
             )  # fmt: skip
     else:
         _key_gradients(
-            grad, q, k, v, mask, lse, delta, dk, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, piece,
+            grad, q, k, v, mask, lse, delta, dk, dv, g_n, q_n, k_m, v_m, mask_n, mask_m, key, start,
             H, N, M, width, scale, scale_log2, D, D0, D1, PIECES, BLOCK_N, BLOCK_M, UNIT, PER_QUERY,
         )  # fmt: skip
 
 
 def backward_launches(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
+    grad: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, gradients: tuple[Tensor, Tensor, Tensor]
 ) -> list[Launch]:
-    """What `attention_backward` launches, in this order, to fill dq, dk and dv."""
-    (b, h, n, d), m = q.shape, k.shape[2]
-    unit, half = unit_of(grad, q, k, v, out), q.element_size() == 2
-    mask, mask_strides, per_query = mask_arguments(mask)
-    strides = in_units(unit, grad, q, k, v)
-    scales = (scale, scale * LOG2E.value)
-    options = {"D": d, "UNIT": unit, "PER_QUERY": per_query, "num_stages": 1}
-    if m <= SHORT_KEYS and half and d <= SHORT_GRADIENT:
+    """What `attention_backward` launches, in this order, to fill the gradients of q, k and v."""
+    q, k, v, mask, scale = inputs
+    (b, h, n, d), m, masked, (dq, dk, dv) = q.shape, k.shape[2], mask is not None, gradients
+    tensors, scales = (grad, q, k, v, inputs.mask_bytes), (scale, scale * LOG2E.value)
+    strides, options = inputs.strides(grad, q, k, v)
+    options["num_stages"] = 1
+    if m <= SHORT_KEYS and inputs.half and d <= SHORT_GRADIENT:
         (d0, d1), (m0, m1) = pieces_of(d), (max(16, triton.next_power_of_2(m)), 0)
         if mask is None and 16 < d <= 64 and pieces_of(m) == (64, 16):
             # 80 keys instead of 128 save more than 64 columns instead of 48 cost
             (d0, d1), (m0, m1) = (triton.next_power_of_2(d), 0), (64, 16)
-        block = 64 if d0 + d1 <= 48 else 16 if mask is not None and d > 64 else 32
+        block = 64 if d0 + d1 <= 48 else 16 if masked and d > 64 else 32
         tiles = max(1, min(16, n // (8 * block)))
         groups = triton.cdiv(n, block * tiles)
-        dk_parts, dv_parts = torch.empty((2, b * h * groups, m, d), dtype=torch.float32, device=q.device)
-        args = (grad, q, k, v, mask, lse, dq, dk_parts, dv_parts, *strides, *mask_strides, h, n, m, tiles, *scales)
-        warps = 8 if m0 > 64 else 4
-        options.update(D0=d0, D1=d1, M0=m0, M1=m1, BLOCK_N=block, num_warps=warps)
-        add = {"D": d, "BLOCK": 256, "num_warps": 2}
+        parts = torch.empty((2, b * h * groups, m, d), dtype=torch.float32, device=q.device)
+        options.update(D0=d0, D1=d1, M0=m0, M1=m1, BLOCK_N=block, num_warps=8 if m0 > 64 else 4)
+        args = (*tensors, lse, dq, *parts, *strides, h, n, m, tiles, *scales)
+        add, blocks = {"D": d, "BLOCK": 256, "num_warps": 2}, triton.cdiv(m * d, 256)
         return [
-            Launch(_backward_short, b * h * groups, args, options, RESIDENT_WARPS // warps),
-            Launch(_sum_parts, b * h * triton.cdiv(m * d, 256), (dk_parts, dv_parts, dk, dv, h, m, groups), add, 8),
+            launch_of(_backward_short, b * h * groups, args, options),
+            Launch(_sum_parts, b * h * blocks, (*parts, dk, dv, h, m, groups), add, 8),
         ]
     delta = torch.empty_like(lse)
-    sizes = (*mask_strides, h, n, m, d, *scales)
-    columns, own, step, warps = plan(d, half, mask is not None, backward=True)
-    even = m % step == 0
-    args = (grad, q, k, v, mask, out, lse, dq, delta, *strides, *in_units(unit, out), *sizes)
     options.update(REGISTERS if d > 128 else {})
-    for_queries = {**options, **columns, "BLOCK_N": own, "BLOCK_M": step, "EVEN_M": even, "num_warps": warps}
-    programs = b * h * triton.cdiv(n, own) * columns["PIECES"]
-    queries = Launch(_backward_queries, programs, args, for_queries, RESIDENT_WARPS // warps)
-    columns, own, step, warps = plan(d, half, mask is not None, backward=True, keys=True)
-    args = (grad, q, k, v, mask, lse, delta, dk, dv, *strides, *sizes)
-    apart = columns["D0"] + columns["D1"] > BOTH
-    for_keys = {**options, **columns, "APART": apart, "BLOCK_N": step, "BLOCK_M": own, "num_warps": warps}
-    programs = b * h * triton.cdiv(m, own) * columns["PIECES"] * (2 if apart else 1)
-    return [queries, Launch(_backward_keys, programs, args, for_keys, RESIDENT_WARPS // warps)]
+    keys = plan(d, inputs.half, masked, backward=True, keys=True)
+    apart = keys.columns["D0"] + keys.columns["D1"] > BOTH
+    for_keys = {**options, "APART": apart, "BLOCK_N": keys.step, "BLOCK_M": keys.own}
+    args = (*tensors, lse, delta, dk, dv, *strides, h, n, m, d, *scales)
+    launch = keys.launch(_backward_keys, b * h * (2 if apart else 1), m, args, for_keys)
+    strides, units = inputs.strides(grad, q, k, v, out)
+    queries = plan(d, inputs.half, masked, backward=True)
+    options.update(units, BLOCK_N=queries.own, BLOCK_M=queries.step, BOUND=m % queries.step > 0)
+    args = (*tensors, out, lse, dq, delta, *strides, h, n, m, d, *scales)
+    return [queries.launch(_backward_queries, b * h, n, args, options), launch]
 
 
 def attention_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), from what the forward returned."""
     if grad.stride(-1) != 1:
         grad = grad.contiguous()  # the gradient of a sum has strides of zero
-    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
-    for launch in backward_launches(grad, q, k, v, mask, scale, out, lse, dq, dk, dv):
+    gradients = empty_like(q), empty_like(k), empty_like(v)
+    for launch in backward_launches(grad, Inputs(q, k, v, mask, scale), out, lse, gradients):
         launch.run()
-    return dq, dk, dv
+    return gradients

@@ -13,11 +13,14 @@ batch has the same bits as the row alone.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from . import Launch
 
 BOTH, ONE = 128, 160  # widest heads of which a long program keeps both dk and dv of its keys, and one of them
 RESIDENT_WARPS = 8  # that a multiprocessor is meant to hold: two for each scheduler, at up to 255 registers a thread
@@ -37,9 +40,16 @@ GENERAL = (
 
 
 @triton.jit
-def head_of(index, H):
-    """The batch and the head of a (B·H) index, in 64 bits: offsets of whole images pass 2³¹."""
-    return (index // H).to(tl.int64), (index % H).to(tl.int64)
+def one_head(index, q, k, v, lse, q_b, q_h, k_b, k_h, v_b, v_h, H, N, UNIT: tl.constexpr):
+    """Batch and head of a (B·H) index, and that head's q, k, v and lse.
+
+    Batch and head have 64 bits: offsets of whole images pass 2³¹.
+    """
+    b, h = (index // H).to(tl.int64), (index % H).to(tl.int64)
+    q += (b * q_b + h * q_h) * UNIT
+    k += (b * k_b + h * k_h) * UNIT
+    v += (b * v_b + h * v_h) * UNIT
+    return b, h, q, k, v, lse + (b * H + h) * N
 
 
 @triton.jit
@@ -51,24 +61,53 @@ def load(ptr, row, rows, stride, col, D: tl.constexpr):
 
 @triton.jit
 def store(ptr, row, rows, stride, col, D: tl.constexpr, value):
+    """Write what `load` reads, rounded to the type of the matrix."""
     inside = (row < rows)[:, None] & (col < D)[None, :]
     tl.store(ptr + row.to(tl.int64)[:, None] * stride + col[None, :], value.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def load2(ptr, row, rows, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Whole rows, as pieces of D0 and D1 columns (without a second piece, the first one stands in for it)."""
-    first = load(ptr, row, rows, stride, tl.arange(0, D0), D)
+def zeros2(R: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """R rows in two pieces, of D0 and D1 columns. If there is no second piece, the first stands in for it."""
+    first = tl.zeros((R, D0), tl.float32)
     second = first
     if D1 > 0:
-        second = load(ptr, row, rows, stride, D0 + tl.arange(0, D1), D)
+        second = tl.zeros((R, D1), tl.float32)
     return first, second
 
 
 @triton.jit
+def load2(ptr, row, rows, stride, start, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Rows in two pieces, from column `start` on.  # (R, D0), (R, D1)"""
+    first = load(ptr, row, rows, stride, start + tl.arange(0, D0), D)
+    second = first
+    if D1 > 0:
+        second = load(ptr, row, rows, stride, start + D0 + tl.arange(0, D1), D)
+    return first, second
+
+
+@triton.jit
+def store2(ptr, row, rows, stride, start, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, first, second):
+    """Write what `load2` reads."""
+    store(ptr, row, rows, stride, start + tl.arange(0, D0), D, first)
+    if D1 > 0:
+        store(ptr, row, rows, stride, start + D0 + tl.arange(0, D1), D, second)
+
+
+@triton.jit
 def dot(a, b, acc):
+    """a b + acc"""
     # "ieee": the product of two float32 tiles is not rounded to tf32
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def dot2(a, b0, b1, acc0, acc1, D1: tl.constexpr):
+    """a b + acc, b and acc in two pieces.  # (R, S), (S, D0), (S, D1) -> (R, D0), (R, D1)"""
+    acc0 = dot(a, b0, acc0)
+    if D1 > 0:
+        acc1 = dot(a, b1, acc1)
+    return acc0, acc1
 
 
 @triton.jit
@@ -81,51 +120,48 @@ def product(a0, a1, b0, b1, D1: tl.constexpr):
 
 
 @triton.jit
-def wide_product(
-    a_ptr, a_row, a_rows, a_stride, b_ptr, b_row, b_rows, b_stride, width,
-    D: tl.constexpr, D0: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
+def wide_product(a, a_row, a_rows, a_stride, b, b_row, b_rows, b_stride, width, D: tl.constexpr, D0: tl.constexpr):
     """a bᵀ of rows too wide to be kept, D0 columns at a time.  # (R, D), (S, D) -> (R, S)
 
     width is D at run time: a known number of steps would be unrolled, which takes more registers than there are.
     """
-    s = tl.zeros((R, S), tl.float32)
+    s = tl.zeros((a_row.shape[0], b_row.shape[0]), tl.float32)
     for start in range(0, width, D0):
         col = start + tl.arange(0, D0)
-        a = load(a_ptr, a_row, a_rows, a_stride, col, D)
-        b = load(b_ptr, b_row, b_rows, b_stride, col, D)
-        s = dot(a, tl.trans(b), s)
+        s = dot(load(a, a_row, a_rows, a_stride, col, D), tl.trans(load(b, b_row, b_rows, b_stride, col, D)), s)
     return s
 
 
 @triton.jit
-def scores(product, scale_log2, mask_ptr, mask_n, mask_m, row, rows, key, keys, PER_QUERY: tl.constexpr):
-    """product · scale + mask in units of log2.
+def scores(s, scale_log2, mask, mask_n, mask_m, row, rows, key, keys, PER_QUERY: tl.constexpr, BOUND: tl.constexpr):
+    """s · scale + mask in units of log2, s = q kᵀ; BOUND: -inf for keys beyond the last one.
 
     row and key are (R, 1) and (1, S), or (1, R) and (S, 1) for a transposed tile. A mask with one value per key (key
     padding) is read once per key. A boolean mask arrives as uint8.
     """
-    s = product * scale_log2
-    if mask_ptr is not None:
+    s = s * scale_log2
+    if mask is not None:
         if PER_QUERY:
-            place = mask_ptr + row.to(tl.int64) * mask_n + key.to(tl.int64) * mask_m
+            place = mask + row.to(tl.int64) * mask_n + key.to(tl.int64) * mask_m
             value = tl.load(place, mask=(row < rows) & (key < keys), other=0)
         else:
-            value = tl.load(mask_ptr + key.to(tl.int64) * mask_m, mask=key < keys, other=0)
-        if mask_ptr.dtype.element_ty == tl.uint8:
+            value = tl.load(mask + key.to(tl.int64) * mask_m, mask=key < keys, other=0)
+        if mask.dtype.element_ty == tl.uint8:
             s = tl.where(value != 0, s, -INF)
         else:
             # float32's lowest value stays finite in units of log2: a row of it alone is uniform, not masked
             value = value.to(tl.float32)
             s += tl.where(value == -INF, -INF, tl.maximum(value * LOG2E, LOWEST, propagate_nan=tl.PropagateNan.ALL))
+    if BOUND:
+        s = tl.where(key < keys, s, -INF)
     return s
 
 
 @triton.jit
-def probabilities(s, lse, mask_ptr):
+def probabilities(s, lse, mask):
     """exp(score - lse), lse broadcast along the keys; a fully masked row has only zeros."""
     exponent = s - tl.where(lse == -INF, 0.0, lse) * LOG2E
-    if mask_ptr is not None:
+    if mask is not None:
         # rounding of huge negative scores must not make a probability above one
         exponent = tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.exp2(exponent)
@@ -140,33 +176,44 @@ def pieces_of(width: int) -> tuple[int, int]:
     return (high, rest) if rest < high else (2 * high, 0)
 
 
-def _strides(x: torch.Tensor) -> list[int]:
-    """Strides of all but the last dimension; those of a dimension of one element are never used and may be anything."""
-    return [stride if size > 1 else 0 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
+class Inputs(NamedTuple):
+    """The (validated) arguments of one call of `attention`."""
+
+    q: Tensor  # (B, H, N, D)
+    k: Tensor  # (B, H, M, D)
+    v: Tensor
+    mask: Tensor | None  # (B, H, N, M)
+    scale: float
+
+    @property
+    def half(self) -> bool:
+        """Whether an element has two bytes."""
+        return self.q.element_size() == 2
+
+    @property
+    def mask_bytes(self) -> Tensor | None:
+        """The mask as kernels take it: uint8 instead of bool."""
+        return self.mask.view(torch.uint8) if self.mask is not None and self.mask.dtype == torch.bool else self.mask
+
+    def strides(self, *tensors: Tensor) -> tuple[list[int], dict[str, Any]]:
+        """Strides of tensors and mask as kernels take them, and the constants that go with them.
+
+        Triton knows of an integer argument only whether 16 divides it. Rows of 40 halves start at multiples of 16 bytes
+        all the same, so strides are passed in units, of 16 bytes at most, that the kernel multiplies out.
+        """
+        strides = [stride for x in tensors for stride in _strides(x)[:-1]]
+        unit = math.gcd(16 // self.q.element_size(), *strides)
+        of_mask = [0, 0, 0, 0] if self.mask is None else _strides(self.mask)
+        constants = {"D": self.q.shape[-1], "UNIT": unit, "PER_QUERY": of_mask[2] != 0}
+        return [stride // unit for stride in strides] + of_mask, constants
 
 
-def unit_of(*tensors: torch.Tensor) -> int:
-    """The number of elements, at most 16 bytes, that divides every stride.
-
-    Triton knows of an integer argument only whether 16 divides it. Rows of 40 halves start at multiples of 16 bytes all
-    the same, so strides are passed in units that the kernel multiplies out.
-    """
-    return math.gcd(16 // tensors[0].element_size(), *(s for x in tensors for s in _strides(x)))
+def _strides(x: Tensor) -> list[int]:
+    """Strides; those of a dimension of one element are never used, may be anything, and are zero here."""
+    return [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True)]
 
 
-def in_units(unit: int, *tensors: torch.Tensor) -> list[int]:
-    return [stride // unit for x in tensors for stride in _strides(x)]
-
-
-def mask_arguments(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, list[int], bool]:
-    """The mask as the kernels take it, its strides, and whether it differs from query to query."""
-    if mask is None:
-        return None, [0, 0, 0, 0], False
-    strides = [stride if size > 1 else 0 for stride, size in zip(mask.stride(), mask.shape, strict=True)]
-    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), strides, strides[2] != 0
-
-
-def empty_like(x: torch.Tensor) -> torch.Tensor:
+def empty_like(x: Tensor) -> Tensor:
     """A (B, H, N, D) tensor whose memory is (B, N, H, D)."""
     b, h, n, d = x.shape
     return torch.empty((b, n, h, d), dtype=x.dtype, device=x.device).transpose(1, 2)
@@ -179,6 +226,16 @@ class Plan(NamedTuple):
     own: int  # rows that a program owns
     step: int  # rows of a step along the other side
     warps: int
+
+    def launch(self, kernel: Any, heads: int, rows: int, args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+        """`kernel` for the tiles of `rows` rows, and for each piece of their columns."""
+        programs = heads * triton.cdiv(rows, self.own) * self.columns["PIECES"]
+        return launch_of(kernel, programs, args, {**options, **self.columns, "num_warps": self.warps})
+
+
+def launch_of(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+    """A launch of which a multiprocessor is meant to hold RESIDENT_WARPS."""
+    return Launch(kernel, programs, args, options, RESIDENT_WARPS // options["num_warps"])
 
 
 def plan(d: int, half: bool, masked: bool, backward: bool = False, keys: bool = False) -> Plan:

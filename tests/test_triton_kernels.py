@@ -93,10 +93,10 @@ def launches(op: str, case: Any, dtype: torch.dtype) -> list[kernels.Launch]:
     """What a forward and a backward pass would launch, on tensors without memory."""
     args = arguments(op, case, dtype, "meta")
     if op == "attention":
-        q, k, v, mask, scale = args
-        lse = torch.empty(q.shape[:3], device="meta")
-        forward = attention.forward_launches(*args, q, lse)
-        return forward + attention_backward.backward_launches(q, q, k, v, mask, scale, q, lse, q, k, v)
+        inputs = attention_common.Inputs(*args)
+        q, lse = inputs.q, torch.empty(inputs.q.shape[:3], device="meta")
+        forward = attention.forward_launches(inputs, q, lse)
+        return forward + attention_backward.backward_launches(q, inputs, q, lse, inputs[:3])
     norm = group_norm_silu_common.Norm(*args)
     statistics = torch.empty(2, norm.x.shape[0], norm.num_groups, device="meta")
     forward = group_norm_silu.forward_launches(norm, norm.x, statistics)
