@@ -1,4 +1,4 @@
-"""The noise schedule's configuration and the defaults of sampling."""
+"""Configurations of the noise schedule, and of how a model is sampled by default."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """A noise schedule and what the network predicts. The defaults are Stable Diffusion 1.x.
+    """A noise schedule and what the network predicts. The defaults are those of Stable Diffusion 1.x.
 
-    `zero_terminal_snr` rescales the schedule so that z_T is pure noise (Lin et al., arXiv:2305.08891); it needs
-    prediction_type "v_prediction" or "sample", since ε at T says nothing of z_0.
+    `zero_terminal_snr` rescales the schedule so that z_T is pure noise (Lin et al., arXiv:2305.08891). It needs
+    prediction_type "v_prediction" or "sample", since ε at T tells nothing about z_0.
     """
 
     schedule: str = "scaled_linear"
@@ -32,7 +32,7 @@ class DiffusionConfig:
                 f"got {self.prediction_type!r}"
             )
         for name in ("beta_start", "beta_end"):
-            if not 0 < getattr(self, name) < 1:  # a share of the variance; else roots of negative numbers come of it
+            if not 0 < getattr(self, name) < 1:  # shares of the variance: anything else gives roots of negative numbers
                 raise ValueError(f"DiffusionConfig: {name} must be between 0 and 1, got {getattr(self, name)}")
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise ValueError("DiffusionConfig: zero_terminal_snr needs prediction_type v_prediction or sample")
@@ -40,7 +40,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class Defaults:
-    """How a model samples best; stored with it and used wherever `generate` is not told otherwise."""
+    """The settings a model samples best with: stored with it, and used by `generate` unless told otherwise."""
 
     steps: int = 25
     guidance: float = 3.0

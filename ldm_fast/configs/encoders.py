@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CLIPShape:
-    """Sizes of a CLIP text model. `projection`: width of the pooled vector, None where it is not projected."""
+    """The sizes of a CLIP text model. `projection` is the width of the pooled vector, None if it is not projected."""
 
     vocab_size: int
     width: int
@@ -20,18 +20,22 @@ class CLIPShape:
 
 @dataclass(frozen=True)
 class ClassEmbedderConfig:
+    """The shape of a table of classes, one vector each."""
+
     num_classes: int
     width: int
-    null_class: int | None = None  # the class that stands for "no condition", where the model was trained with one
+    null_class: int | None = None  # the class that means "no condition", if the model was trained with one
 
     @classmethod
     def published(cls, num_classes: int, width: int) -> ClassEmbedderConfig:
-        """Of a published checkpoint: where ImageNet has 1001 classes, the last one stands for "no condition"."""
+        """Return the configuration of a published checkpoint: with 1001 classes, the last means "no condition"."""
         return cls(num_classes, width, null_class=1000 if num_classes == 1001 else None)
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
+    """The shape of LDM's BERT-style text transformer."""
+
     vocab_size: int
     width: int
     depth: int
@@ -42,6 +46,8 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class SpatialRescalerConfig:
+    """How a map is brought to the size of the latent: `n_stages` resizings by `multiplier`, then a 1×1 convolution."""
+
     in_channels: int
     out_channels: int
     n_stages: int = 1
@@ -50,7 +56,7 @@ class SpatialRescalerConfig:
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """vocab_size and max_length of the transformer are the tokenizer's."""
+    """A tokenizer's vocabulary, and the shape of the transformer that reads its tokens."""
 
     vocabulary: tuple[str, ...]
     max_length: int

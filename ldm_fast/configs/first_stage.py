@@ -1,26 +1,22 @@
-"""The shape of a first stage."""
+"""The configurations of the first stages."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ldm_fast.configs.checks import check_positive
-
-
-def _free(default: Any) -> Any:
-    """A field without influence on the weights or on how they are trained: a recipe may change it between two runs."""
-    return field(default=default, metadata={"free": True})
+from ldm_fast.configs.from_dict import free
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Shape of a first stage. The defaults are Stable Diffusion's kl-f8.
+    """The shape of a first stage. The defaults are those of Stable Diffusion's kl-f8.
 
-    `latent_channels` is the width of z (embed_dim in LDM, vq_embed_dim in diffusers), `z_channels` that of the
-    encoder's last convolution, the same unless given. `attention_levels` are the levels (0 = full resolution) with
-    attention after every block. The fields from `sample_size` on say how the model is to be used, by diffusers'
-    pipelines above all; `LatentDiffusion` has its own scaling factor.
+    `latent_channels` is the width of z (embed_dim in LDM, vq_embed_dim in diffusers). `z_channels` is the width of the
+    encoder's last convolution, by default the same. `attention_levels` are the levels (0 = full resolution) with
+    attention after every block. The fields from `sample_size` on say how the model is to be used, mainly by diffusers'
+    pipelines; `LatentDiffusion` has its own scaling factor.
     """
 
     in_channels: int = 3
@@ -34,12 +30,12 @@ class AutoencoderConfig:
     norm_num_groups: int = 32
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
-    sample_size: int | tuple[int, int] = _free(512)  # of the images trained on; the size of a tile
-    scaling_factor: float = _free(0.18215)  # the second stage sees latents times this, less shift_factor before
-    shift_factor: float | None = _free(None)
-    latents_mean: tuple[float, ...] | None = _free(None)
-    latents_std: tuple[float, ...] | None = _free(None)
-    force_upcast: bool = _free(True)  # too large activations for float16
+    sample_size: int | tuple[int, int] = free(512)  # of the training images; also the size of a tile
+    scaling_factor: float = free(0.18215)  # the second stage sees (z - shift_factor) times this
+    shift_factor: float | None = free(None)
+    latents_mean: tuple[float, ...] | None = free(None)
+    latents_std: tuple[float, ...] | None = free(None)
+    force_upcast: bool = free(True)  # activations are too large for float16
 
     act_fn: ClassVar[str] = "silu"
     norm_type: ClassVar[str] = "group"
@@ -61,20 +57,22 @@ class AutoencoderConfig:
 
     @property
     def downsampling_factor(self) -> int:
-        return 2 ** (len(self.block_out_channels) - 1)
+        """f: how many times smaller than the image the latent is, on either side."""
+        return 1 << (len(self.block_out_channels) - 1)
 
     @property
     def encoder_channels(self) -> int:
+        """The width between the coders and the 1×1 convolutions around the latent."""
         return self.latent_channels if self.z_channels is None else self.z_channels
 
     @property
     def down_block_types(self) -> tuple[str, ...]:
-        """diffusers' names of the encoder's levels."""
+        """Names of the encoder's levels in diffusers."""
         return tuple(f"{self._attention(i)}DownEncoderBlock2D" for i in range(len(self.block_out_channels)))
 
     @property
     def up_block_types(self) -> tuple[str, ...]:
-        """diffusers' names of the decoder's levels, the lowest resolution first."""
+        """Names of the decoder's levels in diffusers, the lowest resolution first."""
         return tuple(f"{self._attention(i)}UpDecoderBlock2D" for i in reversed(range(len(self.block_out_channels))))
 
     def _attention(self, level: int) -> str:
@@ -83,11 +81,11 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class VQConfig(AutoencoderConfig):
-    """First stage with a codebook of `num_vq_embeddings` codes. The defaults are LDM's vq-f4.
+    """The shape of a first stage with a codebook of `num_vq_embeddings` codes. The defaults are those of LDM's vq-f4.
 
     `commitment_weight` is β of the VQ loss; `legacy` puts it on the codebook term instead, as the published code does.
-    With `codebook_ema_decay` the codebook follows moving averages of its vectors while it is trained, not a gradient.
-    With `lookup_from_codebook`, `decode` takes indices of codes where it is told not to quantize.
+    With `codebook_ema_decay` the codebook is trained by moving averages of the vectors that choose its codes, not by a
+    gradient. With `lookup_from_codebook`, `decode` takes indices of codes when it is told not to quantize.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512)
@@ -96,10 +94,10 @@ class VQConfig(AutoencoderConfig):
     commitment_weight: float = 0.25
     legacy: bool = False
     codebook_ema_decay: float | None = None
-    sample_size: int | tuple[int, int] = _free(256)
-    scaling_factor: float = _free(1.0)
-    force_upcast: bool = _free(False)
-    lookup_from_codebook: bool = _free(False)
+    sample_size: int | tuple[int, int] = free(256)
+    scaling_factor: float = free(1.0)
+    force_upcast: bool = free(False)
+    lookup_from_codebook: bool = free(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,10 +105,10 @@ class VQConfig(AutoencoderConfig):
 
     @property
     def vq_embed_dim(self) -> int:
-        """diffusers' name for the width of z; its `latent_channels` are `z_channels` here."""
+        """The width of z under its name in diffusers, where `latent_channels` are what is called `z_channels` here."""
         return self.latent_channels
 
     @property
     def trained(self) -> VQConfig:
-        """The model once nothing more is to be trained: without the state that only its training needs."""
+        """The configuration of the trained model, without the state that only training needs."""
         return replace(self, codebook_ema_decay=None)

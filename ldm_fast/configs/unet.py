@@ -1,4 +1,4 @@
-"""The shape of a UNet, in the words of diffusers."""
+"""The configuration of a UNet. Its fields have the names diffusers uses."""
 
 from __future__ import annotations
 
@@ -6,15 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm_fast.configs.checks import check_positive
-
-
-def conditioning_key(config: UNetConfig) -> str | None:
-    """How a UNet of this shape takes its condition: more channels in than out are for a map beside the latent."""
-    concat = config.in_channels > config.out_channels
-    if config.uses_context:
-        return "hybrid" if concat else "crossattn"
-    return "concat" if concat else None
-
 
 DOWN_BLOCK_TYPES = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D")
 MID_BLOCK_TYPES = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
@@ -44,16 +35,16 @@ BY_LEVEL = (
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Shape of a UNet; field names are those of diffusers. The defaults are Stable Diffusion 1.x.
+    """The shape of a UNet. The defaults are those of Stable Diffusion 1.x.
 
     A level of `down_block_types` has no attention ("DownBlock2D"), self attention ("AttnDownBlock2D") or a spatial
     transformer with cross attention ("CrossAttnDownBlock2D"); the up path mirrors it. `num_attention_heads`,
-    `transformer_layers_per_block` and `only_cross_attention` hold for all levels or are given level by level. Where the
-    up path has transformers of other depths, `reverse_transformer_layers_per_block` gives them, lowest resolution
-    first; then the depths of a level may also be one for each of its transformers.
+    `transformer_layers_per_block` and `only_cross_attention` hold for all levels or are given level by level. If the
+    transformers of the up path have other depths, `reverse_transformer_layers_per_block` gives them, lowest resolution
+    first; the depths of a level may then also be given for each of its transformers.
     """
 
-    sample_size: int = 64
+    sample_size: int | tuple[int, int] | None = 64  # of the latents trained on
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
@@ -70,12 +61,12 @@ class UNetConfig:
     resnet_time_scale_shift: str = "default"
     resample_type: str = "conv"
     time_cond_proj_dim: int | None = None  # width of `timestep_cond` (latent consistency models)
-    class_embed_type: str | None = None  # how class labels are embedded where there is no table of num_class_embeds
+    class_embed_type: str | None = None  # how class labels are embedded if not by a table of num_class_embeds
     num_class_embeds: int | None = None
     addition_embed_type: str | None = None  # "text": the context, pooled; "text_time": pooled text and numbers (XL)
     addition_embed_type_num_heads: int = 64
     addition_time_embed_dim: int | None = None  # channels for each of the numbers
-    projection_class_embeddings_input_dim: int | None = None  # of "text_time" all together, and of "projection"
+    projection_class_embeddings_input_dim: int | None = None  # all of "text_time" together, or that of "projection"
     encoder_hid_dim: int | None = None  # width of a context that is projected to cross_attention_dim first
     encoder_hid_dim_type: str | None = None  # "text_proj"; "ip_image_proj" once IP-Adapters are loaded
     norm_num_groups: int = 32
@@ -171,3 +162,11 @@ def _one_for_each(name: str, depths: int | tuple[int, ...], count: int) -> tuple
     if len(depths) != count:
         raise ValueError(f"UNetConfig: {name} needs one depth for a level or {count}, got {depths}")
     return depths
+
+
+def conditioning_key(config: UNetConfig) -> str | None:
+    """Return how a UNet of this shape takes its condition; input channels beyond the output's are for a map."""
+    concat = config.in_channels > config.out_channels
+    if config.uses_context:
+        return "hybrid" if concat else "crossattn"
+    return "concat" if concat else None

@@ -1,4 +1,4 @@
-"""Constructor parameters of the original code, and of the Stable Diffusion repositories that followed it -> ours."""
+"""Our configurations from constructor parameters of the original code and of Stable Diffusion's repositories."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Any
 
 from ldm_fast.configs.encoders import ClassEmbedderConfig, SpatialRescalerConfig, TransformerConfig
 from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
+from ldm_fast.configs.from_dict import as_tuple
 from ldm_fast.configs.unet import UNetConfig
-from ldm_fast.interop.parameters import Parameters, as_tuple, one_value
+from ldm_fast.interop.parameters import Parameters, one_value
 
-XL_TIME_CHANNELS = 256  # of each of the six numbers (sizes and crops) that Stable Diffusion XL is told
+XL_TIME_CHANNELS = 256  # for each of the six numbers (sizes and crops) that Stable Diffusion XL is told
 
 
 def unet_config_from_compvis(params: Mapping[str, Any]) -> UNetConfig:
-    """Constructor parameters of the original's UNetModel (Stable Diffusion's repositories included) -> ours.
+    """Return our configuration from the constructor parameters of the original's UNetModel.
 
     ValueError names a parameter that we cannot honour.
     """
     params = Parameters("UNetModel", params)
-    generative_models = "spatial_transformer_attn_type" in params  # of the repository that Stable Diffusion XL is from
+    generative_models = "spatial_transformer_attn_type" in params  # the repository of Stable Diffusion XL
     params.ignore("use_checkpoint", "use_fp16", "use_bf16", "spatial_transformer_attn_type")
     params.ignore("legacy")  # changes nothing in any valid combination
     params.insist(dims=2, conv_resample=True, use_new_attention_order=False, num_heads_upsample=-1, n_embed=None)
@@ -60,7 +61,7 @@ def unet_config_from_compvis(params: Mapping[str, Any]) -> UNetConfig:
 
 
 def _class_fields(params: Parameters, generative_models: bool) -> dict[str, Any]:
-    """What joins the time embedding: a class (a number of them), or a vector of adm_in_channels ("sequential")."""
+    """Return the fields that say what joins the time embedding: a class, or a vector ("sequential")."""
     classes, width = params.take("num_classes", None), params.take("adm_in_channels", None)
     if classes is None or isinstance(classes, int):
         return {"num_class_embeds": classes}
@@ -75,9 +76,10 @@ def _class_fields(params: Parameters, generative_models: bool) -> dict[str, Any]
 
 
 def autoencoder_config_from_compvis(params: Mapping[str, Any]) -> AutoencoderConfig | VQConfig:
-    """Constructor parameters of the original's AutoencoderKL, VQModel or VQModelInterface (the two with `n_embed`).
+    """Return our configuration from the parameters of the original's AutoencoderKL, VQModel or VQModelInterface.
 
-    VQ configurations get `legacy=True`, the loss they were trained with. ValueError names what we cannot honour.
+    The latter two have `n_embed`. They get `legacy=True`, the loss they were trained with. ValueError names a parameter
+    that we cannot honour.
     """
     params = Parameters("first stage", params)
     inner = Parameters("first stage: ddconfig", params.take("ddconfig"))
@@ -91,7 +93,7 @@ def autoencoder_config_from_compvis(params: Mapping[str, Any]) -> AutoencoderCon
     resolution, multipliers = inner.take("resolution"), tuple(inner.take("ch_mult", (1, 2, 4, 8)))
     base, resolutions = inner.take("ch"), set(inner.take("attn_resolutions"))
     levels = (level for level in range(len(multipliers)) if resolution // 2**level in resolutions)
-    fields = dict(
+    fields: dict[str, Any] = dict(
         in_channels=inner.take("in_channels"),
         out_channels=inner.take("out_ch"),
         block_out_channels=tuple(base * m for m in multipliers),
@@ -111,8 +113,12 @@ def autoencoder_config_from_compvis(params: Mapping[str, Any]) -> AutoencoderCon
 def encoder_config_from_compvis(
     name: str, params: Mapping[str, Any]
 ) -> TransformerConfig | ClassEmbedderConfig | SpatialRescalerConfig:
-    """Class name and constructor parameters of one of the original's conditioning encoders -> ours."""
+    """Return our configuration from the class name and parameters of one of the original's condition encoders.
+
+    ValueError names a class or a parameter that we do not know.
+    """
     params = Parameters(name, params)
+    config: TransformerConfig | ClassEmbedderConfig | SpatialRescalerConfig
     if name in ("BERTEmbedder", "TransformerEmbedder"):
         params.ignore("use_tokenizer", "device")
         params.insist(embedding_dropout=0.0)

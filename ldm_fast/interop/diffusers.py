@@ -1,4 +1,4 @@
-"""diffusers' config.json <-> ours, for UNet2DConditionModel, UNet2DModel, AutoencoderKL and VQModel."""
+"""Configurations of diffusers' models and schedulers, to ours and back."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 from ldm_fast.configs.diffusion import DiffusionConfig
 from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
+from ldm_fast.configs.from_dict import as_tuple
 from ldm_fast.configs.unet import UNetConfig
-from ldm_fast.interop.parameters import Parameters, as_tuple, one_value
+from ldm_fast.interop.parameters import Parameters, one_value
 
-# What diffusers' classes can be told and we only know with this value: no published latent diffusion model has another.
+# Parameters of diffusers' classes that we support with this value alone. No published model has another.
 UNET_FIXED = dict(
     center_input_sample=False,
     flip_sin_to_cos=True,
@@ -34,7 +35,9 @@ CONDITIONAL_UNET_FIXED = dict(
     cross_attention_norm=None,
 )
 
-# Schedulers whose network sees z_t as our q(z_t | z_0) makes it, with the β_1 and β_T that their classes default to.
+ModelConfig = UNetConfig | AutoencoderConfig | VQConfig
+
+# Schedulers whose z_t has the distribution q(z_t | z_0) of ours, with the β_1 and β_T that their classes default to.
 SCHEDULERS: dict[str, tuple[float, float]] = {
     "DDIMScheduler": (0.0001, 0.02),
     "DDIMInverseScheduler": (0.0001, 0.02),
@@ -56,15 +59,15 @@ SCHEDULERS: dict[str, tuple[float, float]] = {
     "SASolverScheduler": (0.0001, 0.02),
     "UniPCMultistepScheduler": (0.0001, 0.02),
 }
-# What some of them can be told that makes another process of it.
+# Parameters that some of them have; with any other value the process is another one.
 SCHEDULE_FIXED = dict(trained_betas=None, use_flow_sigmas=False, timestep_type="discrete")
 
 
-def config_from_diffusers(config: Mapping[str, Any]) -> UNetConfig | AutoencoderConfig | VQConfig:
-    """The dictionary of a diffusers model (config.json, or `module.config`) -> ours.
+def config_from_diffusers(config: Mapping[str, Any]) -> ModelConfig:
+    """Return our configuration from that of a diffusers model (config.json, or `module.config`).
 
-    `_class_name` says whose it is; all other keys that start with "_" are ignored. ValueError names a key that we do
-    not know or whose value we cannot honour.
+    `_class_name` names the model's class; all other keys that start with "_" are ignored. ValueError names a key that
+    we do not know or whose value we cannot honour.
     """
     name = config.get("_class_name")
     if name not in READERS:
@@ -73,9 +76,9 @@ def config_from_diffusers(config: Mapping[str, Any]) -> UNetConfig | Autoencoder
 
 
 def schedule_from_diffusers(config: Mapping[str, Any]) -> DiffusionConfig:
-    """scheduler_config.json -> the noise schedule in it. How it is sampled is not part of that, and left out.
+    """Return the noise schedule in a scheduler_config.json, without what that says of sampling.
 
-    ValueError names the class of a scheduler, or the key, that stands for another process than q(z_t | z_0).
+    ValueError names the scheduler's class, or the key, that stands for another process than q(z_t | z_0).
     """
     kind = config.get("_class_name")
     if kind not in SCHEDULERS:
@@ -97,11 +100,11 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> DiffusionConfig:
     )
 
 
-def config_to_diffusers(config: UNetConfig | AutoencoderConfig | VQConfig) -> dict[str, Any]:
-    """The inverse. What none of diffusers' classes can be is written field by field, under the name of our class."""
+def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
+    """Return the inverse of `config_from_diffusers`. A model that none of diffusers' classes can be is written field by
+    field, under the name of our configuration."""
     if isinstance(config, VQConfig):
         config = config.trained
-    values = asdict(config)
     if isinstance(config, UNetConfig):
         candidates = [_as_conditional_unet(config), _as_unconditional_unet(config)]
     elif isinstance(config, VQConfig):
@@ -115,36 +118,44 @@ def config_to_diffusers(config: UNetConfig | AutoencoderConfig | VQConfig) -> di
             same = False
         if same:
             return candidate
-    return {"_class_name": type(config).__name__, **values}
+    return {"_class_name": type(config).__name__, **asdict(config)}
 
 
-def spelt_out(config: UNetConfig | AutoencoderConfig) -> UNetConfig | AutoencoderConfig:
-    """The same with everything spelt out that can be said in two ways."""
+def spelt_out(config: ModelConfig) -> ModelConfig:
+    """Return the same configuration in one form: everything that can be said in two ways is spelt out."""
     if not isinstance(config, UNetConfig):
         return replace(config, z_channels=config.encoder_channels)
     levels = range(len(config.block_out_channels))
-    names = ("num_attention_heads", "transformer_layers_per_block", "only_cross_attention")
-    full = {name: [config.at_level(name, level) for level in levels] for name in names}
+    heads = [config.at_level("num_attention_heads", level) for level in levels]
     for level in levels[:-1]:
         if config.down_block_types[level] == "DownBlock2D":
-            full["num_attention_heads"][level] = 1  # of no attention; at the last level it is the middle's
-    return replace(config, **{name: tuple(values) for name, values in full.items()})
+            heads[level] = 1  # there is no attention; at the last level the number is that of the middle
+    return replace(
+        config,
+        num_attention_heads=tuple(heads),
+        transformer_layers_per_block=tuple(config.at_level("transformer_layers_per_block", level) for level in levels),
+        only_cross_attention=tuple(config.at_level("only_cross_attention", level) for level in levels),
+    )
 
 
-# UNets of diffusers: one with cross attention, one without
+# ---- diffusers' UNets: one with cross attention, one without ----
 
 CONDITIONAL_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn")
 UNCONDITIONAL_BLOCKS = ("AttnDownBlock2D", "DownBlock2D", "UNetMidBlock2D")
+UNCONDITIONAL_FIELDS = frozenset(
+    "sample_size in_channels out_channels down_block_types mid_block_type block_out_channels layers_per_block dropout "
+    "norm_num_groups norm_eps resnet_time_scale_shift class_embed_type num_class_embeds".split()
+)
 
 
 def _conditional_unet(params: Parameters) -> UNetConfig:
     params.insist(**UNET_FIXED, **CONDITIONAL_UNET_FIXED)
     params.ignore("mid_block_only_cross_attention")  # read by a kind of middle block that we do not have
     _insist_on_silu(params)
-    # What is called attention_head_dim is the number of heads: an error in diffusers that stays for compatibility.
+    # attention_head_dim is the number of heads: a misnomer that diffusers keeps for compatibility.
     heads = params.take("attention_head_dim", 8)
     heads = as_tuple(params.take("num_attention_heads", None) or heads)
-    given = {"cross_attention_dim": 1280, **_unet_blocks(params, CONDITIONAL_BLOCKS)}
+    given: dict[str, Any] = {"cross_attention_dim": 1280, **_unet_blocks(params, CONDITIONAL_BLOCKS)}
     given |= params.take_fields(UNetConfig)
     for name in {"cross_attention_dim", "layers_per_block"} & given.keys():
         given[name] = one_value(params.owner, name, given[name])
@@ -171,14 +182,13 @@ def _unconditional_unet(params: Parameters) -> UNetConfig:
     width, norm_groups = params.take("attention_head_dim", 8), params.take("attn_norm_num_groups", None)
     resample = params.take("downsample_type", "conv")
     params.insist(upsample_type=resample)
-    given = {"in_channels": 3, "out_channels": 3, "block_out_channels": (224, 448, 672, 896)}
+    given: dict[str, Any] = {"in_channels": 3, "out_channels": 3, "block_out_channels": (224, 448, 672, 896)}
     given |= _unet_blocks(params, UNCONDITIONAL_BLOCKS)
     given |= params.take_fields(UNetConfig)
     params.finish()
     groups = given.get("norm_num_groups", UNetConfig.norm_num_groups)
-    has_norm = (
-        given.get("resnet_time_scale_shift", "default") == "default"
-    )  # the middle's attention, if not told otherwise
+    # If not told otherwise, the attention in the middle has a norm only without scale-shift.
+    has_norm = given.get("resnet_time_scale_shift", "default") == "default"
     if norm_groups != groups and not (norm_groups is None and has_norm):
         raise ValueError(f"{params.owner}: attn_norm_num_groups must be norm_num_groups ({groups}), got {norm_groups}")
     if resample == "resnet" and "DownBlock2D" in given["down_block_types"]:
@@ -195,13 +205,10 @@ def _unconditional_unet(params: Parameters) -> UNetConfig:
 
 
 def _as_unconditional_unet(config: UNetConfig) -> dict[str, Any]:
-    names = ("sample_size", "in_channels", "out_channels", "down_block_types", "mid_block_type", "block_out_channels")
-    names += ("layers_per_block", "dropout", "norm_num_groups", "norm_eps", "resnet_time_scale_shift")
-    names += ("class_embed_type", "num_class_embeds")
     level = len(config.block_out_channels) - 1
     return {
         "_class_name": "UNet2DModel",
-        **{name: value for name, value in asdict(config).items() if name in names},
+        **{name: value for name, value in asdict(config).items() if name in UNCONDITIONAL_FIELDS},
         "up_block_types": config.up_block_types,
         "attention_head_dim": config.heads(level)[1],
         "attn_norm_num_groups": config.norm_num_groups,
@@ -217,9 +224,9 @@ def _insist_on_silu(params: Parameters) -> None:
 
 
 def _unet_blocks(params: Parameters, allowed: tuple[str, str, str]) -> dict[str, Any]:
-    """Kinds of the levels and of the middle; `allowed`: with attention, without, the middle."""
+    """Return the kinds of levels and middle. `allowed`: a level with attention, one without, the middle."""
     attention, plain, middle = allowed
-    # diffusers' own defaults: SD 1.x' levels here, all but the first with attention there.
+    # diffusers' defaults: the levels of Stable Diffusion 1.x, or attention at all levels but the first.
     default = (attention,) * 3 + (plain,) if "Cross" in attention else (plain,) + (attention,) * 3
     down = tuple(params.take("down_block_types", default))
     _insist_on_mirror(params, down)
@@ -242,7 +249,7 @@ def _mirrored(down: tuple[str, ...]) -> list[str]:
     return [block.replace("Down", "Up").replace("Encoder", "Decoder") for block in reversed(down)]
 
 
-# First stages of diffusers
+# ---- diffusers' first stages ----
 
 
 def _autoencoder_kl(params: Parameters) -> AutoencoderConfig:
@@ -256,26 +263,35 @@ def _as_autoencoder_kl(config: AutoencoderConfig) -> dict[str, Any]:
 
 
 def _vq_model(params: Parameters) -> VQConfig:
-    # There latent_channels is the width next to the coders, and vq_embed_dim that of the codes.
+    # In diffusers latent_channels is the width next to the coders, and vq_embed_dim that of the codes.
     inner = params.take("latent_channels", 3)
     width = params.take("vq_embed_dim", None)
     params.insist(norm_type="group")
-    given = {"num_vq_embeddings": 256, "scaling_factor": 0.18215, "legacy": True, **_coder(params, VQConfig)}
+    given: dict[str, Any] = {
+        "num_vq_embeddings": 256,
+        "scaling_factor": 0.18215,
+        "legacy": True,
+        **_coder(params, VQConfig),
+    }
     return VQConfig(**given, latent_channels=inner if width is None else width, z_channels=inner)
 
 
+NOT_IN_VQ_MODEL = frozenset(
+    "attention_levels z_channels use_quant_conv use_post_quant_conv shift_factor latents_mean latents_std "
+    "codebook_ema_decay".split()
+)
+
+
 def _as_vq_model(config: VQConfig) -> dict[str, Any]:
-    hidden = ("attention_levels", "z_channels", "use_quant_conv", "use_post_quant_conv")
-    hidden += ("shift_factor", "latents_mean", "latents_std", "codebook_ema_decay")
-    # The loss is not part of diffusers' configuration; the one of its class is this.
+    # The loss is not part of diffusers' configuration; its class has this one.
     loss = {"legacy": True, "commitment_weight": VQConfig.commitment_weight}.items()
-    values = {key: v for key, v in asdict(config).items() if key not in hidden and (key, v) not in loss}
+    values = {key: v for key, v in asdict(config).items() if key not in NOT_IN_VQ_MODEL and (key, v) not in loss}
     width = {"latent_channels": config.encoder_channels, "vq_embed_dim": config.latent_channels}
     return {"_class_name": "VQModel", **values, **_coder_blocks(config), **width}
 
 
 def _coder(params: Parameters, config: type) -> dict[str, Any]:
-    """What both first stages share."""
+    """Return the fields that both first stages share."""
     _insist_on_silu(params)
     down = tuple(params.take("down_block_types", ("DownEncoderBlock2D",)))
     _insist_on_mirror(params, down)
@@ -298,8 +314,8 @@ def _coder_blocks(config: AutoencoderConfig) -> dict[str, Any]:
     return {"down_block_types": config.down_block_types, "up_block_types": config.up_block_types}
 
 
-def _field_by_field(config: type) -> Callable[[Parameters], Any]:
-    def read(params: Parameters) -> Any:
+def _field_by_field(config: type[ModelConfig]) -> Callable[[Parameters], ModelConfig]:
+    def read(params: Parameters) -> ModelConfig:
         given = params.take_fields(config)
         params.finish()
         return config(**given)
@@ -307,7 +323,7 @@ def _field_by_field(config: type) -> Callable[[Parameters], Any]:
     return read
 
 
-READERS: dict[str, Callable[[Parameters], Any]] = {
+READERS: dict[str, Callable[[Parameters], ModelConfig]] = {
     "UNet2DConditionModel": _conditional_unet,
     "UNet2DModel": _unconditional_unet,
     "AutoencoderKL": _autoencoder_kl,

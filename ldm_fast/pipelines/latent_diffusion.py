@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm_fast.configs.checks import _check_number, check_seed, whole_number
+from ldm_fast.configs.checks import check_number, check_seed, whole_number
 from ldm_fast.configs.diffusion import Defaults
 from ldm_fast.diffusion.condition import Condition, classifier_free_guidance, unet_arguments
 from ldm_fast.diffusion.samplers import SAMPLERS, Step, spaced_timesteps
@@ -285,7 +285,7 @@ class LatentDiffusion(nn.Module):
         )
         spaced_timesteps(self.schedule.num_train_timesteps, settings.steps, settings.spacing)
         for name in ("guidance", "eta"):
-            _check_number(name, getattr(settings, name))
+            check_number(name, getattr(settings, name))
         if settings.sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {settings.sampler!r}; known: {', '.join(SAMPLERS)}")
         if not math.isfinite(settings.guidance):

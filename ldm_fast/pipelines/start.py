@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm_fast.configs.checks import _check_number, whole_number
+from ldm_fast.configs.checks import check_number, whole_number
 from ldm_fast.files.images import as_images, as_masks, check_multiple
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class _Start:
                 check_multiple(side, factor, "size")
             return cls((height // factor, width // factor))
         strength = (0.75 if mask is None else 1.0) if strength is None else strength
-        _check_number("strength", strength)
+        check_number("strength", strength)
         if not 0 < strength <= 1:
             raise ValueError(f"generate: strength must be above 0 and at most 1, got {strength}")
         images = as_images(init)

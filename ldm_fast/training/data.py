@@ -10,12 +10,13 @@ Images stay uint8 (N, 3, H, W) in memory; a batch becomes float in [-1, 1] only 
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 
+from ldm_fast.configs.from_dict import free
 from ldm_fast.training.emoji import emoji_images
 from ldm_fast.training.folder import folder_images
 from ldm_fast.training.image_set import DataError, ImageSet
@@ -29,7 +30,7 @@ class DataConfig:
 
     kind: Literal["emoji", "folder", "synthetic"]
     size: int
-    path: str | None = field(default=None, metadata={"free": True})  # the same pictures may lie somewhere else
+    path: str | None = free(None)  # the same pictures may lie somewhere else
     limit: int | None = None
     held_out: float = 0.0
 

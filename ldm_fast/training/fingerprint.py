@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_fast.configs.from_dict import to_dict
+from ldm_fast.configs.from_dict import is_free, to_dict
 from ldm_fast.training.image_set import ImageSet
 from ldm_fast.training.recipe import Recipe
 
@@ -34,7 +34,7 @@ class Fingerprint:
         flat, defaults, free = {}, set(), set()
         for f in dataclasses.fields(value):
             name, inner = prefix + f.name, getattr(value, f.name)
-            if f.metadata.get("free"):
+            if is_free(f):
                 free.add(name)
             elif dataclasses.is_dataclass(inner):
                 part = cls.of(inner, f"{name}.")

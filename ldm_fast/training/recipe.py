@@ -16,15 +16,10 @@ from typing import Any, Literal
 
 from ldm_fast.configs.diffusion import Defaults, DiffusionConfig
 from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
-from ldm_fast.configs.from_dict import ConfigError, from_dict
+from ldm_fast.configs.from_dict import ConfigError, free, from_dict
 from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.diffusion.samplers import SAMPLERS, spaced_timesteps
 from ldm_fast.training.data import DataConfig
-
-
-def free(default: Any) -> Any:
-    """A field that may change between two parts of one run: it has no influence on the weights."""
-    return field(default=default, metadata={"free": True})
 
 
 def _not_negative(config: Any, *names: str) -> None:
