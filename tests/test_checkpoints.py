@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ldm_fast.checkpoints import load as checkpoints
 from ldm_fast.checkpoints.catalogue import layout
+from ldm_fast.checkpoints.clip_skeleton import CLIPSkeleton
 from ldm_fast.checkpoints.published import PUBLISHED, SD1, SD2, UPSCALER, XL, XL_REFINER
 from ldm_fast.checkpoints.state_dicts import identify
 from ldm_fast.configs.diffusion import DiffusionConfig
@@ -178,14 +179,14 @@ def test_whole_checkpoint(kind, whole, tmp_path):
     if kind != "safetensors":
         assert {"global_step", "optimizer_states"} <= ignored
     assert "ignored, the training loss: first_stage_model.loss" in str(loaded.found)
-    assert not loaded.unet.training and loaded.pipeline().scaling_factor == 0.5
+    assert not loaded.unet.training and LatentDiffusion.from_checkpoint(loaded).scaling_factor == 0.5
     images = LatentDiffusion.load(path, config={"unet": UNET}).generate([1, 4], steps=2)
     assert images.shape == (2, 16, 16, 3)
 
     raw = checkpoints.load(path, config={"unet": UNET}, ema=False, parts=["unet"])
     assert same(raw.unet, ours) and raw.first_stage is None
     with pytest.raises(ValueError, match="no whole model: there is no first_stage"):
-        raw.pipeline()
+        LatentDiffusion.from_checkpoint(raw)
     with pytest.raises(ValueError, match="has no vae, only unet, first_stage, cond_stage"):
         checkpoints.load(path, config={"unet": UNET}, parts=["vae"])
 
@@ -201,7 +202,7 @@ def test_a_text_encoder_without_its_tokenizer(tmp_path):
         LatentDiffusion.load(tmp_path / "model.safetensors", config=config)
     loaded = checkpoints.load(tmp_path / "model.safetensors", config=config)
     encoder = BertTextEncoder.from_transformer(WordPieceTokenizer(WORDS, max_length=4), loaded.cond_stage)
-    assert loaded.pipeline(encoder).generate("red", steps=1).shape == (1, 16, 16, 3)
+    assert LatentDiffusion.from_checkpoint(loaded, encoder).generate("red", steps=1).shape == (1, 16, 16, 3)
 
 
 @pytest.mark.parametrize(("open_clip", "layers", "skip"), [(False, 12, 0), (True, 24, 1), (True, 23, 0)])
@@ -211,9 +212,9 @@ def test_how_a_clip_encoder_is_completed(open_clip, layers, skip, tmp_path):
     state = compvis(UNET, "model.diffusion_model.") | compvis(KL, "first_stage_model.")
     state |= compvis(CLIPShape(20, 64, layers, 8, 7, 48 if open_clip else None, open_clip), "cond_stage_model.")
     save_file(state, tmp_path / "model.safetensors")
-    how = r"ldm_fast.clip.CLIPTextEncoder\(checkpoint.cond_stage, tokenizer" + (r", skip=1\)" if skip else r"\)")
+    how = r"ldm_fast.models.clip.CLIPTextEncoder\(checkpoint.cond_stage, tokenizer" + (r", skip=1\)" if skip else r"\)")
     with pytest.raises(ValueError, match=f"without its tokenizer; give cond_stage, {how}"):
-        checkpoints.load(tmp_path / "model.safetensors", config={"unet": UNET}).pipeline()
+        LatentDiffusion.from_checkpoint(checkpoints.load(tmp_path / "model.safetensors", config={"unet": UNET}))
 
 
 def test_clip_without_text_model_in_its_names(tmp_path):
@@ -320,7 +321,7 @@ def test_clip_has_the_names_of_diffusers():
 
     shape = CLIPShape(20, 64, 2, 96, 7, 48, open_clip=True)
     state = compvis(shape, EMBEDDER.format(0))
-    model = checkpoints.Part(shape, compvis(shape), "compvis", "here").load(None)
+    model = checkpoints.Part(CLIPSkeleton, shape, compvis(shape), "compvis", "here").load(None)
     assert isinstance(model, transformers.CLIPTextModelWithProjection)
     theirs = convert_open_clip_checkpoint(model, state, prefix=EMBEDDER.format(0) + "model.")
     ours = model.state_dict()
@@ -410,7 +411,7 @@ def test_what_would_be_sampled_wrongly_is_loaded_and_refused_as_a_whole(argument
     loaded = checkpoints.load(path)
     assert same(loaded.unet, unet.state_dict())
     with pytest.raises(ValueError, match=message):
-        loaded.pipeline(torch.nn.Identity())
+        LatentDiffusion.from_checkpoint(loaded, torch.nn.Identity())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of NumPy, thousands
@@ -452,13 +453,13 @@ def test_our_own_model_file(tmp_path):
     for options, error, message in (
         ({"parts": {"vae"}}, ValueError, "has no vae, only unet, first_stage, cond_stage"),
         ({"parts": "unet"}, TypeError, r"parts must be a collection of names, \['unet'\] say, got 'unet'"),
-        ({"config": UNET}, ValueError, "says what it is; leave config out"),
+        ({"config": UNET}, ValueError, "is a model of ldm_fast; leave config out"),
     ):
         with pytest.raises(error, match=message):
             checkpoints.load(tmp_path / "ours.safetensors", **options)
     with pytest.raises(ValueError, match=r"ours.safetensors is a model of ldm_fast; leave config out"):
         LatentDiffusion.load(tmp_path / "ours.safetensors", UNET)
-    with pytest.raises(ValueError, match="the shipped model is a model of ldm_fast; leave config out"):
+    with pytest.raises(ValueError, match="emoji.safetensors is a model of ldm_fast; leave config out"):
         LatentDiffusion.load(config=UNET)
     model.cond_stage = None
     model.save(tmp_path / "ours.safetensors")
@@ -490,7 +491,8 @@ MEASURE = """if True:
     def memory(what):
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
     import torch
-    from ldm_fast import UNetConfig, checkpoints
+    from ldm_fast import UNetConfig
+    from ldm_fast.checkpoints import load as checkpoints
     checkpoints.load(sys.argv[2], config=UNetConfig(**WARM))
     before = memory("VmRSS")
     unet = checkpoints.load(sys.argv[1], config=UNetConfig(**LARGE)).unet

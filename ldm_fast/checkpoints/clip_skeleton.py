@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ldm_fast.configs.encoders import CLIPShape
+from ldm_fast.models.tokenizers import require_transformers
 
 HEAD_WIDTH = 64  # of every published text model
 
@@ -47,8 +48,6 @@ def _layer(width: int, inner: int) -> nn.ModuleDict:
 
 def as_transformers(skeleton: CLIPSkeleton) -> nn.Module:
     """transformers' CLIPTextModel, or CLIPTextModelWithProjection, around the skeleton's parameters."""
-    from ldm_fast.models.tokenizers import require_transformers
-
     transformers, shape = require_transformers(), skeleton.config
     config = transformers.CLIPTextConfig(
         vocab_size=shape.vocab_size,

@@ -28,23 +28,6 @@ from ldm_fast.interop.names import Config, current_names
 from ldm_fast.models.pretrained import read_folder
 
 
-def is_foreign(path: str | Path) -> bool:
-    """Whether a path is a folder, a pickle or a whole .safetensors that is not a model file of ours."""
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if path.is_dir():
-        return True
-    try:
-        with open(path, "rb") as file:
-            if file.read(4).startswith((b"PK\x03\x04", b"\x80")):
-                return True
-        with safe_open(path, framework="pt") as file:
-            return "ldm_fast" not in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False
-
-
 def load(
     path: str | Path,
     *,
@@ -72,13 +55,12 @@ def load(
     """
     if isinstance(parts, str):
         raise TypeError(f"load: parts must be a collection of names, [{parts!r}] say, got {parts!r}")
+    _check_parts(parts, PARTS, "a checkpoint")
     found = inspect(path, config=config, parts=parts, ema=ema, variant=variant)
-    if found.model == OUR_FILE:
-        if config is not None:
-            raise ValueError(f"load: {path} is a model of ldm_fast and says what it is; leave config out")
-        return _load_our_file(found, parts, torch_dtype)
-    _check_parts(parts, found.parts, path)
+    _check_parts(parts, found.parts, str(path))
     chosen = {name: part for name, part in found.parts.items() if parts is None or name in parts}
+    if found.model == OUR_FILE:
+        chosen = model_file.read(found, chosen, torch_dtype)
     try:
         models = {name: part.load(torch_dtype) for name, part in chosen.items()}
     except CheckpointError as error:
@@ -87,18 +69,10 @@ def load(
     return Checkpoint(found, schedule, found.scaling_factor, found.conditioning_key, **models)
 
 
-def _check_parts(parts: Collection[str] | None, there: Collection[str], path: str | Path) -> None:
-    unknown = set(parts or ()) - set(there)
+def _check_parts(parts: Collection[str] | None, known: Collection[str], what: str) -> None:
+    unknown = set(parts or ()) - set(known)
     if unknown:
-        raise ValueError(f"load: {path} has no {', '.join(sorted(unknown))}, only {', '.join(there)}")
-
-
-def _load_our_file(found: Found, parts: Collection[str] | None, dtype: torch.dtype | None) -> Checkpoint:
-    model = model_file.load(found.path)
-    models = {name: getattr(model, name) for name in model_file.PARTS if getattr(model, name) is not None}
-    _check_parts(parts, models, found.path)
-    chosen = {name: part.to(dtype) for name, part in models.items() if parts is None or name in parts}
-    return Checkpoint(found, model.schedule, model.scaling_factor, model.conditioning_key, **chosen)
+        raise ValueError(f"load: {what} has no {', '.join(sorted(unknown))}, only {', '.join(known)}")
 
 
 def inspect(
@@ -117,8 +91,10 @@ def inspect(
             return _inspect_pipeline(path, given, parts, variant)
         return _inspect_folder(path, given, variant)
     file = read_tensors(path)
-    if "ldm_fast" in file.metadata:
-        return Found(path, OUR_FILE, {})
+    if model_file.is_ours(file):
+        if config is not None:
+            raise ValueError(f"load: {path} is a model of ldm_fast; leave config out")
+        return model_file.find(file)
     given = {**_config_beside(path), **given}
     try:
         found = identify(file.tensors, path, given, ema=ema, parts=parts, others=file.others)
@@ -167,7 +143,7 @@ def _inspect_folder(path: Path, given: Mapping[str, Config], variant: str | None
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
     part = _part_of(config)
     config = given.get(part, config)
-    found = Part(config, current_names(tensors), names, str(path))
+    found = Part(MODELS[type(config)], config, current_names(tensors), names, str(path))
     found.check()
     return Found(path, None, {part: found}, scaling_factor=getattr(config, "scaling_factor", 1.0))
 

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm_fast.checkpoints.found import OUR_FILE, Found, Part
 from ldm_fast.configs.diffusion import Defaults, DiffusionConfig
 from ldm_fast.configs.encoders import ClassEmbedderConfig, SpatialRescalerConfig, TextEncoderConfig, TransformerConfig
 from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
+from ldm_fast.configs.from_dict import from_dict, to_dict
 from ldm_fast.configs.unet import UNetConfig
-from ldm_fast.diffusion.schedule import NoiseSchedule
 from ldm_fast.files.atomic import write_atomically
+from ldm_fast.files.tensors import CheckpointError, TensorFile, add_to_digest, read_each, tensors_digest
+from ldm_fast.interop.names import check_names
 from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
 from ldm_fast.models.encoders import BertTextEncoder, ClassEmbedder, SpatialRescaler, TextEncoder, TransformerEmbedder
 from ldm_fast.models.unet import UNet
@@ -32,7 +35,7 @@ SHIPPED = Path(__file__).parents[1] / "assets" / "emoji.safetensors"
 FORMAT = 1
 
 # (class, its configuration) by the name written into the file.
-PARTS: dict[str, dict[str, tuple[Callable[..., nn.Module], type]]] = {
+CLASSES: dict[str, dict[str, tuple[Callable[[Any], nn.Module], type]]] = {
     "unet": {"UNet": (UNet, UNetConfig)},
     "first_stage": {"AutoencoderKL": (AutoencoderKL, AutoencoderConfig), "VQModel": (VQModel, VQConfig)},
     "cond_stage": {
@@ -45,47 +48,54 @@ PARTS: dict[str, dict[str, tuple[Callable[..., nn.Module], type]]] = {
 }
 
 
-def save(model: Any, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Writes `model` to `path`, whole or not at all. `dtype` (torch.float16, say) is what weights are stored in.
+def is_ours(file: TensorFile) -> bool:
+    """Whether a file of tensors is a model file of ldm_fast."""
+    return "ldm_fast" in file.metadata
 
-    Raises ValueError for a part that has no row in PARTS or has adapters in it, and for weights that are not finite in
-    `dtype`, OSError where the file cannot be written.
+
+# Writing
+
+
+def save(
+    path: str | Path,
+    parts: Mapping[str, nn.Module | None],
+    *,
+    schedule: DiffusionConfig,
+    scaling_factor: float,
+    conditioning_key: str | None,
+    defaults: Defaults,
+    card: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a model to `path`, whole or not at all.
+
+    Args:
+        parts: a module or None for each name in CLASSES.
+        dtype: what floating-point weights are stored in (torch.float16, say); None keeps theirs.
+
+    Raises:
+        ValueError: a part has no row in CLASSES or has adapters in it, or weights are not finite in `dtype`.
+        OSError: the file cannot be written.
     """
     from safetensors.torch import save as serialize
 
-    tensors = {name: _stored(name, tensor, dtype) for name, tensor in model.state_dict().items()}
+    tensors = {
+        f"{part}.{name}": _stored(f"{part}.{name}", tensor, dtype)
+        for part, module in parts.items()
+        if module is not None
+        for name, tensor in module.state_dict().items()
+    }
     about = {
         "format": FORMAT,
-        **{part: _describe(part, getattr(model, part)) for part in PARTS},
-        "schedule": asdict(model.schedule.config),
-        "scaling_factor": model.scaling_factor,
-        "conditioning_key": model.conditioning_key,
-        "defaults": asdict(model.defaults),
-        "card": model.card,
+        **{part: _describe(part, module) for part, module in parts.items()},
+        "schedule": to_dict(schedule),
+        "scaling_factor": scaling_factor,
+        "conditioning_key": conditioning_key,
+        "defaults": to_dict(defaults),
+        "card": dict(card),
     }
-    about["sha256"] = _digest(about, tensors)
+    about["sha256"] = tensors_digest(tensors, _description(about))
     write_atomically(path, serialize(tensors, {"ldm_fast": json.dumps(about)}))
-
-
-def load(path: str | Path | None = None) -> Any:
-    """The model stored at `path` (None: the shipped one), weights in float32, in eval mode.
-
-    Raises FileNotFoundError where there is no such file, ValueError naming what is wrong with it otherwise: not a
-    safetensors file, cut short, changed, another program's, or tensors missing, unexpected or of the wrong shape.
-    """
-    path = SHIPPED if path is None else Path(path)
-    if not path.is_file():
-        hint = "; this copy of ldm_fast comes without the shipped model" if path == SHIPPED else ""
-        raise FileNotFoundError(f"no model file at {path}{hint}")
-    about, tensors = _read(path)
-    try:
-        model = _build(about, tensors)
-    except KeyError as error:
-        raise ValueError(f"{path} does not hold a usable model: {error} is missing") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not hold a usable model: {error}") from error
-    model.origin = f"{path.name} sha256:{about['sha256'][:16]}"
-    return model
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -102,98 +112,88 @@ def _describe(part: str, module: nn.Module | None) -> dict[str, Any] | None:
     if module is None:
         return None
     name = type(module).__name__
-    if name not in PARTS[part]:
-        raise ValueError(f"cannot save a {part} of class {name}; known: {', '.join(PARTS[part])}")
+    if name not in CLASSES[part]:
+        raise ValueError(f"cannot save a {part} of class {name}; known: {', '.join(CLASSES[part])}")
     with torch.device("meta"):
-        plain = PARTS[part][name][0](module.config)
+        plain = CLASSES[part][name][0](module.config)
+    shapes = {key: tuple(tensor.shape) for key, tensor in plain.state_dict().items()}
     try:
-        _check_tensors(plain.state_dict(), module.state_dict())
-    except ValueError as error:  # a file that nobody could load
+        check_names(module.state_dict(), shapes, name)
+    except CheckpointError as error:  # a file that nobody could load
         raise ValueError(f"cannot save the {part}; adapters are to be merged or unloaded first: {error}") from error
-    return {"class": name, "config": asdict(module.config)}
+    return {"class": name, "config": to_dict(module.config)}
 
 
-def _digest(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps({k: v for k, v in about.items() if k != "sha256"}).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _description(about: Mapping[str, Any]) -> bytes:
+    """What the checksum covers beside the tensors."""
+    return json.dumps({key: value for key, value in about.items() if key != "sha256"}).encode()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+# Reading
 
+
+def find(file: TensorFile) -> Found:
+    """What a model file holds. No tensor is looked at: `read` verifies the checksum of those that are used.
+
+    Raises CheckpointError if the file does not describe a model.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if "ldm_fast" not in metadata:
-                raise ValueError(f"{path} is a safetensors file, but not a model of ldm_fast")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file (cut short or something else): {error}") from error
-    try:
-        about = json.loads(metadata["ldm_fast"])
+        about = json.loads(file.metadata["ldm_fast"])
     except ValueError as error:
-        raise ValueError(f"{path}: the model description is not JSON: {error}") from error
+        raise CheckpointError(f"{file.path}: the model description is not JSON: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else about
-        raise ValueError(f"{path} has model format {found!r}; this version of ldm_fast reads {FORMAT}")
-    if about.get("sha256") != _digest(about, tensors):
-        raise ValueError(f"{path} has been changed or damaged: its checksum does not fit its content")
-    return about, tensors
+        raise CheckpointError(f"{file.path} has model format {found!r}; this version of ldm_fast reads {FORMAT}")
+    try:
+        return Found(
+            file.path,
+            OUR_FILE,
+            _parts(about, file.tensors),
+            from_dict(DiffusionConfig, about["schedule"], "schedule"),
+            float(about["scaling_factor"]),
+            about["conditioning_key"],
+            defaults=from_dict(Defaults, about["defaults"], "defaults"),
+            about=about,
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{file.path} does not hold a usable model: {error} is missing") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file.path} does not hold a usable model: {error}") from error
 
 
-def _build(about: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
-
-    with torch.random.fork_rng(devices=[]):  # building draws initial weights: leave the caller's random state alone
-        parts = {part: _part(part, about[part]) for part in PARTS}
-    model = LatentDiffusion(
-        **parts,
-        schedule=NoiseSchedule(_config(DiffusionConfig, about["schedule"])),
-        scaling_factor=about["scaling_factor"],
-        conditioning_key=about["conditioning_key"],
-        defaults=_config(Defaults, about["defaults"]),
-        card=about["card"],
-    )
-    _check_tensors(model.state_dict(), tensors)
-    model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
-    return model.eval()
-
-
-def _part(part: str, description: dict[str, Any] | None) -> nn.Module | None:
-    if description is None:
-        return None
-    if description["class"] not in PARTS[part]:
-        raise ValueError(f"unknown {part} class {description['class']!r}; known: {', '.join(PARTS[part])}")
-    build, config = PARTS[part][description["class"]]
-    return build(_config(config, description["config"]))
+def _parts(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
+    for part, classes in CLASSES.items():
+        if (described := about[part]) is None:
+            continue
+        kind = described["class"]
+        if kind not in classes:
+            raise ValueError(f"unknown {part} class {kind!r}; known: {', '.join(classes)}")
+        build, config = classes[kind]
+        parts[part] = Part(build, from_dict(config, described["config"], part), {}, "ldm_fast", f"{part}.*")
+    for name, tensor in tensors.items():
+        part, _, key = name.partition(".")
+        if part not in parts:
+            raise ValueError(f"unexpected {name}")
+        parts[part].tensors[key] = tensor
+    return parts
 
 
-def _config(config: type, values: dict[str, Any]) -> Any:
-    """A configuration dataclass from what JSON made of it. ValueError naming fields that are unknown or missing."""
-    required = {f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING}
-    unknown = sorted(values.keys() - {f.name for f in fields(config)})
-    missing = sorted(required - values.keys())
-    if unknown or missing:
-        raise ValueError(f"{config.__name__}: unknown fields {unknown}, missing fields {missing}")
-    return config(**{name: _as_tuple(value) for name, value in values.items()})
+def read(found: Found, parts: Collection[str], dtype: torch.dtype | None) -> dict[str, Part]:
+    """Reads the file once and whole, and verifies its checksum; returns `parts`, their tensors in memory and in `dtype`
+    (None: in their own).
 
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(v) for v in value) if isinstance(value, list) else value
-
-
-def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in expected]
-    problems += [
-        f"{name} is {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError("; ".join(problems[:8]) + more)
+    The checksum is over all tensors: those of the other parts are read, too, and dropped. Raises CheckpointError if it
+    does not fit.
+    """
+    mapped = {f"{name}.{key}": tensor for name, part in found.parts.items() for key, tensor in part.tensors.items()}
+    chosen = {name: replace(found.parts[name], tensors={}) for name in parts}
+    digest = hashlib.sha256(_description(found.about))
+    for name, tensor in read_each(found.path, mapped):
+        add_to_digest(digest, name, tensor)
+        part, _, key = name.partition(".")
+        if part in chosen:
+            chosen[part].tensors[key] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+    if found.about.get("sha256") != digest.hexdigest():
+        raise CheckpointError(f"{found.path} has been changed or damaged: its checksum does not fit its content")
+    return chosen

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm_fast.checkpoints import published, recognise
-from ldm_fast.checkpoints.catalogue import layout
+from ldm_fast.checkpoints.catalogue import MODELS, layout
 from ldm_fast.checkpoints.found import Found, Part
 from ldm_fast.configs.diffusion import DiffusionConfig
 from ldm_fast.configs.encoders import CLIPShape
@@ -118,7 +118,7 @@ def _add_part(
         found.ignored["the projection of CLIP's pooled vector, which this UNet does not take"] = unused
         tensors = {key: tensor for key, tensor in tensors.items() if key not in unused}
         config = replace(config, projection=None)
-    found.parts[name] = Part(config, tensors, names, where)
+    found.parts[name] = Part(MODELS[type(config)], config, tensors, names, where)
     found.parts[name].check()
 
 

@@ -8,13 +8,15 @@ replaced by one that takes any argument and does nothing, so that neither their 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,10 +80,10 @@ def read_tensors(path: str | Path) -> TensorFile:
         if path.suffix == ".safetensors":
             raise CheckpointError(f"{path} is not what its name says but a pickle of PyTorch; call it .ckpt to load it")
         return _read_pickle(path, zipped=start.startswith(b"PK"))
-    what = "neither safetensors nor a pickle of PyTorch" if start else "it is empty"
+    what = "its first bytes are those of neither safetensors nor a pickle" if start else "it is empty"
     for mark, other in OTHER_FILES.items():
         what = other if start.startswith(mark) else what
-    raise CheckpointError(f"{path} is not a checkpoint: {what}")
+    raise CheckpointError(f"{path} is not a whole safetensors file or PyTorch checkpoint: {what}")
 
 
 def _read_safetensors(path: Path) -> TensorFile:
@@ -93,6 +95,49 @@ def _read_safetensors(path: Path) -> TensorFile:
             return TensorFile(path, tensors, file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file (cut short or damaged): {error}") from error
+
+
+def read_each(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Reads these tensors of a .safetensors file into memory of their own, one at a time, in the order of their names.
+
+    `tensors` are those that `read_tensors` mapped. A page of a map stays in memory once it has been looked at; of what
+    this reads only that stays which the caller keeps.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            for name, mapped in sorted(tensors.items()):
+                tensor = torch.empty_like(mapped)
+                start, end = header[name]["data_offsets"]
+                file.seek(8 + length + start)
+                if file.readinto(_bytes(tensor)) != end - start:
+                    raise CheckpointError(f"{path} is not a whole safetensors file: it ends within {name}")
+                yield name, tensor
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
+
+
+# Digests
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], start: bytes = b"") -> str:
+    """SHA-256, in hexadecimal digits, of `start` and of names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256(start)
+    for name, tensor in sorted(tensors.items()):
+        add_to_digest(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def add_to_digest(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    """Feeds one tensor to a digest, as `tensors_digest` does."""
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(_bytes(tensor.detach().cpu().contiguous()))
+
+
+def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of a contiguous tensor on the CPU, in its own memory."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 # Pickles

@@ -307,9 +307,9 @@ def check_names(state_dict: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
         if key in state_dict and tuple(state_dict[key].shape) != shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong}
-    lines = [f"{len(keys)} {problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys]
-    if lines:
-        raise CheckpointError(f"not a {what}\n  " + "\n  ".join(lines))
+    found = [f"{len(keys)} {problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys]
+    if found:
+        raise CheckpointError(f"not a {what}: {'; '.join(found)}")
 
 
 UNET_PREFIX = "model.diffusion_model."  # also of a UNet that is saved alone; a first stage then has none

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm_fast.checkpoints import model_file
+from ldm_fast.checkpoints.found import Checkpoint
+from ldm_fast.checkpoints.load import load
+from ldm_fast.checkpoints.model_file import SHIPPED
 from ldm_fast.configs.checks import check_number, check_seed, whole_number
 from ldm_fast.configs.diffusion import Defaults
 from ldm_fast.diffusion.condition import Condition, classifier_free_guidance, unet_arguments
 from ldm_fast.diffusion.samplers import SAMPLERS, Step, spaced_timesteps
 from ldm_fast.diffusion.schedule import NoiseSchedule, noise_like
 from ldm_fast.files.images import check_images, check_multiple
+from ldm_fast.interop.names import Config
 from ldm_fast.models.attention import join_projections
+from ldm_fast.models.clip import load_text_encoder
 from ldm_fast.models.memory import fixed_weights
 from ldm_fast.pipelines.start import _Start
+from ldm_fast.pipelines.whole import check_whole, default_settings
 
 Prompts = str | Sequence[str] | Sequence[int] | Tensor | Condition | int
 Progress = Callable[[int, int], None]
@@ -80,30 +87,72 @@ class LatentDiffusion(nn.Module):
         return height * self.downsampling_factor, width * self.downsampling_factor
 
     @classmethod
-    def load(cls, path: str | Path | None = None, config: Any = None, *, variant: str | None = None) -> LatentDiffusion:
-        """The model stored at `path`, or the shipped one; float32 on the CPU. See `model_file.load`.
+    def load(
+        cls,
+        path: str | Path | None = None,
+        config: Config | Mapping[str, Any] | None = None,
+        *,
+        variant: str | None = None,
+    ) -> LatentDiffusion:
+        """Loads the model at `path` (None: the shipped one) in float32 on the CPU, in eval mode.
 
-        A folder as diffusers writes it or a checkpoint of the original code is loaded too, where it is a whole model
-        that `generate` can run; `config` is what it does not say of itself, `variant` a part of the weights' file names
-        in such a folder ("fp16"). See `checkpoints.load_pipeline`. A model of ours says all of itself: ValueError where
-        `config` comes with it.
+        `path` is a model file of ours, a folder as diffusers writes it, or a checkpoint of the original code whose
+        condition needs no tokenizer. `config` and `variant` are those of `ldm_fast.load`.
+
+        Raises what `ldm_fast.load` and `from_checkpoint` raise: FileNotFoundError if nothing is there, or a folder
+        lacks its text encoder; ValueError that names what is wrong otherwise.
         """
-        from ldm_fast.checkpoints import load as checkpoints
-        from ldm_fast.checkpoints import model_file
-        from ldm_fast.pipelines.whole import load_pipeline
-
-        foreign = path is not None and checkpoints.is_foreign(path)
-        if config is not None and not foreign:
-            raise ValueError(f"load: {path or 'the shipped model'} is a model of ldm_fast; leave config out")
-        model = load_pipeline(path, config, variant) if foreign else model_file.load(path)
+        path = SHIPPED if path is None else Path(path)
+        if not path.exists():
+            hint = "; this copy of ldm_fast comes without the shipped model" if path == SHIPPED else ""
+            raise FileNotFoundError(f"no model file at {path}{hint}")
+        checkpoint = load(path, config=config, variant=variant, torch_dtype=torch.float32)
+        cond_stage = checkpoint.cond_stage
+        if cond_stage is None and checkpoint.conditioning_key == "crossattn" and path.is_dir():
+            cond_stage = load_text_encoder(path, variant=variant)
+        model = cls.from_checkpoint(checkpoint, cond_stage)
         join_projections(model)
         return model
 
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, cond_stage: nn.Module | None = None) -> LatentDiffusion:
+        """Makes one model, in eval mode, of what `ldm_fast.load` found.
+
+        `cond_stage` takes the place of the checkpoint's. That is needed for a text encoder, which in a checkpoint is a
+        network without its tokenizer: CLIPTextEncoder(checkpoint.cond_stage, tokenizer), say.
+
+        Raises ValueError if the checkpoint lacks a part or has a schedule that we do not have, and for what needs more
+        than `generate` gives it: Stable Diffusion XL (the pooled text and the sizes of images at every step), latent
+        consistency models, latents that are shifted. diffusers' pipelines run those, with `accelerate`.
+        """
+        found = checkpoint.found
+        cond_stage = checkpoint.cond_stage if cond_stage is None else cond_stage
+        check_whole(checkpoint, cond_stage)
+        model = cls(
+            checkpoint.unet,
+            checkpoint.first_stage,
+            cond_stage,
+            checkpoint.schedule,
+            checkpoint.scaling_factor,
+            conditioning_key=checkpoint.conditioning_key,
+            defaults=found.defaults or default_settings(cond_stage),
+            card=found.about.get("card"),
+        )
+        model.origin = found.origin
+        return model.eval()
+
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the whole model to one .safetensors file. See `model_file.save`."""
-        from ldm_fast.checkpoints import model_file
-
-        model_file.save(self, path, dtype)
+        model_file.save(
+            path,
+            {"unet": self.unet, "first_stage": self.first_stage, "cond_stage": self.cond_stage},
+            schedule=self.schedule.config,
+            scaling_factor=self.scaling_factor,
+            conditioning_key=self.conditioning_key,
+            defaults=self.defaults,
+            card=self.card,
+            dtype=dtype,
+        )
 
     # Images and latents
 
@@ -256,7 +305,16 @@ class LatentDiffusion(nn.Module):
         seed, batch_size = check_seed(seed, count), whole_number("batch_size", batch_size)
         if batch_size < 1:
             raise ValueError(f"generate: batch_size must be at least 1, got {batch_size}")
-        start = _Start.prepare(self, count, size, init, strength, mask)
+        start = _Start.prepare(
+            count,
+            size,
+            init,
+            strength,
+            mask,
+            factor=self.downsampling_factor,
+            native_size=self.image_size,
+            encode=self.encode,
+        )
         timesteps = spaced_timesteps(self.schedule.num_train_timesteps, settings.steps, settings.spacing)
         timesteps = timesteps[len(timesteps) - max(1, round(start.strength * len(timesteps))) :]
         self.unet.precompute_time(timesteps)

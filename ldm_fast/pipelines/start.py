@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +12,6 @@ from torch import Tensor, nn
 
 from ldm_fast.configs.checks import check_number, whole_number
 from ldm_fast.files.images import as_images, as_masks, check_multiple
-
-if TYPE_CHECKING:
-    from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,23 @@ class _Start:
         return _Start(self.latent_size, self.strength, *pick)
 
     @classmethod
-    def prepare(cls, model: LatentDiffusion, count: int, size, init, strength, mask) -> _Start:
-        factor = model.downsampling_factor
+    def prepare(
+        cls,
+        count: int,
+        size: Any,
+        init: Any,
+        strength: float | None,
+        mask: Any,
+        *,
+        factor: int,
+        native_size: tuple[int, int],
+        encode: Callable[[Tensor, torch.Generator], Tensor],
+    ) -> _Start:
+        """What `generate` starts from, its arguments checked. factor, native_size, encode: those of its model."""
         if init is None:
             if mask is not None or strength is not None:
                 raise ValueError(f"generate: {'mask' if mask is not None else 'strength'} needs an init image")
-            height, width = model.image_size if size is None else _height_and_width(size)
+            height, width = native_size if size is None else _height_and_width(size)
             for side in (height, width):
                 check_multiple(side, factor, "size")
             return cls((height // factor, width // factor))
@@ -50,7 +59,7 @@ class _Start:
         if size is not None and given != _height_and_width(size):
             raise ValueError(f"generate: init is {given[0]}x{given[1]}, but size {size} is asked for")
         # One by one: a KL-reg first stage draws noise, and that must not depend on the batch.
-        z = torch.cat([model.encode(image[None], torch.Generator().manual_seed(0)) for image in images])
+        z = torch.cat([encode(image[None], torch.Generator().manual_seed(0)) for image in images])
         keep = None if mask is None else _keep_in_latent(mask, given, factor, count).to(z.device)
         return cls(tuple(z.shape[2:]), float(strength), z.expand(count, -1, -1, -1), keep)
 

@@ -1,25 +1,37 @@
-"""A checkpoint as a whole model."""
+"""Whether the parts of a checkpoint are a whole model that `LatentDiffusion.generate` can run, and its settings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-import torch
 from torch import nn
 
-from ldm_fast.checkpoints.load import load
+from ldm_fast.checkpoints.found import NO_SCHEDULE, OUR_FILE, Checkpoint
 from ldm_fast.configs.diffusion import Defaults
 from ldm_fast.configs.first_stage import AutoencoderConfig
 from ldm_fast.configs.unet import UNetConfig
-from ldm_fast.interop.names import Config
-from ldm_fast.models.clip import load_text_encoder
-from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
+from ldm_fast.models.encoders import TransformerEmbedder
+
+OPEN_CLIP_LAYERS = 24  # of Stable Diffusion 2.x' text encoder; that of 1.x has 12
+
+
+def check_whole(checkpoint: Checkpoint, cond_stage: nn.Module | None) -> None:
+    """Raises ValueError unless the checkpoint, with `cond_stage` as encoder, is a model that `generate` can run."""
+    found = checkpoint.found
+    parts = {"unet": checkpoint.unet, "first_stage": checkpoint.first_stage, "schedule": checkpoint.schedule}
+    missing = [name for name, part in parts.items() if part is None]
+    if missing:
+        why = "".join(f" ({reason})" for reason in found.ignored.get(NO_SCHEDULE, ()))
+        raise ValueError(f"{found.path} is no whole model: there is no {', '.join(missing)}{why}")
+    if found.model == OUR_FILE:  # it was a whole model when it was saved
+        return
+    needs = _needs_of_other_pipelines(checkpoint.unet.config, checkpoint.first_stage.config)
+    if needs is not None:
+        raise ValueError(f"{found.path}: {needs}; run it in diffusers' pipeline, with ldm_fast.accelerate")
+    if (complete := _with_a_tokenizer(cond_stage)) is not None:
+        raise ValueError(f"{found.path} holds a text encoder without its tokenizer; give cond_stage, {complete}")
 
 
 def _needs_of_other_pipelines(unet: UNetConfig, first_stage: AutoencoderConfig) -> str | None:
-    """What `generate` would sample wrongly without a word."""
+    """What the model needs that `generate` would leave out without a word; None if there is no such thing."""
     if unet.addition_embed_type == "text_time":
         return "it is a Stable Diffusion XL"
     if unet.time_cond_proj_dim is not None:
@@ -28,24 +40,21 @@ def _needs_of_other_pipelines(unet: UNetConfig, first_stage: AutoencoderConfig) 
     return next((f"its first stage has {name} {value}" for name, value in shifts.items() if value), None)
 
 
-def _defaults(cond_stage: nn.Module | None) -> Defaults:
+def _with_a_tokenizer(cond_stage: nn.Module | None) -> str | None:
+    """How a text encoder that is a network alone is completed; None if it is not one."""
+    network = "checkpoint.cond_stage"
+    if isinstance(cond_stage, TransformerEmbedder):
+        return f"ldm_fast.models.encoders.BertTextEncoder.from_transformer(tokenizer, {network})"
+    if type(cond_stage).__module__.startswith("transformers"):
+        # Stable Diffusion 2.x takes the last layer but one of 24; if a file lacks the last, all of 23.
+        skip = ", skip=1" if cond_stage.config.num_hidden_layers == OPEN_CLIP_LAYERS else ""
+        return f"ldm_fast.models.clip.CLIPTextEncoder({network}, tokenizer{skip})"
+    return None
+
+
+def default_settings(cond_stage: nn.Module | None) -> Defaults:
     """The settings that the published models were shown with."""
     if hasattr(cond_stage, "tokenizer"):
         return Defaults(steps=50, guidance=7.5, spacing="leading")
     has_null = getattr(getattr(cond_stage, "config", None), "null_class", None) is not None
     return Defaults(steps=50, guidance=3.0 if has_null else 1.0, spacing="leading")
-
-
-def load_pipeline(
-    path: str | Path, config: Config | Mapping[str, Any] | None = None, variant: str | None = None
-) -> LatentDiffusion:
-    """The whole model in a folder as diffusers writes it, with its text encoder, or in a checkpoint of the original
-    code whose condition needs no tokenizer; float32.
-
-    Arguments and errors as for `load` and `Checkpoint.pipeline`; FileNotFoundError where a folder lacks an encoder.
-    """
-    checkpoint = load(path, config=config, variant=variant, torch_dtype=torch.float32)
-    missing = checkpoint.cond_stage is None and checkpoint.conditioning_key == "crossattn"
-    model = checkpoint.pipeline(load_text_encoder(path, variant=variant) if missing and Path(path).is_dir() else None)
-    model.origin = f"{Path(path).name} ({checkpoint.found.model})"
-    return model.eval()
