@@ -15,45 +15,46 @@ constexpr int64_t FEWEST_GROUPS = 4;
 // Sorting the codes into groups costs about what brute force takes for this many rows of one number.
 constexpr int64_t ROWS_WORTH_GROUPS = 36864;
 
+// Nothing but `load` depends on the dtype: all searches are compiled once.
 struct Searched {
     const NearestCodebook& args;
     const PackedCodes& codes;
     int64_t total;  // rows
     int threads;
+    Block (*load)(const NearestCodebook&, int64_t number, float* z);
 };
 
 // Calls fn(block, slot) for every block of rows; false if there was no memory.
-template <class T, class Fn>
+template <class Fn>
 bool each_block(const Searched& s, const Fn& fn) {
     Scratch<float> rows(s.threads * BLOCK_ROWS * s.args.width);
     if (!rows.data) return false;
     parallel_for((s.total + BLOCK_ROWS - 1) / BLOCK_ROWS, 1, s.threads, [&](int64_t begin, int64_t end, int slot) {
         for (int64_t number = begin; number < end; ++number)
-            fn(load_block<T>(s.args, number, rows.data + slot * BLOCK_ROWS * s.args.width), slot);
+            fn(s.load(s.args, number, rows.data + slot * BLOCK_ROWS * s.args.width), slot);
     });
     return true;
 }
 
-template <class T>
 bool brute_force(const Searched& s) {
-    return each_block<T>(
+    return each_block(
         s, [&](const Block& block, int) { search_by_brute_force(s.codes, block, 0, block.count, s.args.index); });
 }
 
 // As `search` says for each block that it is tried on, and by brute force for the others.
-template <class T, class Fn>
+template <class Fn>
 bool with_patience(const Searched& s, const Fn& search) {
     Scratch<Patience> patience(s.threads);
     if (!patience.data) return false;
     for (int slot = 0; slot < s.threads; ++slot) patience.data[slot] = Patience{};
-    return each_block<T>(s, [&](const Block& block, int slot) {
+    return each_block(s, [&](const Block& block, int slot) {
         Patience& p = patience.data[slot];
         if (!p.try_now()) return search_by_brute_force(s.codes, block, 0, block.count, s.args.index);
         search(block, slot) ? p.paid() : p.failed();
     });
 }
 
-template <class T, int D>
+template <int D>
 bool pruned(const Searched& s) {
     const int64_t count = (s.args.codes + GROUP - 1) / GROUP;
     Scratch<float> data(count * GROUP * D), norms(count * GROUP), boxes(count * D * 2), start(count), slope(count);
@@ -66,22 +67,20 @@ bool pruned(const Searched& s) {
     const Groups groups{count, data.data, norms.data, boxes.data, start.data, slope.data, number.data};
     if (!build_groups<D <= 4 ? 4 : 8>(s.codes, s.args.codes, s.threads, groups)) return false;
     for (int slot = 0; slot < s.threads; ++slot) blocks.data[slot].bounds = bounds.data + slot * count * BLOCK_ROWS;
-    return with_patience<T>(s, [&](const Block& block, int slot) {
+    return with_patience(s, [&](const Block& block, int slot) {
         return search_by_groups<D>(s.codes, groups, block, blocks.data[slot], s.args.index);
     });
 }
 
-template <class T>
 bool pruned_of_width(const Searched& s) {
     static_assert(WIDEST_PRUNED == 8);
     using Search = bool (*)(const Searched&);
-    constexpr Search OF_WIDTH[] = {pruned<T, 1>, pruned<T, 2>, pruned<T, 3>, pruned<T, 4>,
-                                   pruned<T, 5>, pruned<T, 6>, pruned<T, 7>, pruned<T, 8>};
+    constexpr Search OF_WIDTH[] = {pruned<1>, pruned<2>, pruned<3>, pruned<4>,
+                                   pruned<5>, pruned<6>, pruned<7>, pruned<8>};
     return OF_WIDTH[s.args.width - 1](s);
 }
 
 #if defined(__AVX512BF16__)
-template <class T>
 bool bf16_candidates(const Searched& s) {
     const int64_t half = (s.args.width + 1) / 2, padded = s.codes.padded;
     Scratch<uint32_t> pairs(padded * half), row_pairs(s.threads * BLOCK_ROWS * half);
@@ -92,7 +91,7 @@ bool bf16_candidates(const Searched& s) {
     const Bf16Codes codes{pairs.data, base.data, own.data, length.data, error.data, half};
     pack_bf16(s.codes, s.args.codes, codes, s.threads);
     for (int slot = 0; slot < s.threads; ++slot) blocks.data[slot].pairs = row_pairs.data + slot * BLOCK_ROWS * half;
-    return with_patience<T>(s, [&](const Block& block, int slot) {
+    return with_patience(s, [&](const Block& block, int slot) {
         return search_by_candidates(s.codes, codes, block, blocks.data[slot], s.args.index);
     });
 }
@@ -126,19 +125,19 @@ bool run(const NearestCodebook& a) {
     if (!data.data || !norms.data) return false;
     pack_codes<T>(a, padded, threads, data.data, norms.data);
     const PackedCodes codes{data.data, norms.data, padded, a.width};
-    const Searched searched{a, codes, total, threads};
+    const Searched searched{a, codes, total, threads, load_block<T>};
     bool done = false;
     switch (choose(searched)) {
         case CodebookSearch::pruned:
-            done = pruned_of_width<T>(searched);
+            done = pruned_of_width(searched);
             break;
 #if defined(__AVX512BF16__)
         case CodebookSearch::bf16_candidates:
-            done = bf16_candidates<T>(searched);
+            done = bf16_candidates(searched);
             break;
 #endif
         default:
-            done = brute_force<T>(searched);
+            done = brute_force(searched);
     }
     return done && (a.counts == nullptr || add_up<T>(a, threads));
 }

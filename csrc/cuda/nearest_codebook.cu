@@ -1,19 +1,11 @@
 // nearest_codebook: checks and launch. How it works stands in nearest_codebook.cuh.
 #include "nearest_codebook.h"
 
-#include <limits>
-
 #include "nearest_codebook.cuh"
-#include "runtime.cuh"
+#include "nearest_codebook_launch.cuh"
 
 namespace ldm_fast {
 namespace {
-
-constexpr const char* OP = "nearest_codebook";
-
-void require(bool holds, const std::string& needed) {
-    if (!holds) throw std::invalid_argument(std::string(OP) + ": " + needed);
-}
 
 void require_sizes(std::int64_t n, std::int64_t k, std::int64_t d, bool stats) {
     constexpr std::int64_t most = std::numeric_limits<std::int32_t>::max();
@@ -30,27 +22,12 @@ const T* elements_at(std::uintptr_t address) {
     return reinterpret_cast<const T*>(address);
 }
 
-// Kernel after kernel on one stream; a refused launch is an exception, nothing waits for the GPU.
-struct Launcher {
-    cudaStream_t stream;
-
-    template <class Arguments>
-    void operator()(void (*kernel)(Arguments), nearest::Grid grid, const Arguments& arguments) const {
-        require(grid.x <= std::numeric_limits<int>::max() && grid.y <= 65535, "too many vectors for one launch");
-        cudaLaunchConfig_t config{};
-        config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
-        config.blockDim = dim3(nearest::THREADS);
-        config.stream = stream;
-        check(cudaLaunchKernelEx(&config, kernel, arguments), OP, "cudaLaunchKernelEx");
-    }
-};
-
 }  // namespace
 
 std::int64_t nearest_codebook_workspace(std::int64_t n, std::int64_t k, std::int64_t d, bool stats, int device) {
     require_sizes(n, k, d, stats);
-    const DeviceGuard guard(device, OP);
-    return nearest::workspace_size(n, k, d, multiprocessor_count(device, OP), stats);
+    const DeviceGuard guard(device, NEAREST_CODEBOOK);
+    return nearest::workspace_size(n, k, d, multiprocessor_count(device, NEAREST_CODEBOOK), stats);
 }
 
 void nearest_codebook(std::uintptr_t z, const std::array<std::int64_t, 3>& z_shape,
@@ -70,8 +47,8 @@ void nearest_codebook(std::uintptr_t z, const std::array<std::int64_t, 3>& z_sha
     require(dtype == "float32" || dtype == "float16" || dtype == "bfloat16",
             "dtype must be float32, float16 or bfloat16, got " + dtype);
 
-    const DeviceGuard guard(device, OP);
-    const int sm_count = multiprocessor_count(device, OP);
+    const DeviceGuard guard(device, NEAREST_CODEBOOK);
+    const int sm_count = multiprocessor_count(device, NEAREST_CODEBOOK);
     require(workspace != 0 || nearest::workspace_size(batches * rows, k, d, sm_count, counts != 0) == 0,
             "these sizes need a workspace");
     Launcher launcher{reinterpret_cast<cudaStream_t>(stream)};

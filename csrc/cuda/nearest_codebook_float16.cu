@@ -1,0 +1,3 @@
+#include "nearest_codebook_launch.cuh"
+
+template void ldm_fast::nearest::enqueue(Problem<__half>, Workspace&, int, Launcher&);
