@@ -1,24 +1,31 @@
-"""Builds the native modules and never stops an install: `ldm-fast doctor` tells what could not be built, and why.
+"""Builds the native modules: `ldm_fast._native` from csrc/cpu and `ldm_fast._native_cuda` from csrc/cuda.
 
-Everything that is only a description (names, dependencies, tools) is in pyproject.toml. This file
+Everything that is only a description (names, dependencies, tools) is in pyproject.toml. Torch is not imported: native
+code only ever sees addresses. Both modules compile in one run of ninja, and an unchanged object is not compiled again.
 
-- maps the folder ``kernels/`` to the package ``ldm_fast.kernels``;
-- compiles ``csrc/cpu`` once per instruction set into ``ldm_fast._native`` (cpuid decides at run time which one runs);
-- compiles ``csrc/cuda`` with nvcc, where there is one, into ``ldm_fast._native_cuda`` (with the static CUDA runtime);
-- writes ``ldm_fast/_build.json``: what was built, with what, or one line that says what is missing.
+What is compiled is what this machine can use. `LDM_FAST_TARGETS` changes that; it is a comma-separated list of
 
-The commands go to ninja, so objects compile in parallel and an unchanged one is not compiled again. Torch is not
-imported: native code only ever sees addresses.
+- `all`: every instruction set and GPU architecture that the compilers know, as for a wheel;
+- instruction sets, out of ISAS; `portable` is always there. None named: the best one that this CPU has;
+- GPU architectures, as in `sm_90`. None named: those of the GPUs in this machine, or, if there is no GPU, the oldest,
+  whose PTX runs on every newer one. The PTX of the newest architecture compiled for is always there.
+
+If a module cannot be built, the install succeeds without it, and `ldm-fast doctor` gives the reason. With
+`LDM_FAST_REQUIRE_NATIVE=1` the install fails, with the same reason. (A missing nvcc is no failure.) The environment
+variables CXX, NVCC and CUDA_HOME say which compilers to use. What was built is recorded in ldm_fast/_build.json.
 """
 
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -28,16 +35,22 @@ ROOT = Path(__file__).resolve().parent
 CPU_MODULE, CUDA_MODULE = "ldm_fast._native", "ldm_fast._native_cuda"
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-X86_ISAS = {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS, "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"]}
-CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# Widest last; all but the first are for x86-64. csrc/cpu/cpuid.h finds out which of them a CPU has.
+ISAS = {"portable": [], "avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS, "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"]}
+GPU_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # No -ffast-math: NaN, infinities and signed zeros keep their meaning. Contraction is off so that an operation is fused
 # exactly where the source says so, whatever the compiler.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 CXX_FLAGS += ["-fno-trapping-math", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 
 
 class Unbuildable(Exception):
     """One line: what is missing, or what failed."""
+
+
+class NoCudaCompiler(Unbuildable):
+    """There is nothing to build the CUDA module with, which is usual and no failure."""
 
 
 def run(command, what):
@@ -53,6 +66,101 @@ def run(command, what):
     return done.stdout
 
 
+def native_is_required():
+    value = os.environ.get("LDM_FAST_REQUIRE_NATIVE", "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"LDM_FAST_REQUIRE_NATIVE must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+# ---- what to build for ----
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What LDM_FAST_TARGETS asks for. Where nothing is named, the machine decides."""
+
+    everything: bool
+    isas: tuple[str, ...] = ()
+    architectures: tuple[int, ...] = ()
+
+
+def read_targets(text):
+    words = text.replace(",", " ").split()
+    for word in words:
+        if word != "all" and word not in ISAS and not re.fullmatch(r"sm_\d+", word):
+            known = ", ".join(["all", *ISAS, *(f"sm_{arch}" for arch in GPU_ARCHITECTURES)])
+            raise SystemExit(f"LDM_FAST_TARGETS: unknown target {word!r}; known are {known}")
+    architectures = sorted({int(word[3:]) for word in words if word.startswith("sm_")})
+    if architectures and architectures[0] < GPU_ARCHITECTURES[0]:
+        raise SystemExit(f"LDM_FAST_TARGETS: the kernels need sm_{GPU_ARCHITECTURES[0]}, got sm_{architectures[0]}")
+    return Targets("all" in words, tuple(isa for isa in ISAS if isa in words), tuple(architectures))
+
+
+def known_isas(compiler, scratch):
+    """The instruction sets that this compiler can compile for."""
+    known = ["portable"]
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        probe = scratch / "flags.cpp"
+        probe.write_text("#include <immintrin.h>\nint main() { return 0; }\n")
+        for isa in list(ISAS)[1:]:
+            try:
+                run([*compiler, *ISAS[isa], "-c", str(probe), "-o", str(scratch / "flags.o")], f"probe for {isa}")
+                known.append(isa)
+            except Unbuildable:
+                print(f"ldm_fast: the compiler does not know {isa}", file=sys.stderr)
+    return known
+
+
+def machine_isas(compiler, scratch, known):
+    """Those that this CPU has, too, widest last. All of them if the compiler's programs do not run here."""
+    probe, program = scratch / "machine.cpp", scratch / "machine"
+    body = "for (const std::string& isa : ldm::machine_isas()) std::puts(isa.c_str());"
+    probe.write_text(f'#include <cstdio>\n#include "cpuid.h"\nint main() {{ {body} }}\n')
+    knows = [f"-DLDM_KNOWS_{isa.upper()}" for isa in known]
+    compile_probe = [*compiler, "-std=c++17", *knows, f"-I{ROOT / 'csrc/cpu'}", str(probe), "-o", str(program)]
+    try:
+        run(compile_probe, "probe of the CPU")
+        return run([str(program)], "probe of the CPU").split()
+    except Unbuildable:
+        return known
+
+
+def choose_isas(targets, compiler, scratch, known):
+    if targets.everything:
+        return known
+    missing = [isa for isa in targets.isas if isa not in known]
+    if missing:
+        raise SystemExit(f"LDM_FAST_TARGETS: {compiler[0]} cannot compile for {missing[0]} here")
+    chosen = targets.isas or machine_isas(compiler, scratch, known)[-1:]
+    return [isa for isa in known if isa == "portable" or isa in chosen]
+
+
+def machine_architectures():
+    """Those of the GPUs in this machine, from the driver."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        text = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)\s*$", text, flags=re.MULTILINE)}
+    return sorted(arch for arch in found if arch >= GPU_ARCHITECTURES[0])
+
+
+def choose_architectures(targets, known):
+    """Architectures that nvcc knows; of a GPU newer than nvcc, the newest before it, whose PTX the GPU can take."""
+    if targets.everything:
+        return [arch for arch in GPU_ARCHITECTURES if arch in known]
+    missing = [arch for arch in targets.architectures if arch not in known]
+    if missing:
+        raise SystemExit(f"LDM_FAST_TARGETS: this nvcc does not know sm_{missing[0]}")
+    wanted = targets.architectures or machine_architectures() or GPU_ARCHITECTURES[:1]
+    return sorted({max((k for k in known if k <= arch), default=min(known)) for arch in wanted})
+
+
+# ---- compilers ----
+
+
 def find_compiler():
     """The C++ compiler as a list of words: $CXX alone if it is set, else the usual names."""
     if os.name == "nt":
@@ -64,137 +172,176 @@ def find_compiler():
     raise Unbuildable(f"no C++ compiler found ({f'CXX={chosen}' if chosen else 'tried c++, g++, clang++'})")
 
 
-def find_isas(compiler, scratch):
-    """Instruction sets to compile for: the portable one, and on x86-64 those whose flags this compiler takes."""
-    isas = {"portable": []}
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        probe = scratch / "probe.cpp"
-        probe.write_text("#include <immintrin.h>\nint main() { return 0; }\n")
-        for isa, flags in X86_ISAS.items():
-            try:
-                run([*compiler, *flags, "-c", str(probe), "-o", str(scratch / "probe.o")], f"probe for {isa}")
-                isas[isa] = flags
-            except Unbuildable:
-                print(f"ldm_fast: the compiler does not know {isa}; built without it", file=sys.stderr)
-    return isas
+def find_nvcc():
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+    if not nvcc and os.environ.get("CUDA_HOME"):
+        nvcc = shutil.which(str(Path(os.environ["CUDA_HOME"]) / "bin/nvcc"))
+    if not nvcc or not shutil.which(nvcc):
+        raise NoCudaCompiler("no nvcc found: it comes with the CUDA toolkit and has to be on PATH")
+    return nvcc
 
 
-def include_flags():
-    """Where the headers of Python and pybind11 are; only the two bindings files need them."""
+def first_line(command):
+    """What a command says of itself, for the record; a compiler that cannot even do that fails in a moment anyway."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return next(iter(done.stdout.splitlines()), command[0])
+
+
+def binding_flags(version):
+    """For the two bindings files, which alone need the headers of Python and pybind11."""
     try:
         import pybind11
     except ImportError as error:
         raise Unbuildable("pybind11 is not installed (pip install pybind11)") from error
-    return [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}", f"-I{ROOT / 'csrc'}"]
+    includes = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
+    return [*CXX_FLAGS, *includes, f"-I{ROOT / 'csrc'}", f'-DLDM_FAST_VERSION="{version}"']
+
+
+# ---- the two modules ----
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A module to compile: objects (ninja's rule, name, source, flags) linked by another rule, and what to record."""
+
+    objects: list
+    link: str
+    rules: dict  # rule: command
+    record: dict
+
+
+def plan_cpu(folder, targets, version):
+    """csrc/cpu once per instruction set; dispatch, threads and bindings once."""
+    compiler = find_compiler()
+    bindings = binding_flags(version)
+    known = known_isas(compiler, folder)
+    isas = choose_isas(targets, compiler, folder, known)
+    knows = [f"-DLDM_KNOWS_{isa.upper()}" for isa in known]
+    have = [f"-DLDM_HAVE_{isa.upper()}" for isa in isas]
+    objects = [("cxx", "bindings.o", ROOT / "csrc/bindings.cpp", [*bindings, *knows])]
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        if source.stem in ("dispatch", "parallel"):
+            objects.append(("cxx", f"{source.stem}.o", source, [*CXX_FLAGS, *knows, *have]))
+            continue
+        for isa in isas:
+            objects.append(("cxx", f"{source.stem}.{isa}.o", source, [*CXX_FLAGS, *ISAS[isa], f"-DLDM_ISA={isa}"]))
+    link = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
+    left_out = [isa for isa in known if isa not in isas]
+    record = {"compiler": first_line([*compiler, "--version"]), "isas": isas, "left_out": left_out}
+    rules = {"cxx": compile_rule(compiler), "link": f"{quoted(compiler)} $in {quoted(link)} -o $out"}
+    return Plan(objects, "link", rules, record)
+
+
+def plan_cuda(folder, targets, version):
+    """csrc/cuda by nvcc; the bindings by the C++ compiler. The CUDA runtime is linked statically."""
+    nvcc = find_nvcc()
+    compiler = find_compiler()
+    bindings = binding_flags(version)
+    known = [int(arch[8:]) for arch in run([nvcc, "--list-gpu-arch"], "nvcc --list-gpu-arch").split()]
+    known = [arch for arch in known if arch >= GPU_ARCHITECTURES[0]]
+    if not known:
+        raise Unbuildable(f"nvcc knows no architecture from sm_{GPU_ARCHITECTURES[0]} on")
+    architectures = choose_architectures(targets, known)
+    newest = architectures[-1]
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures[:-1]]
+    codes.append(f"-gencode=arch=compute_{newest},code=[sm_{newest},compute_{newest}]")
+    if len(codes) > 1:
+        codes.append("--threads=0")  # the architectures of one source side by side
+    objects = [("nvcc", f"{s.stem}.cu.o", s, [*NVCC_FLAGS, *codes]) for s in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    objects.append(("cxx", "bindings_cuda.o", ROOT / "csrc/bindings_cuda.cpp", bindings))
+    cuda = [nvcc, "-ccbin", compiler[0]]
+    release = run([nvcc, "--version"], "nvcc --version").split("release ")[-1].split(",")[0]
+    left_out = [arch for arch in GPU_ARCHITECTURES if arch in known and arch not in architectures]
+    record = {"nvcc": release, "architectures": architectures, "ptx": newest, "left_out": left_out}
+    rules = {"cxx": compile_rule(compiler), "nvcc": compile_rule(cuda)}
+    rules["link_cuda"] = f"{quoted(cuda)} $in -shared -cudart static -o $out"
+    return Plan(objects, "link_cuda", rules, record)
 
 
 def quoted(words):
     return " ".join(shlex.quote(str(word)) for word in words).replace("$", "$$")
 
 
-def ninja_build(folder, compiler, link_flags, objects, target):
-    """Write build.ninja for objects = [(object name, source, flags)] linked into target, and run it."""
-    lines = [
-        "rule compile",
-        f"  command = {quoted(compiler)} -MD -MF $out.d $flags -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {quoted(compiler)} $in {quoted(link_flags)} -o $out",
-    ]
-    for name, source, flags in objects:
-        lines += [f"build {name}: compile {quoted([source])}", f"  flags = {quoted(flags)}"]
-    lines += [f"build {target.name}: link {' '.join(name for name, _, _ in objects)}", ""]
-    (folder / "build.ninja").write_text("\n".join(lines))
-    try:
-        import ninja  # noqa: F401
-
-        command = [sys.executable, "-m", "ninja"]
-    except ImportError:
-        command = ["ninja"]
-    run([*command, "-C", str(folder)], f"compiling {target.name.split('.')[0]}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # By a rename: a process that has the old module mapped keeps it.
-    unfinished = target.with_name(f"{target.name}.tmp")
-    shutil.copyfile(folder / target.name, unfinished)
-    os.replace(unfinished, target)
+def compile_rule(compiler):
+    return f"{quoted(compiler)} -MD -MF $out.d $flags -c $in -o $out"
 
 
-def build_cpu(folder, target):
-    """Compile csrc/cpu once per instruction set (dispatch and bindings once) into target; returns the record."""
-    compiler = find_compiler()
-    includes = include_flags()
-    isas = find_isas(compiler, folder)
-    objects = [("bindings.o", ROOT / "csrc/bindings.cpp", [*CXX_FLAGS, *includes])]
-    have = [f"-DLDM_HAVE_{isa.upper()}" for isa in isas]
-    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-        if source.stem in ("dispatch", "parallel"):
-            objects.append((f"{source.stem}.o", source, [*CXX_FLAGS, *have]))
-            continue
-        for isa, flags in isas.items():
-            objects.append((f"{source.stem}.{isa}.o", source, [*CXX_FLAGS, *flags, f"-DLDM_ISA={isa}"]))
-    link = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
-    ninja_build(folder, compiler, link, objects, target)
-    version = run([*compiler, "--version"], "compiler version").splitlines()[0]
-    return {"built": True, "compiler": version, "isas": list(isas), "message": None}
-
-
-def build_cuda(folder, target):
-    """Compile csrc/cuda with nvcc (which also drives the host compiler for the bindings); returns the record."""
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
-    if not nvcc and os.environ.get("CUDA_HOME"):
-        nvcc = shutil.which(str(Path(os.environ["CUDA_HOME"]) / "bin/nvcc"))
-    if not nvcc or not shutil.which(nvcc):
-        raise Unbuildable("no nvcc found (install the CUDA toolkit, put nvcc on PATH, then install ldm_fast again)")
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    if not sources:
-        raise Unbuildable("no CUDA sources in csrc/cuda")
-    host = find_compiler()
-    known = run([nvcc, "--list-gpu-arch"], "nvcc --list-gpu-arch").split()
-    architectures = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known]
-    if not architectures:
-        raise Unbuildable(f"nvcc knows none of the architectures {CUDA_ARCHITECTURES}")
-    newest = architectures[-1]  # its PTX too, for GPUs that come later
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-    # --threads=0: the architectures of one source are compiled side by side.
-    flags = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
-    objects = [(f"{source.stem}.cu.o", source, [*flags, *codes]) for source in sources]
-    includes = [flag.replace("-isystem", "-I") for flag in include_flags()]
-    objects.append(("bindings_cuda.o", ROOT / "csrc/bindings_cuda.cpp", [*flags, *includes]))
-    link = ["-shared", "-cudart", "static"]
-    ninja_build(folder, [nvcc, "-ccbin", host[0]], link, objects, target)
-    version = run([nvcc, "--version"], "nvcc --version").split("release ")[-1].split(",")[0]
-    return {"built": True, "nvcc": version, "architectures": architectures, "message": None}
+def write_ninja(folder, plans):
+    """build.ninja for plans = {file of the module: Plan}; what takes longest comes first."""
+    lines = []
+    for rule, command in {rule: command for plan in plans.values() for rule, command in plan.rules.items()}.items():
+        lines += [f"rule {rule}", f"  command = {command}"]
+        if not rule.startswith("link"):
+            lines += ["  depfile = $out.d", "  deps = gcc"]
+    for file, plan in plans.items():
+        for rule, name, source, flags in plan.objects:
+            lines += [f"build {name}: {rule} {quoted([source])}", f"  flags = {quoted(flags)}"]
+        lines.append(f"build {file}: {plan.link} {' '.join(name for _, name, _, _ in plan.objects)}")
+    (folder / "build.ninja").write_text("\n".join([*lines, ""]))
 
 
 class BuildNative(build_ext):
-    """Builds both modules on their own terms; a failure costs the module, never the install."""
+    """Builds both modules. A failure costs the module, and the install only if LDM_FAST_REQUIRE_NATIVE says so."""
 
     def run(self):
-        self.record = {}
+        required = native_is_required()
+        self.in_source = self.editable_mode or self.inplace  # setuptools resets `inplace` while it builds
+        self.record, self.errors = {}, {}
         super().run()
-        folder = ROOT / "ldm_fast" if self.editable_mode or self.inplace else Path(self.build_lib) / "ldm_fast"
+        package = ROOT / "ldm_fast" if self.in_source else Path(self.build_lib) / "ldm_fast"
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build.json").write_text(json.dumps(self.record, indent=1) + "\n")
+        failed = [f"{name}: {error}" for name, error in self.errors.items() if not isinstance(error, NoCudaCompiler)]
+        if required and failed:
+            raise SystemExit(f"LDM_FAST_REQUIRE_NATIVE=1, but there is no {'; no '.join(failed)}")
+
+    def build_extensions(self):
+        targets, version = read_targets(os.environ.get("LDM_FAST_TARGETS", "")), self.distribution.get_version()
+        folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "_build.json").write_text(json.dumps(self.record, indent=1) + "\n")
+        files = {name: Path(self.get_ext_fullpath(name)).resolve() for name in (CUDA_MODULE, CPU_MODULE)}
+        plans = {}
+        for name, plan in ((CUDA_MODULE, plan_cuda), (CPU_MODULE, plan_cpu)):
+            try:
+                plans[name] = plan(folder, targets, version)
+            except (Unbuildable, OSError) as error:
+                self.errors[name] = error
+        write_ninja(folder, {files[name].name: plan for name, plan in plans.items()})
+        if len(plans) > 1:  # side by side, each as far as it goes; the runs below tell what went wrong with which
+            subprocess.run([*ninja(folder), "-k", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for name, plan in plans.items():
+            try:
+                run([*ninja(folder), files[name].name], f"compiling {short(name)}")
+                replace(folder / files[name].name, files[name])
+                self.record[short(name)] = {"built": True, "version": version, **plan.record, "message": None}
+            except (Unbuildable, OSError) as error:
+                self.errors[name] = error
+        for name, error in self.errors.items():
+            self.forget(name, files[name])
+            self.record[short(name)] = {"built": False, "version": version, "message": str(error)}
+            print(f"ldm_fast: {name} was not built: {error}", file=sys.stderr)
 
-    def build_extension(self, ext):
-        short = ext.name.rsplit(".", 1)[1]
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = ROOT / "build" / f"{short}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.record[short] = (build_cpu if ext.name == CPU_MODULE else build_cuda)(folder, target)
-        except (Unbuildable, OSError) as error:
-            self.forget(ext, target)
-            self.record[short] = {"built": False, "message": str(error)}
-            print(f"ldm_fast: {ext.name} was not built: {error}", file=sys.stderr)
-
-    def forget(self, ext, target):
+    def forget(self, name, file):
         """Remove what an earlier build left, so that nobody loads kernels of another version."""
-        in_source = ROOT / "ldm_fast" / Path(self.get_ext_filename(ext.name)).name
-        for stale in {target, in_source} if self.editable_mode or self.inplace else {target}:
+        in_source = ROOT / "ldm_fast" / Path(self.get_ext_filename(name)).name
+        for stale in {file, in_source} if self.in_source else {file}:
             stale.unlink(missing_ok=True)
+
+
+def short(name):
+    return name.rsplit(".", 1)[1]
+
+
+def ninja(folder):
+    return [*([sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]), "-C", str(folder)]
+
+
+def replace(built, file):
+    """By a rename: a process that has the old module mapped keeps it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.tmp")
+    shutil.copyfile(built, unfinished)
+    os.replace(unfinished, file)
 
 
 if __name__ == "__main__":  # tests import the functions
@@ -202,7 +349,7 @@ if __name__ == "__main__":  # tests import the functions
         packages=[*find_packages(include=["ldm_fast", "ldm_fast.*"]), "ldm_fast.kernels"],
         package_dir={"ldm_fast.kernels": "kernels"},
         package_data={"ldm_fast": ["py.typed", "assets/*", "training/recipes/*.toml"]},
-        # The sources are listed by the build functions; naming none keeps setuptools from compiling them its own way.
+        # The sources are listed by the plans; naming none keeps setuptools from compiling them its own way.
         ext_modules=[Extension(name, sources=[], optional=True) for name in (CPU_MODULE, CUDA_MODULE)],
         cmdclass={"build_ext": BuildNative},
     )

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/cpuid.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 
@@ -9,6 +10,8 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_native, m) {
     using Release = py::call_guard<py::gil_scoped_release>;
+    m.attr("version") = LDM_FAST_VERSION;
+    m.def("machine_isas", &ldm::machine_isas);
     m.def("isas", &ldm::isas);
     m.def("isa", &ldm::isa);
     m.def("set_isa", &ldm::set_isa);

@@ -7,6 +7,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_native_cuda, m) {
+    m.attr("version") = LDM_FAST_VERSION;
     py::class_<ldm_fast::BuildInfo>(m, "BuildInfo")
         .def_readonly("runtime_version", &ldm_fast::BuildInfo::runtime_version)
         .def_readonly("driver_version", &ldm_fast::BuildInfo::driver_version)

@@ -17,10 +17,9 @@ from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
 from ldm_fast.models.unet import UNet
 from ldm_fast.ops.dispatch import use_impl
 from ldm_fast.ops.explain import explain
+from ldm_fast.ops.version import __version__
 from ldm_fast.pipelines.drop_in import accelerate
 from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AutoencoderConfig",
@@ -32,6 +31,7 @@ __all__ = [
     "UNetConfig",
     "VQConfig",
     "VQModel",
+    "__version__",
     "accelerate",
     "explain",
     "inspect",

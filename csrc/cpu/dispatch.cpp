@@ -4,6 +4,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "cpuid.h"
 #include "kernels.h"
 
 namespace ldm {
@@ -26,22 +27,25 @@ struct Kernels {
             name::nearest_codebook, name::exp_array, name::fused_multiply_adds                                   \
     }
 
-// __builtin_cpu_supports also asks whether the operating system saves the wide registers.
-std::vector<Kernels> supported() {
-    std::vector<Kernels> found{LDM_KERNELS(portable)};
+// Compiled in, widest last.
+constexpr Kernels COMPILED[] = {
+    LDM_KERNELS(portable),
 #ifdef LDM_HAVE_AVX2
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2) found.push_back(LDM_KERNELS(avx2));
+    LDM_KERNELS(avx2),
 #endif
 #ifdef LDM_HAVE_AVX512
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512) found.push_back(LDM_KERNELS(avx512));
+    LDM_KERNELS(avx512),
 #endif
 #ifdef LDM_HAVE_AVX512BF16
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(LDM_KERNELS(avx512bf16));
+    LDM_KERNELS(avx512bf16),
 #endif
+};
+
+std::vector<Kernels> supported() {
+    const std::vector<std::string> of_machine = machine_isas();
+    std::vector<Kernels> found;
+    for (const Kernels& kernels : COMPILED)
+        if (std::find(of_machine.begin(), of_machine.end(), kernels.isa) != of_machine.end()) found.push_back(kernels);
     return found;
 }
 

@@ -214,19 +214,14 @@ def doctor(options: argparse.Namespace) -> None:
     import torch
 
     import ldm_fast
+    from ldm_fast.ops import native
 
     print(f"ldm_fast {__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}")
     print(f"{platform.machine()}, {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
         print(f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name()}")
     print("\nbuilt")
-    build = Path(ldm_fast.__file__).with_name("_build.json")
-    built = json.loads(build.read_text()) if build.is_file() else {}
-    for name, what in (("_native", "native CPU kernels"), ("_native_cuda", "CUDA kernels")):
-        facts = built.get(name, {"built": False, "message": "never built: run pip install -e ."})
-        found = [facts.get("compiler"), "/".join(facts.get("isas", []))]
-        extras = f" ({', '.join(filter(None, found))})" if any(found) else ""
-        print(f"  {what}: " + (f"yes{extras}" if facts["built"] else f"no: {' '.join(facts['message'].split())}"))
+    print("\n".join(f"  {line}" for line in native.describe()))
     print("\nwhat runs here")
     print("\n".join(f"  {line}" for line in str(ldm_fast.explain()).splitlines()))
     shipped = Path(ldm_fast.__file__).parent / "assets" / "emoji.safetensors"

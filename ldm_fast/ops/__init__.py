@@ -12,6 +12,7 @@ from ldm_fast.ops.codebook_op import nearest_codebook, nearest_codebook_stats
 from ldm_fast.ops.dispatch import use_impl
 from ldm_fast.ops.explain import explain
 from ldm_fast.ops.group_norm_op import group_norm_apply, group_norm_silu, group_norm_stats, merge_group_norm_stats
+from ldm_fast.ops.native import warn_of_other_versions
 
 __all__ = [
     "attention",
@@ -24,3 +25,5 @@ __all__ = [
     "nearest_codebook_stats",
     "use_impl",
 ]
+
+warn_of_other_versions()

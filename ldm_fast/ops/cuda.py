@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    from ldm_fast import _native_cuda
-except ImportError as error:
-    _native_cuda, _import_error = None, error
+from ldm_fast.ops.native import load_module
 
+_native_cuda, _missing = load_module("_native_cuda")
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _OLDEST = (8, 0)  # compute capability the kernels are compiled for
 _MOST_CODES, _MOST_NUMBERS = 2**31 - 1, 2**31 - 33  # of a codebook, and in a vector
@@ -21,7 +19,7 @@ _MOST_COUNTED = 2**32 - 1  # vectors of which nearest_codebook_stats can keep co
 def unavailable() -> str | None:
     """Why no CUDA kernel can run here, with what would change that; None if they can."""
     if _native_cuda is None:
-        return f"the CUDA kernels are not built: put nvcc on PATH and install ldm_fast again ({_import_error})"
+        return _missing
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} is built without CUDA: install a CUDA build of PyTorch"
     if not torch.cuda.is_available():
@@ -42,7 +40,7 @@ def build_info() -> dict[str, Any]:
     `built` and, if so, `architectures` ([80, …]), `runtime` and `driver` ("13.0"; None where there is no driver).
     """
     if _native_cuda is None:
-        return {"built": False, "message": str(_import_error)}
+        return {"built": False, "message": _missing}
     info = _native_cuda.build_info()
     return {
         "built": True,

@@ -1,30 +1,62 @@
-"""The native CPU extension: loading it, what it was built with, and the OpenMP runtime it runs on."""
+"""The native modules: loading them, what they were built for, and the OpenMP runtime that the CPU kernels run on."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import json
 import os
 import re
 import time
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from ldm_fast.ops.version import __version__
+
+KERNELS = {"_native": "the native CPU kernels", "_native_cuda": "the CUDA kernels"}
+
+
+@functools.cache
+def load_module(name: str) -> tuple[ModuleType | None, str | None]:
+    """`ldm_fast._native` or `ldm_fast._native_cuda`, or else the reason in one line.
+
+    Warns, and gives nothing, if the module was built from another version of ldm_fast.
+    """
+    try:
+        module = importlib.import_module(f"ldm_fast.{name}")
+    except ImportError as error:
+        return None, _why_missing(name, error)
+    version = getattr(module, "version", "an older version")
+    if version != __version__:
+        reason = (
+            f"{KERNELS[name]} were built from ldm_fast {version}, and this is ldm_fast {__version__}: "
+            "run `pip install -e .` in the repository, or install ldm_fast again"
+        )
+        warnings.warn(reason, RuntimeWarning, stacklevel=2)
+        return None, reason
+    return module, None
+
+
+def warn_of_other_versions() -> None:
+    """Load both modules, so that one of another version is reported when ldm_fast is imported."""
+    for name in KERNELS:
+        load_module(name)
+
 
 @functools.cache
 def load() -> tuple[ModuleType | None, str | None, str | None]:
-    """The extension module, why it is missing, and the path of the OpenMP runtime whose threads it uses."""
-    try:
-        from ldm_fast import _native
-    except ImportError as error:
-        return None, _why_missing(error), None
+    """The CPU module, why it is missing, and the path of the OpenMP runtime whose threads it uses."""
+    module, missing = load_module("_native")
+    if module is None:
+        return None, missing, None
     path, address = _find_openmp()
-    _native.set_openmp(address)
-    return _native, None, path
+    module.set_openmp(address)
+    return module, None, path
 
 
 @functools.cache
@@ -32,21 +64,22 @@ def extension() -> Any:
     return load()[0]
 
 
-def _build_record() -> dict[str, Any]:
-    """What setup.py noted about the build; empty if there was none."""
+def _build_record(name: str) -> dict[str, Any]:
+    """What setup.py noted about the build of a module; empty if there was none."""
     try:
-        return json.loads((Path(__file__).parents[1] / "_build.json").read_text())
+        record: dict[str, Any] = json.loads((Path(__file__).parents[1] / "_build.json").read_text()).get(name, {})
+        return record
     except (OSError, ValueError):
         return {}
 
 
-def _why_missing(error: ImportError) -> str:
-    record = _build_record().get("_native")
-    if record is None:
-        return "the native CPU kernels were never built: run `pip install -e .` in the repository"
+def _why_missing(name: str, error: ImportError) -> str:
+    record = _build_record(name)
+    if not record:
+        return f"{KERNELS[name]} were never built: run `pip install -e .` in the repository"
     if not record["built"]:
-        return f"the native CPU kernels were not built ({record['message']}); mend that and install ldm_fast again"
-    return f"the native CPU kernels cannot be loaded ({error}); install ldm_fast again"
+        return f"{KERNELS[name]} were not built ({record['message']}); mend that and install ldm_fast again"
+    return f"{KERNELS[name]} cannot be loaded ({error}); install ldm_fast again"
 
 
 def _find_openmp() -> tuple[str | None, int]:
@@ -75,14 +108,38 @@ def openmp_runtimes() -> list[str]:
 
 
 def build_info() -> dict[str, Any]:
-    """For `ldm-fast doctor`: how the kernels were built and what they run on here."""
+    """How the CPU kernels were built, and what they run on here."""
     native, missing, openmp = load()
     threads = torch.get_num_threads() if openmp else 1
-    info = {"missing": missing, "compiler": _build_record().get("_native", {}).get("compiler")}
+    info = {"missing": missing, "compiler": _build_record("_native").get("compiler")}
     info["isas"] = native.isas() if native else []
     info["isa"] = native.isa() if native else None
     info["openmp"] = openmp or "none found in this process: the kernels run on one thread"
     return {**info, "threads": threads}
+
+
+def describe() -> list[str]:
+    """What was built, what was left out and how to build it: lines for `ldm-fast doctor`."""
+    lines, left_out = [], []
+    for name, kernels in KERNELS.items():
+        module, missing = load_module(name)
+        if module is None:
+            lines.append(f"no {kernels.removeprefix('the ')}: {missing}")
+            continue
+        record = _build_record(name)
+        built = record.get("isas") or [f"sm_{arch}" for arch in record.get("architectures", [])]
+        left_out += [str(target) if "isas" in record else f"sm_{target}" for target in record.get("left_out", [])]
+        by = record.get("compiler") or f"nvcc {record.get('nvcc', '')}, and PTX for newer GPUs"
+        lines.append(f"{kernels.removeprefix('the ')} {module.version}: {', '.join(built)} ({by})")
+    native = load()[0]
+    if native is not None:
+        best = native.machine_isas()[-1]
+        lines.append(f"this CPU runs {native.isa()}" + ("" if native.isas()[-1] == best else f", and it has {best}"))
+    if left_out:
+        lines.append(
+            f"not built: {', '.join(left_out)}. Name those you want, or say LDM_FAST_TARGETS=all, and install again"
+        )
+    return lines
 
 
 def fused_multiply_add_rate() -> float:
