@@ -166,7 +166,7 @@ def test_clip_errors(folder, tmp_path):
         encoder(folder)([1])
     short = encoder(folder)
     short.max_length = 5
-    with pytest.raises(ValueError, match=r"one max_length are needed, got \[5, 12\]"):
+    with pytest.raises(ValueError, match=r"must have the same max_length, got \[5, 12\]"):
         CLIPTextEncoders([short, encoder(folder)])
 
 

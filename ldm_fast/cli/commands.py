@@ -92,7 +92,7 @@ def _conditions(
     if isinstance(model.cond_stage, ClassEmbedder):
         labels = [_label(model, prompt) for prompt in prompts]
         return labels, None if negative is None else _label(model, negative)
-    if not hasattr(model.cond_stage, "tokenizer"):
+    if model.cond_stage is None or not model.cond_stage.takes_text:
         raise ValueError("this model takes neither words nor classes; use LatentDiffusion.generate from Python")
     return prompts, negative
 

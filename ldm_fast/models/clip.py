@@ -1,4 +1,4 @@
-"""CLIP as tau_theta: the text encoders of Stable Diffusion, through the package transformers.
+"""CLIP as τ_θ: the text encoders of Stable Diffusion, through the package transformers.
 
 | model | encoder | layers left out | last norm |
 |---|---|---|---|
@@ -17,16 +17,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm_fast.models.tokenizers import as_list, require_transformers, warn_of_cut_prompts
+from ldm_fast.models.tokenizers import as_list, padded_ids, require_transformers, warn_of_cut_prompts
 
 
 class EncodedText(NamedTuple):
+    """Prompts as a UNet takes them."""
+
     context: Tensor  # (B, L, C) for cross attention
     pooled: Tensor  # (B, P): the whole prompt as one vector
 
 
 class CLIPTextEncoder(nn.Module):
-    """Prompts -> context (B, L, C), L being 77 for all published models.
+    """Prompts → context (B, L, C); L is 77 for all published models.
 
     Args:
         model: transformers' CLIPTextModel or CLIPTextModelWithProjection; the latter projects the pooled vector.
@@ -35,12 +37,15 @@ class CLIPTextEncoder(nn.Module):
         final_norm: whether the model's last norm is applied to the context.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, skip: int = 0, final_norm: bool = True):
+    takes_text = has_unconditional = True
+
+    def __init__(self, model: Any, tokenizer: Any, *, skip: int = 0, final_norm: bool = True):
         super().__init__()
         layers = model.config.num_hidden_layers
         if not 0 <= skip <= layers:
             raise ValueError(f"CLIPTextEncoder: skip must be between 0 and the model's {layers} layers, got {skip}")
-        self.model, self.tokenizer = model, tokenizer
+        self.model: Any = model  # transformers has no types for what it is
+        self.tokenizer = tokenizer
         self.skip, self.final_norm = skip, final_norm
         self.max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
@@ -56,9 +61,14 @@ class CLIPTextEncoder(nn.Module):
         dtype: torch.dtype | None = None,
         variant: str | None = None,
     ) -> CLIPTextEncoder:
-        """From a local folder with `model` and `tokenizer` in it, as diffusers' pipelines have them. `variant`: part of
-        the weights' file name ("fp16"). Loads nothing from the network. FileNotFoundError where a folder is missing,
-        ValueError where weights are."""
+        """Load the encoder from a local folder that holds `model` and `tokenizer`, as diffusers' pipelines do.
+
+        `variant` is a part of the weights' file name ("fp16"). Nothing is loaded from the network.
+
+        Raises:
+            FileNotFoundError: a folder is missing.
+            ValueError: weights are missing.
+        """
         transformers = require_transformers()
         folders = [Path(path) / name for name in (model, tokenizer)]
         for folder in folders:
@@ -76,11 +86,9 @@ class CLIPTextEncoder(nn.Module):
         return cls(loaded.to(dtype or torch.float32).eval(), vocabulary, skip=skip, final_norm=final_norm)
 
     def encode(self, prompts: str | Sequence[str]) -> EncodedText:
-        """Context and pooled vector. Warns (UserWarning) of a prompt that is cut."""
+        """Return context and pooled vector. Warns (UserWarning) of a prompt that is cut."""
         prompts = as_list(prompts)
-        tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        ).input_ids  # (B, L)
+        tokens = padded_ids(self.tokenizer, prompts, self.max_length)  # (B, L)
         warn_of_cut_prompts(self.tokenizer, prompts, self.max_length)
         out = self.model(tokens.to(self.model.device), output_hidden_states=True)
         pooled = out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
@@ -90,45 +98,49 @@ class CLIPTextEncoder(nn.Module):
         return EncodedText(context, pooled)
 
     def forward(self, prompts: str | Sequence[str]) -> Tensor:
+        """Return the context (B, L, C)."""
         return self.encode(prompts).context
 
     def unconditional(self, batch: int) -> Tensor:
-        """The context of the empty prompt, (batch, L, C)."""
-        return self([""]).expand(batch, -1, -1)
+        """Return the context of the empty prompt, (batch, L, C)."""
+        return self.encode_unconditional(batch).context
 
     def encode_unconditional(self, batch: int) -> EncodedText:
-        """Context and pooled vector of the empty prompt."""
+        """Return context and pooled vector of the empty prompt."""
         return EncodedText(*(t.expand(batch, *t.shape[1:]) for t in self.encode([""])))
 
 
 class CLIPTextEncoders(nn.Module):
-    """Several CLIP text encoders on the same prompts: contexts side by side, the pooled vector of the last.
+    """Several CLIP text encoders of the same prompts: their contexts side by side, and the last one's pooled vector.
 
-    zero_unconditional: "no condition" is zeros, not the empty prompt (Stable Diffusion XL base).
+    zero_unconditional: zeros mean "no condition", not the empty prompt (Stable Diffusion XL base).
     """
+
+    takes_text = has_unconditional = True
 
     def __init__(self, encoders: Sequence[CLIPTextEncoder], *, zero_unconditional: bool = False):
         super().__init__()
         lengths = [encoder.max_length for encoder in encoders]
         if len(set(lengths)) != 1:
-            raise ValueError(f"CLIPTextEncoders: encoders of one max_length are needed, got {lengths}")
+            raise ValueError(f"CLIPTextEncoders: encoders must have the same max_length, got {lengths}")
         self.encoders = nn.ModuleList(encoders)
         self.zero_unconditional = zero_unconditional
 
     def encode(self, prompts: str | Sequence[str]) -> EncodedText:
-        """Context (B, L, C_1 + C_2 + …) and pooled vector."""
-        encoded = [encoder.encode(prompts) for encoder in self.encoders]
+        """Return the context (B, L, C_1 + C_2 + …) and the pooled vector."""
+        encoded: list[EncodedText] = [encoder.encode(prompts) for encoder in self.encoders]  # type: ignore[operator]
         return EncodedText(torch.cat([e.context for e in encoded], dim=-1), encoded[-1].pooled)
 
     def forward(self, prompts: str | Sequence[str]) -> Tensor:
+        """Return the context (B, L, C_1 + C_2 + …)."""
         return self.encode(prompts).context
 
     def unconditional(self, batch: int) -> Tensor:
-        """The context of no condition, (batch, L, C_1 + C_2 + …)."""
+        """Return the context of "no condition", (batch, L, C_1 + C_2 + …)."""
         return self.encode_unconditional(batch).context
 
     def encode_unconditional(self, batch: int) -> EncodedText:
-        """Context and pooled vector of no condition."""
+        """Return context and pooled vector of "no condition"."""
         empty = self.encode([""])
         tensors = (torch.zeros_like(t) if self.zero_unconditional else t for t in empty)
         return EncodedText(*(t.expand(batch, *t.shape[1:]) for t in tensors))
@@ -137,9 +149,9 @@ class CLIPTextEncoders(nn.Module):
 def load_text_encoder(
     path: str | Path, dtype: torch.dtype | None = None, variant: str | None = None
 ) -> CLIPTextEncoder | CLIPTextEncoders:
-    """What encodes the prompts of the diffusers pipeline in the folder `path`: Stable Diffusion 1.x, 2.x or XL.
+    """Load what encodes the prompts of the diffusers pipeline in the folder `path`: Stable Diffusion 1.x, 2.x or XL.
 
-    Loads nothing from the network. FileNotFoundError where the folder holds no text encoder.
+    Nothing is loaded from the network. FileNotFoundError if the folder holds no text encoder.
     """
     path = Path(path)
     if not (path / "text_encoder_2").is_dir():

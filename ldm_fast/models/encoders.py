@@ -1,14 +1,14 @@
-"""Conditioning encoders tau_theta and the conditioning keys (Rombach et al. 2022, section 3.3, figure 3).
+"""Condition encoders τ_θ (Rombach et al., arXiv:2112.10752, section 3.3 and figure 3).
 
-An encoder turns what the user gives (words, a class, a map) into tensors; a conditioning key says where the UNet takes
-them in: as context of its cross attention, as extra input channels, as both, or added to its time embedding.
+An encoder turns what the user gives (words, a class, a map) into tensors. `diffusion.condition` says where a UNet takes
+them in. The text encoders of Stable Diffusion are in `clip.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import ClassVar
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,42 @@ from ldm_fast.configs.encoders import ClassEmbedderConfig, SpatialRescalerConfig
 from ldm_fast.models.tokenizers import WordPieceTokenizer, WordTokenizer
 
 
+class ConditionEncoder(Protocol):
+    """What every encoder offers to a pipeline: the `cond_stage` of a `LatentDiffusion`."""
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether conditions are prompts."""
+
+    @property
+    def has_unconditional(self) -> bool:
+        """Whether the model was trained with a condition that means "no condition"."""
+
+    def __call__(self, conditions: Any, /) -> Tensor:
+        """Return the encoded conditions, one row each."""
+
+    def unconditional(self, batch: int) -> Tensor:
+        """Return `batch` rows of "no condition". ValueError if the model has none."""
+
+
+class TrainedEncoder(ConditionEncoder, Protocol):
+    """What an encoder offers to training besides: it is split where the data's part ends and the weights' begins."""
+
+    def inputs(self, conditions: Any, /) -> Tensor:
+        """Return the conditions as int64, one row each: what the weights are applied to."""
+
+    def encode_inputs(self, inputs: Tensor, /) -> Tensor:
+        """Return rows of `inputs` encoded, on the weights' device; `self(c)` is `encode_inputs(inputs(c))`."""
+
+    @property
+    def null_input(self) -> Tensor:
+        """The row of `inputs` that means "no condition"."""
+
+
 class ClassEmbedder(nn.Module):
-    """Class label -> context of one token: (B,) int64 -> (B, 1, width)."""
+    """Class label → context of one token, (B,) int64 → (B, 1, width)."""
+
+    takes_text = False
 
     def __init__(self, config: ClassEmbedderConfig):
         super().__init__()
@@ -28,11 +62,14 @@ class ClassEmbedder(nn.Module):
         self.embedding = nn.Embedding(config.num_classes, config.width)
 
     def forward(self, labels: Tensor | Sequence[int]) -> Tensor:
-        """labels (B,) integers in [0, num_classes) -> (B, 1, width). ValueError for a label out of range, TypeError for
-        what is no integer."""
+        """Return the vectors (B, 1, width) of labels (B,). Errors as for `inputs`."""
+        return self.encode_inputs(self.inputs(labels))
+
+    def inputs(self, labels: Tensor | Sequence[int]) -> Tensor:
+        """Return labels (B,) as int64. TypeError if they are no integers, ValueError if one is out of range."""
         given = labels
         try:
-            labels = torch.as_tensor(given, device=self.embedding.weight.device)
+            labels = torch.as_tensor(given)
         except (TypeError, ValueError) as error:
             raise TypeError(f"ClassEmbedder: labels must be integers, got {given!r}") from error
         if labels.is_floating_point() and labels.numel():  # the dtype of an empty list says nothing
@@ -45,18 +82,35 @@ class ClassEmbedder(nn.Module):
         wrong = [n for n in labels.tolist() if not 0 <= n < self.config.num_classes]
         if wrong:
             raise ValueError(f"ClassEmbedder: label {wrong[0]} is not in 0..{self.config.num_classes - 1}")
-        return self.embedding(labels)[:, None]
+        return labels
 
-    def unconditional(self, batch: int) -> Tensor:
-        """(batch, 1, width) of the null class. ValueError where the model has none."""
+    def encode_inputs(self, labels: Tensor) -> Tensor:
+        """Return the vectors (B, 1, width) of labels (B,) int64, which are not checked."""
+        vectors: Tensor = self.embedding(labels.to(self.embedding.weight.device))
+        return vectors[:, None]
+
+    @property
+    def has_unconditional(self) -> bool:
+        """Whether there is a null class."""
+        return self.config.null_class is not None
+
+    @property
+    def null_input(self) -> Tensor:
+        """The label () of the null class. ValueError if there is none."""
         if self.config.null_class is None:
             raise ValueError(
                 "ClassEmbedder: this model has no null class; give the class to steer away from, or guidance 1"
             )
-        return self([self.config.null_class] * batch)
+        return torch.tensor(self.config.null_class)
+
+    def unconditional(self, batch: int) -> Tensor:
+        """Return (batch, 1, width) of the null class. ValueError if there is none."""
+        return self.forward(self.null_input.expand(batch))
 
 
 class SelfAttention(nn.Module):
+    """Multi-head self attention of the text transformer, (B, L, width) → (B, L, width)."""
+
     def __init__(self, width: int, heads: int, head_dim: int):
         super().__init__()
         self.heads = heads
@@ -67,8 +121,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
-        out = ops.attention(q, k, v)  # (B, H, L, D)
-        return self.to_out(out.transpose(1, 2).flatten(2))  # (B, L, width)
+        out: Tensor = self.to_out(ops.attention(q, k, v).transpose(1, 2).flatten(2))  # (B, L, width)
+        return out
 
 
 class TransformerLayer(nn.Module):
@@ -85,11 +139,12 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.feed_forward(self.feed_forward_norm(x))
+        return x
 
 
 class TransformerEmbedder(nn.Module):
-    """The BERT-style encoder that LDM trains along with its text-to-image UNet: (B, L) tokens -> (B, L, width)."""
+    """The BERT-style transformer that LDM trains along with its text-to-image UNet, tokens (B, L) → (B, L, width)."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -102,8 +157,11 @@ class TransformerEmbedder(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, L) int64 with L <= max_length -> (B, L, width). Padding takes part: it is how LDM's encoder was
-        trained, and what makes the all-padding prompt a proper unconditional context."""
+        """Encode tokens (B, L) int64, L at most `max_length`. ValueError for another shape.
+
+        Padding is attended to: LDM's encoder was trained like that, and it makes a prompt of padding alone a proper
+        unconditional context.
+        """
         if tokens.ndim != 2 or tokens.shape[1] > self.config.max_length:
             raise ValueError(
                 f"TransformerEmbedder: tokens have shape {tuple(tokens.shape)}; "
@@ -113,12 +171,17 @@ class TransformerEmbedder(nn.Module):
         x = self.token_embedding(tokens) + self.position_embedding(positions)  # (B, L, width)
         for layer in self.layers:
             x = layer(x)
-        return self.norm(x)
+        normed: Tensor = self.norm(x)
+        return normed
 
 
 class SpatialRescaler(nn.Module):
-    """A map (segmentation, low resolution image) brought to the latent's size: (B, C, H, W) of any dtype, on any
-    device -> (B, out, h, w) of the weights'."""
+    """A map (segmentation, low-resolution image) resized to the latent, (B, C, H, W) → (B, out, h, w).
+
+    The map may have any dtype and be on any device; the result has those of the weights.
+    """
+
+    takes_text = has_unconditional = False
 
     def __init__(self, config: SpatialRescalerConfig):
         super().__init__()
@@ -129,31 +192,37 @@ class SpatialRescaler(nn.Module):
         x = x.to(self.channel_mapper.weight)
         for _ in range(self.config.n_stages):
             x = F.interpolate(x, scale_factor=self.config.multiplier, mode="bilinear")
-        return self.channel_mapper(x)
+        mapped: Tensor = self.channel_mapper(x)
+        return mapped
+
+    def unconditional(self, batch: int) -> Tensor:
+        """ValueError: no map means "no condition"."""
+        raise ValueError("SpatialRescaler: this model has no unconditional input; give a negative one, or guidance 1")
 
 
 class TextEncoder(nn.Module):
-    """Prompts -> context for cross attention: list of B str -> (B, max_length, width)."""
+    """Prompts → context for cross attention, list of B str → (B, max_length, width)."""
 
-    tokenizer_class: ClassVar[type] = WordTokenizer
+    tokenizer_class: type[WordTokenizer | WordPieceTokenizer] = WordTokenizer
+    takes_text = has_unconditional = True
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.config = config
-        self.tokenizer = self.tokenizer_class(config.vocabulary, config.max_length)
+        self.tokenizer: WordTokenizer | WordPieceTokenizer = self.tokenizer_class(config.vocabulary, config.max_length)
         sizes = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "vocabulary"}
         self.transformer = TransformerEmbedder(TransformerConfig(vocab_size=len(config.vocabulary), **sizes))
 
     @classmethod
     def from_tokenizer(cls, tokenizer: WordTokenizer, **sizes: int) -> TextEncoder:
-        """sizes: width, depth and optionally heads, head_dim."""
+        """Return an untrained encoder. sizes: width, depth and optionally heads, head_dim."""
         return cls(TextEncoderConfig(vocabulary=tokenizer.vocabulary, max_length=tokenizer.max_length, **sizes))
 
     @classmethod
     def from_transformer(
         cls, tokenizer: WordTokenizer | WordPieceTokenizer, transformer: TransformerEmbedder
     ) -> TextEncoder:
-        """From its two halves. ValueError where they do not fit."""
+        """Return the encoder made of its two halves. ValueError if they do not fit."""
         sizes = {f.name: getattr(transformer.config, f.name) for f in fields(transformer.config)}
         if (len(tokenizer), tokenizer.max_length) != (sizes.pop("vocab_size"), sizes["max_length"]):
             raise ValueError(
@@ -166,11 +235,26 @@ class TextEncoder(nn.Module):
         return encoder
 
     def forward(self, prompts: str | Sequence[str]) -> Tensor:
-        return self.transformer(self.tokenizer(prompts).to(self.transformer.norm.weight.device))
+        """Return the context (B, max_length, width). Warns (UserWarning) as the tokenizer does."""
+        return self.encode_inputs(self.inputs(prompts))
+
+    def inputs(self, prompts: str | Sequence[str]) -> Tensor:
+        """Return the tokens of the prompts, (B, max_length) int64."""
+        return self.tokenizer(prompts)
+
+    def encode_inputs(self, tokens: Tensor) -> Tensor:
+        """Return the context (B, L, width) of tokens (B, L) int64."""
+        context: Tensor = self.transformer(tokens.to(self.transformer.norm.weight.device))
+        return context
+
+    @property
+    def null_input(self) -> Tensor:
+        """The tokens (max_length,) of the empty prompt."""
+        return self.tokenizer("")[0]
 
     def unconditional(self, batch: int) -> Tensor:
-        """The context of the empty prompt, (batch, max_length, width)."""
-        return self([""]).expand(batch, -1, -1)
+        """Return the context of the empty prompt, (batch, max_length, width)."""
+        return self.forward([""]).expand(batch, -1, -1)
 
 
 class BertTextEncoder(TextEncoder):

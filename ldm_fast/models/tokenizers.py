@@ -1,6 +1,6 @@
-"""Prompts to tokens: a closed vocabulary of words, and BERT's pieces of words.
+"""Tokenizers: a closed vocabulary of words, and BERT's pieces of words.
 
-BERT's tokenizer and CLIP's (in `clip.py`) come with the package transformers, which is imported when they are used.
+BERT's tokenizer and CLIP's (see `clip.py`) come with the package transformers, which is imported when they are used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case words and single punctuation marks, accents removed: "Piñata, 2!" -> ["pinata", ",", "2", "!"]."""
+    """Split into lower-case words without accents and single punctuation marks: "Piñata 2!" → ["pinata", "2", "!"]."""
     if not isinstance(text, str):
         raise TypeError(f"a prompt must be a str, not {type(text).__name__}")
     decomposed = unicodedata.normalize("NFKD", text.replace("’", "'")).casefold()
@@ -31,10 +31,10 @@ def split_words(text: str) -> list[str]:
 
 
 class WordTokenizer:
-    """Words -> token ids of a closed vocabulary, padded to max_length.
+    """Words → token ids of a closed vocabulary, padded to max_length.
 
-    A prompt becomes <start> word word ... <pad> <pad>; the empty prompt is padding alone, which is what condition
-    dropout trains as "no condition". Ids are positions in `vocabulary`, whose first three entries are the special ones.
+    A prompt becomes <start> word word … <pad> <pad>. The empty prompt is padding alone: condition dropout trains it as
+    "no condition". Ids are positions in `vocabulary`, which starts with the three special entries.
     """
 
     def __init__(self, vocabulary: Sequence[str], max_length: int = 32):
@@ -50,7 +50,7 @@ class WordTokenizer:
 
     @classmethod
     def from_captions(cls, captions: Iterable[str], max_length: int = 32) -> WordTokenizer:
-        """The vocabulary of all words in the captions, sorted, so that it depends on the set of captions alone."""
+        """Return a tokenizer of all words in the captions, sorted: it depends only on the set of captions."""
         words = {word for caption in captions for word in split_words(caption)}
         return cls([PAD, UNKNOWN, START, *sorted(words)], max_length)
 
@@ -58,7 +58,7 @@ class WordTokenizer:
         return len(self.vocabulary)
 
     def __call__(self, prompts: str | Sequence[str]) -> Tensor:
-        """Prompts -> (B, max_length) int64. Warns (UserWarning) of a cut prompt and of unknown words."""
+        """Return ids (B, max_length) int64. Warns (UserWarning) of a prompt that is cut and of unknown words."""
         rows = [self._encode(prompt) for prompt in as_list(prompts)]
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
 
@@ -86,10 +86,10 @@ class WordTokenizer:
 
 
 class WordPieceTokenizer:
-    """BERT's tokenizer (uncased): words and pieces of words of an open vocabulary -> ids, padded to max_length.
+    """BERT's tokenizer (uncased): words and pieces of words → ids of an open vocabulary, padded to max_length.
 
-    A prompt becomes [CLS] piece piece ... [SEP] [PAD] ...; the empty prompt is [CLS] [SEP] [PAD] ..., what LDM's
-    text-to-image models take for "no condition". `vocabulary` holds the pieces in the order of their ids.
+    A prompt becomes [CLS] piece piece … [SEP] [PAD] …. The empty prompt is [CLS] [SEP] [PAD] …, which means "no
+    condition" to LDM's text-to-image models. `vocabulary` holds the pieces in the order of their ids.
     """
 
     def __init__(self, vocabulary: Sequence[str], max_length: int = 77):
@@ -98,29 +98,27 @@ class WordPieceTokenizer:
             raise ValueError(f"WordPieceTokenizer: the vocabulary lacks {', '.join(missing)}")
         self.vocabulary = tuple(vocabulary)
         self.max_length = max_length
-        with tempfile.TemporaryDirectory() as folder:  # of all ways to hand over a vocabulary the only lasting one
+        with tempfile.TemporaryDirectory() as folder:  # the only way to hand over a vocabulary that all versions have
             Path(folder, "vocab.txt").write_text("".join(f"{token}\n" for token in self.vocabulary), encoding="utf-8")
             self._tokenizer = require_transformers().BertTokenizerFast.from_pretrained(folder)
 
     @classmethod
     def from_file(cls, path: str | Path, max_length: int = 77) -> WordPieceTokenizer:
-        """From a vocab.txt, one piece in a line (that of bert-base-uncased for LDM's text-to-image models)."""
+        """Read a vocab.txt, one piece a line (for LDM's text-to-image models that of bert-base-uncased)."""
         return cls(Path(path).read_text(encoding="utf-8").splitlines(), max_length)
 
     def __len__(self) -> int:
         return len(self.vocabulary)
 
     def __call__(self, prompts: str | Sequence[str]) -> Tensor:
-        """Prompts -> (B, max_length) int64. Warns (UserWarning) of a cut prompt."""
+        """Return ids (B, max_length) int64. Warns (UserWarning) of a prompt that is cut."""
         prompts = as_list(prompts)
         warn_of_cut_prompts(self._tokenizer, prompts, self.max_length)
-        return self._tokenizer(
-            prompts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        ).input_ids
+        return padded_ids(self._tokenizer, prompts, self.max_length)
 
 
 def as_list(prompts: str | Sequence[str]) -> list[str]:
-    """One prompt or several as a list. TypeError for what is not a str."""
+    """Return one prompt or several as a list. TypeError if one is not a str."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     for prompt in prompts:
         if not isinstance(prompt, str):
@@ -128,8 +126,15 @@ def as_list(prompts: str | Sequence[str]) -> list[str]:
     return prompts
 
 
+def padded_ids(tokenizer: Any, prompts: list[str], max_length: int) -> Tensor:
+    """Return what transformers' `tokenizer` makes of the prompts, cut and padded to (B, max_length) int64."""
+    made = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    ids: Tensor = made.input_ids
+    return ids
+
+
 def warn_of_cut_prompts(tokenizer: Any, prompts: list[str], max_length: int) -> None:
-    """UserWarning for every prompt that transformers' `tokenizer` cuts at max_length, with what is lost."""
+    """Warn (UserWarning) of every prompt that transformers' `tokenizer` cuts at max_length, and of what is lost."""
     for tokens in tokenizer(prompts, verbose=False).input_ids:
         if len(tokens) > max_length:
             lost = tokenizer.decode(tokens[max_length - 1 : -1]).strip()
@@ -139,7 +144,7 @@ def warn_of_cut_prompts(tokenizer: Any, prompts: list[str], max_length: int) -> 
 
 
 def require_transformers() -> Any:
-    """The package transformers. ImportError that says how to get it."""
+    """Return the package transformers. ImportError, with how to get it, if it is not installed."""
     try:
         import transformers
     except ImportError as error:

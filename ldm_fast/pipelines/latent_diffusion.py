@@ -237,7 +237,7 @@ class LatentDiffusion(nn.Module):
     def _uncondition(self, negative: Prompts | None, condition: Condition, count: int) -> Condition:
         if isinstance(negative, Condition):
             uncondition, given = self.condition(negative)
-        elif self.conditioning_key is None or (negative is None and not hasattr(self.cond_stage, "unconditional")):
+        elif self.conditioning_key is None or (negative is None and self.cond_stage is None):
             instead = "guidance 1" if self.conditioning_key is None else "a negative one, or guidance 1"
             raise ValueError(f"generate: this model has no unconditional input; give {instead}")
         else:

@@ -8,7 +8,7 @@ from ldm_fast.checkpoints.found import NO_SCHEDULE, OUR_FILE, Checkpoint
 from ldm_fast.configs.diffusion import Defaults
 from ldm_fast.configs.first_stage import AutoencoderConfig
 from ldm_fast.configs.unet import UNetConfig
-from ldm_fast.models.encoders import TransformerEmbedder
+from ldm_fast.models.encoders import ConditionEncoder, TransformerEmbedder
 
 OPEN_CLIP_LAYERS = 24  # of Stable Diffusion 2.x' text encoder; that of 1.x has 12
 
@@ -52,9 +52,8 @@ def _with_a_tokenizer(cond_stage: nn.Module | None) -> str | None:
     return None
 
 
-def default_settings(cond_stage: nn.Module | None) -> Defaults:
+def default_settings(cond_stage: ConditionEncoder | None) -> Defaults:
     """The settings that the published models were shown with."""
-    if hasattr(cond_stage, "tokenizer"):
-        return Defaults(steps=50, guidance=7.5, spacing="leading")
-    has_null = getattr(getattr(cond_stage, "config", None), "null_class", None) is not None
-    return Defaults(steps=50, guidance=3.0 if has_null else 1.0, spacing="leading")
+    if cond_stage is None or not cond_stage.has_unconditional:
+        return Defaults(steps=50, guidance=1.0, spacing="leading")
+    return Defaults(steps=50, guidance=7.5 if cond_stage.takes_text else 3.0, spacing="leading")

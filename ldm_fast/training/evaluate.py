@@ -39,7 +39,7 @@ def evaluate(
     report = report or (lambda what, done, total: None)
     if data.captions is None:
         raise ValueError("evaluate: the images have no captions")
-    if not hasattr(model.cond_stage, "tokenizer"):
+    if model.cond_stage is None or not model.cond_stage.takes_text:
         raise ValueError("evaluate: this model takes no words, and how well words find their emoji is what is measured")
     metrics = first_stage_metrics(model, data, batch_size, report)
     fingerprints = fingerprint(data.images)

@@ -280,21 +280,17 @@ def condition_inputs(recipe: SecondStageRecipe, model: nn.ModuleDict, data: Imag
     """What the encoder reads, for all images: tokens (N, L), classes (N,), or None."""
     if recipe.condition == "none":
         return None
-    return model["condition"].tokenizer(data.captions) if recipe.condition == "text" else data.labels
+    return model["condition"].inputs(data.captions if recipe.condition == "text" else data.labels)
 
 
 def no_condition(model: nn.ModuleDict) -> Tensor:
     """The input that stands for "no condition": the empty caption's tokens (L,), or the null class ()."""
-    encoder = model["condition"]
-    if isinstance(encoder, ClassEmbedder):
-        return torch.tensor(encoder.config.null_class)
-    return encoder.tokenizer("")[0]
+    return model["condition"].null_input
 
 
 def encode_condition(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
     """Rows of `condition_inputs` -> context (B, L, d)."""
-    encoder = model["condition"]
-    return encoder(inputs) if isinstance(encoder, ClassEmbedder) else encoder.transformer(inputs)
+    return model["condition"].encode_inputs(inputs)
 
 
 def assemble(
