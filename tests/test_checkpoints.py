@@ -521,6 +521,16 @@ def test_peak_memory(suffix, tmp_path):
     assert 0.9 < float(done.stdout) <= 1.15
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")
+def test_tensors_are_written_with_the_mode_of_any_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "x.safetensors", {"w": torch.zeros(3)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 def test_a_full_disk_while_writing(tmp_path):
     """A limit on file sizes stops the write half-way, as a disk that runs full does."""
     resource = pytest.importorskip("resource")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ldm_fast.files.atomic import check_writable, write_atomically
-from ldm_fast.files.images import as_images, as_masks, grid, png_bytes, read_image, read_mask, to_pil
+from ldm_fast.files.images import as_images, as_masks, grid, png_bytes, read_image, read_mask, to_pil, to_uint8
 
 
 def numbered(height, width):
@@ -84,6 +84,17 @@ def test_grid_places_images_by_rows():
     assert sheet.shape == (4, 9, 3)
     assert sheet[::2, ::3, 0].tolist() == [[0, 1, 2], [3, 4, 255]]
     assert grid(images, columns=1).shape == (10, 3, 3)
+    sheet = grid(images, columns=4, gap=1, fill=9)
+    assert sheet.shape == (7, 17, 3)
+    assert sheet[1::3, 1::4, 0].tolist() == [[0, 1, 2, 3], [4, 9, 9, 9]]
+    assert (sheet[::3] == 9).all() and (sheet[:, ::4] == 9).all()
+
+
+def test_numbers_in_minus_one_to_one_become_bytes():
+    x = torch.tensor([-9.0, -1.0, 0.0, 0.5, 1.0, 9.0]).reshape(1, 1, 2, 3).expand(1, 3, 2, 3)
+    images = to_uint8(x)
+    assert images.shape == (1, 2, 3, 3) and images.is_contiguous()
+    assert images[..., 1].flatten().tolist() == [0, 0, 128, 191, 255, 255]
 
 
 def test_write_replaces_a_file_whole(tmp_path):

@@ -24,8 +24,7 @@ from ldm_fast.configs.encoders import ClassEmbedderConfig, SpatialRescalerConfig
 from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
 from ldm_fast.configs.from_dict import from_dict, to_dict
 from ldm_fast.configs.unet import UNetConfig
-from ldm_fast.files.atomic import write_atomically
-from ldm_fast.files.tensors import CheckpointError, TensorFile, add_to_digest, read_each, tensors_digest
+from ldm_fast.files.tensors import CheckpointError, TensorFile, add_to_digest, read_each, tensors_digest, write_tensors
 from ldm_fast.interop.names import check_names
 from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
 from ldm_fast.models.encoders import BertTextEncoder, ClassEmbedder, SpatialRescaler, TextEncoder, TransformerEmbedder
@@ -77,8 +76,6 @@ def save(
         ValueError: a part has no row in CLASSES or has adapters in it, or weights are not finite in `dtype`.
         OSError: the file cannot be written.
     """
-    from safetensors.torch import save as serialize
-
     tensors = {
         f"{part}.{name}": _stored(f"{part}.{name}", tensor, dtype)
         for part, module in parts.items()
@@ -95,7 +92,7 @@ def save(
         "card": dict(card),
     }
     about["sha256"] = tensors_digest(tensors, _description(about))
-    write_atomically(path, serialize(tensors, {"ldm_fast": json.dumps(about)}))
+    write_tensors(Path(path), tensors, {"ldm_fast": json.dumps(about)})
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

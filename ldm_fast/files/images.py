@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,6 @@ from ldm_fast.files.atomic import write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-import math
 
 
 def check_images(images: Tensor) -> Tensor:
@@ -147,24 +145,23 @@ def write_png(path: str | Path, image: Tensor, text: dict[str, str]) -> None:
     write_atomically(path, png_bytes(image, text))
 
 
-def grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """(B, H, W, 3) -> one picture of rows and columns, as square as can be, white where there is none."""
+def to_uint8(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1], what is beyond clipped -> uint8 (B, H, W, 3), contiguous, on the CPU."""
+    images = ((images + 1) * 127.5).round().clamp(0, 255)
+    return images.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def grid(images: Tensor, columns: int | None = None, gap: int = 0, fill: int = 255) -> Tensor:
+    """uint8 (B, H, W, 3) -> one picture (H, W, 3) of rows and columns, as square as can be unless `columns` is given.
+
+    gap: pixels between images and around them. fill: the grey of gaps and of places without an image.
+    """
     images = check_images(images)
     count, height, width, _ = images.shape
-    columns = columns or int(np.ceil(np.sqrt(count)))
-    rows = -(-count // columns)
-    sheet = torch.full((rows * columns, height, width, 3), 255, dtype=torch.uint8)
-    sheet[:count] = images
-    return sheet.reshape(rows, columns, height, width, 3).transpose(1, 2).reshape(rows * height, columns * width, 3)
-
-
-def image_grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """Images (N, 3, H, W) in [-1, 1] side by side -> (3, rows * H, columns * W) uint8 with grey gaps."""
-    count, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    grid = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 200, dtype=torch.uint8)
-    values = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    for i, image in enumerate(values):
+    sheet = torch.full((gap + rows * (height + gap), gap + columns * (width + gap), 3), fill, dtype=torch.uint8)
+    for i, image in enumerate(images):
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        grid[:, top : top + height, left : left + width] = image
-    return grid
+        sheet[top : top + height, left : left + width] = image
+    return sheet

@@ -246,8 +246,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with replacing(path) as unfinished:
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
+            save_file(plain, unfinished, metadata)
+            unfinished.chmod(mode)  # as that of any new file; safetensors lets only its owner read it
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(f"{path}: cannot write: {error}") from error

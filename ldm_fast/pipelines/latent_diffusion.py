@@ -27,7 +27,7 @@ from ldm_fast.configs.diffusion import Defaults
 from ldm_fast.diffusion.condition import Condition, classifier_free_guidance, unet_arguments
 from ldm_fast.diffusion.samplers import SAMPLERS, Step, spaced_timesteps
 from ldm_fast.diffusion.schedule import NoiseSchedule, noise_like
-from ldm_fast.files.images import check_images, check_multiple
+from ldm_fast.files.images import check_images, check_multiple, to_uint8
 from ldm_fast.interop.names import Config
 from ldm_fast.models.attention import join_projections
 from ldm_fast.models.clip import load_text_encoder
@@ -179,8 +179,7 @@ class LatentDiffusion(nn.Module):
                     f"decode: the {what} hold values that are not finite; the {part} computes in {dtype}: "
                     "float16 overflows above 65504, bfloat16 and float32 do not; or its weights are damaged"
                 )
-        x = ((x + 1) * 127.5).round().clamp(0, 255)
-        return x.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+        return to_uint8(x)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:

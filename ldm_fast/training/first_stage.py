@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ldm_fast.files.images import image_grid
+from ldm_fast.files.images import grid, to_uint8
 from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
 from ldm_fast.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from ldm_fast.training.ema import Ema
@@ -276,8 +276,8 @@ class FirstStage:
         index = torch.randperm(len(self.held_out), generator=generator)[:32]
         images = self.held_out.batch(index)
         shown = torch.cat([self._reconstruct(part)[0] for part in images.split(self.loop.batch_size)]) * 2 - 1
-        rows = [torch.cat(pair) for pair in zip(images.split(8), shown.split(8), strict=True)]
-        return torch.cat([image_grid(row, columns=min(8, len(images))) for row in rows], dim=1)
+        rows = [to_uint8(torch.cat(pair)) for pair in zip(images.split(8), shown.split(8), strict=True)]
+        return torch.cat([grid(row, columns=min(8, len(images)), gap=2, fill=200) for row in rows])
 
 
 def _lpips(device: torch.device) -> nn.Module:

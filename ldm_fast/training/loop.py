@@ -209,7 +209,7 @@ class _Loop:
         path = self.folder / "samples" / f"step_{done:08d}.png"
         with _full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_png(path, picture.permute(1, 2, 0), {})
+            write_png(path, picture, {})
 
     def _log_means(self, done: int) -> None:
         """Metrics averaged over the steps since the last line."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldm_fast.configs.encoders import ClassEmbedderConfig
 from ldm_fast.configs.first_stage import AutoencoderConfig
 from ldm_fast.diffusion.schedule import NoiseSchedule
-from ldm_fast.files.images import image_grid
+from ldm_fast.files.images import grid
 from ldm_fast.models.encoders import ClassEmbedder, TextEncoder, WordTokenizer
 from ldm_fast.models.unet import UNet
 from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
@@ -167,7 +167,7 @@ class SecondStage:
     def sample(self, generator: torch.Generator) -> Tensor:
         """A grid of images by the recipe's prompts and sampling settings, the same noise every time."""
         images = self.latent_diffusion().generate(self._grid_prompts(), seed=self.seed)  # (B, H, W, 3) uint8
-        return image_grid(images.permute(0, 3, 1, 2) / 127.5 - 1, columns=min(8, len(images)))
+        return grid(images, columns=min(8, len(images)), gap=2, fill=200)
 
     def _grid_prompts(self) -> list[str] | list[int] | int:
         if self.recipe.condition == "none":

@@ -34,7 +34,7 @@ class Stage(Protocol):
         """Metrics on held-out data; must not change the state."""
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """A picture (3, H, W) uint8 that shows how far training is; must not change the state."""
+        """A picture uint8 (H, W, 3) that shows how far training is; must not change the state."""
 
 
 def seeded(*what: Any) -> torch.Generator:
