@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ldm_fast.ops.dispatch import check_impl, run, run_backward
 from ldm_fast.ops.op import (
@@ -18,6 +17,7 @@ from ldm_fast.ops.op import (
     check_no_tangent,
     no_gradient,
 )
+from ldm_fast.ops.torch_private import autocast_may_be_on, tangents_may_exist
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
@@ -81,8 +81,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.dtype is k.dtype is v.dtype
         and q.dtype.is_floating_point
         and (q.is_cpu and k.is_cpu and v.is_cpu)
-        and not torch._C._is_any_autocast_enabled()
-        and forward_ad._current_level < 0
+        and not (autocast_may_be_on() or tangents_may_exist())
     )
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from ldm_fast.ops.torch_private import someone_may_watch, tangents_may_exist
+
 NO_SECOND_DERIVATIVE = "{}: has no second derivative (for a gradient penalty, write it out in PyTorch's own ops)"
 
 
@@ -38,7 +40,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def check_no_tangent(op: str, **tensors: Tensor | None) -> None:
     """There are no forward-mode derivatives, and PyTorch would take the result's tangent for zero."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if torch.compiler.is_compiling() or not tangents_may_exist():
         return
     for name, tensor in tensors.items():
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -87,7 +89,7 @@ class Op:
     def _shortest_way(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """PyTorch's dispatcher, or, where nobody watches it, what it would call in the end: the dispatcher takes
         several times what a small op does."""
-        if _someone_watches():
+        if someone_may_watch():
             return self._dispatched
         recording, recorded = torch.is_grad_enabled(), False
         for position in self._tensors:
@@ -99,18 +101,6 @@ class Op:
                 return self._dispatched
             recorded = recorded or (recording and arg.requires_grad)
         return self._recorded if recorded else self._compute
-
-
-def _someone_watches() -> bool:
-    """Whether a compiler, tracer, mode, transform or profiler is to see every op."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
-    )
 
 
 def _autograd_function(

@@ -1,0 +1,69 @@
+"""What PyTorch is doing around a call, asked by its private names. No other file uses them.
+
+Hot paths ask these questions on every call, and PyTorch has no public answer, or one that takes longer than a small
+op. Where a version of PyTorch lacks a name, the question is answered "perhaps", which is True, and the caller takes
+the public road: the dispatcher, a look at each tensor, or the call of a layer. The result is the same, only later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
+
+
+def _perhaps(*_: object) -> bool:
+    return True
+
+
+def _question(name: str) -> Callable[..., Any]:
+    """The function `torch.<name>`, or `_perhaps` if there is none."""
+    found: Any = reduce(lambda part, word: getattr(part, word, None), name.split("."), torch)
+    return found or _perhaps
+
+
+_is_tracing = _question("_C._is_tracing")
+_count_dispatch_modes = _question("_C._len_torch_dispatch_stack")
+_count_function_modes = _question("_C._len_torch_function_stack")
+_innermost_transform = _question("_C._functorch.peek_interpreter_stack")
+_is_profiling = _question("autograd._profiler_enabled")
+_is_any_autocast_on = _question("_C._is_any_autocast_enabled")
+_is_wrapped = _question("_C._functorch.is_functorch_wrapped_tensor")
+
+
+def someone_may_watch() -> bool:
+    """Whether a compiler, tracer, mode, transform or profiler is to see every op. If so, go through the dispatcher."""
+    return bool(
+        torch.compiler.is_compiling()
+        or _is_tracing()
+        or _count_dispatch_modes()
+        or _count_function_modes()
+        or _innermost_transform() is not None
+        or _is_profiling()
+    )
+
+
+def autocast_may_be_on() -> bool:
+    """Whether autocast may be on for some device. If so, ask for the device (`op.autocast_dtype`)."""
+    return bool(_is_any_autocast_on())
+
+
+def tangents_may_exist() -> bool:
+    """Whether forward-mode differentiation may be going on. If so, look at each tensor (`forward_ad.unpack_dual`)."""
+    return bool(getattr(forward_ad, "_current_level", 0) >= 0)
+
+
+def may_be_wrapped(tensor: Tensor) -> bool:
+    """Whether `tensor` may stand for others, as inside `torch.vmap`. If so, do not take its values for its own."""
+    return bool(_is_wrapped(tensor))
+
+
+def global_hooks_may_exist() -> bool:
+    """Whether hooks may be registered for the forward pass of all modules. If so, call the module."""
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks")
+    return any(getattr(modules, name, True) for name in names)

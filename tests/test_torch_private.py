@@ -1,0 +1,86 @@
+"""Where PyTorch lacks a private name, an op takes the public road, with the same result."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_fast import ops
+from ldm_fast.ops import torch_private
+
+# Each question, and the name it is asked by.
+QUESTIONS = {
+    "_C._is_tracing": torch_private.someone_may_watch,
+    "_C._len_torch_dispatch_stack": torch_private.someone_may_watch,
+    "_C._len_torch_function_stack": torch_private.someone_may_watch,
+    "_C._functorch.peek_interpreter_stack": torch_private.someone_may_watch,
+    "autograd._profiler_enabled": torch_private.someone_may_watch,
+    "_C._is_any_autocast_enabled": torch_private.autocast_may_be_on,
+    "autograd.forward_ad._current_level": torch_private.tangents_may_exist,
+    "_C._functorch.is_functorch_wrapped_tensor": lambda: torch_private.may_be_wrapped(torch.ones(1)),
+    "nn.modules.module._global_forward_hooks": torch_private.global_hooks_may_exist,
+    "nn.modules.module._global_forward_pre_hooks": torch_private.global_hooks_may_exist,
+}
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Takes names from torch for the length of a test."""
+
+    def remove(name: str) -> None:
+        if name == "autograd.forward_ad._current_level":  # which the public road of this PyTorch reads itself
+            monkeypatch.setattr(torch_private, "forward_ad", SimpleNamespace())
+            return
+        monkeypatch.delattr(f"torch.{name}")
+        importlib.reload(torch_private)
+
+    yield remove
+    monkeypatch.undo()
+    importlib.reload(torch_private)
+
+
+def results() -> list[Tensor]:
+    """An op with and without gradients, and one under autocast."""
+    q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    leaf = q.clone().requires_grad_()
+    out = ops.attention(leaf, k, v)
+    normed = ops.group_norm_silu(q, 2, None, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = ops.attention(q, k, v)
+    return [ops.attention(q, k, v), out.detach(), *torch.autograd.grad(out.sum(), leaf), normed, lowered]
+
+
+def test_nothing_goes_on_by_default() -> None:
+    assert not any(question() for question in QUESTIONS.values())
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_missing_name_is_answered_with_perhaps(name: str, without: Callable[[str], None]) -> None:
+    wanted = results()
+    without(name)
+    assert QUESTIONS[name]()
+    for got, right in zip(results(), wanted, strict=True):
+        assert torch.equal(got, right) and got.dtype == right.dtype
+
+
+def test_what_goes_on_is_seen() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch_private.autocast_may_be_on()
+    with torch.autograd.forward_ad.dual_level():
+        assert torch_private.tangents_may_exist()
+    wrapped: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        wrapped.append(torch_private.may_be_wrapped(x))
+        return x
+
+    torch.vmap(look)(torch.ones(2))
+    assert wrapped == [True]
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert torch_private.global_hooks_may_exist()
+    handle.remove()
