@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -448,6 +452,45 @@ def test_vq_decode_quantizes_unless_told_not_to():
     torch.testing.assert_close(model.decode(latents).sample, out.sample)
     torch.testing.assert_close(model.decode(out.regulariser.z_q, force_not_quantize=True).sample, out.sample)
     assert not torch.allclose(model.decode(latents, force_not_quantize=True).sample, out.sample)
+
+
+def upcast_decode(model: AutoencoderKL | VQModel, z: Tensor) -> Tensor:
+    with torch.no_grad(), model.upcast() as dtype:
+        return model.decode(z.to(dtype)).sample
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_upcast_computes_with_the_float16_weights_in_float32(name):
+    model = make(name).half()
+    wide, x, z = copy.deepcopy(model).float(), images(), torch.randn(2, 3, 4, 5)
+    model.config = replace(model.config, force_upcast=True)
+    assert torch.equal(upcast_decode(model, z), wide.decode(z).sample)
+    with model.upcast() as dtype:
+        got = model.encode_latents(x.to(dtype), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(got, wide.encode_latents(x, generator=torch.Generator().manual_seed(0)))
+    assert model.decode(z.half()).sample.dtype == torch.float16  # over again
+    model.config = replace(model.config, force_upcast=False)
+    assert upcast_decode(model, z).dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["kl", "vq"])
+def test_two_threads_decode_one_float16_model(name):
+    """A hundred pictures each, and all of them as one after the other, whatever the two run at the same time."""
+    model = make(name).half()
+    model.config = replace(model.config, force_upcast=True)
+    model.join_projections()
+    latents = [torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    wanted = [upcast_decode(model, z) for z in latents]
+    together = threading.Barrier(2)
+
+    def decode(first: int) -> list[Tensor]:
+        together.wait()
+        return [upcast_decode(model, latents[(first + i) % 4]) for i in range(100)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for first, pictures in enumerate(pool.map(decode, range(2))):
+            assert all(torch.equal(picture, wanted[(first + i) % 4]) for i, picture in enumerate(pictures))
 
 
 def test_tiling_is_switched_by_an_argument_too():

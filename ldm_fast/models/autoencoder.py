@@ -7,8 +7,9 @@ the configuration have the names that diffusers gave them, so that its pipelines
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,6 +24,7 @@ from ldm_fast.models.coders import Decoder, Encoder
 from ldm_fast.models.pretrained import Pretrained
 from ldm_fast.models.regularisation import DiagonalGaussian, QuantizerOutput, VectorQuantizer
 from ldm_fast.models.tiles import in_tiles
+from ldm_fast.models.upcast import Float32Arithmetic
 
 
 class Output:
@@ -113,6 +115,17 @@ class _FirstStage(Pretrained):
     @property
     def device(self) -> torch.device:
         return self.encoder.conv_in.weight.device
+
+    @contextlib.contextmanager
+    def upcast(self) -> Iterator[torch.dtype]:
+        """Compute in float32 inside if the weights are float16 and `config.force_upcast` says that this is too small.
+
+        Yields the dtype in which `encode` and `decode` are to be given their input: float32 then, else that of the
+        weights. The weights stay what they are, so that threads may share the model.
+        """
+        wide = self.dtype == torch.float16 and self.config.force_upcast
+        with Float32Arithmetic() if wide else contextlib.nullcontext():
+            yield torch.float32 if wide else self.dtype
 
     def join_projections(self) -> None:
         """Lets q, k and v of every attention come from one product: a layout for inference. See the UNet's."""

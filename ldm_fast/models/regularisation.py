@@ -117,7 +117,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> QuantizerOutput:
         """z (B, d, h, w) → its codes, their indices and the loss."""
         codebook = self.embedding.weight  # (K, d)
-        z = z.to(codebook.dtype)
+        z = z.to(codebook)  # in its dtype; inside `Float32Arithmetic` both become float32
+        codebook = codebook.to(z)
         follow = self.ema_decay is not None and self.training
         if follow:
             indices, counts, sums = ops.nearest_codebook_stats(z, codebook)

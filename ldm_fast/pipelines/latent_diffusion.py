@@ -6,10 +6,9 @@ noise z_T --UNet and sampler under the context--> z_0 --first stage's decoder-->
 
 from __future__ import annotations
 
-import contextlib
 import math
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,16 +161,18 @@ class LatentDiffusion(nn.Module):
         images = check_images(images)
         for size in images.shape[1:3]:
             check_multiple(size, self.downsampling_factor, "an image's side")
-        with _upcast(self.first_stage) as stage:
-            x = images.to(stage.device).permute(0, 3, 1, 2).to(stage.dtype) / 127.5 - 1
+        stage = self.first_stage
+        with stage.upcast() as dtype:
+            x = images.to(stage.device).permute(0, 3, 1, 2).to(dtype) / 127.5 - 1
             return stage.encode_latents(x, generator=generator).float() * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> uint8 (B, h f, w f, 3) on the CPU. ValueError where they, or what becomes of
         them, are not finite."""
-        with _upcast(self.first_stage) as stage:
-            x = stage.decode((z / self.scaling_factor).to(stage.device, stage.dtype)).sample.float()
+        stage = self.first_stage
+        with stage.upcast() as dtype:
+            x = stage.decode((z / self.scaling_factor).to(stage.device, dtype)).sample.float()
         for tensor, what, part in ((z, "latents", "UNet"), (x, "images", "first stage")):
             if not tensor.isfinite().all():
                 dtype = (self.unet if part == "UNet" else self.first_stage).dtype
@@ -397,18 +398,3 @@ class LatentDiffusion(nn.Module):
             alpha_end=alpha_end,
             **extra,
         )
-
-
-@contextlib.contextmanager
-def _upcast(stage: nn.Module) -> Iterator[nn.Module]:
-    """The first stage, with weights in float32 for the time being if they are in float16 and too small a range."""
-    kept = []
-    if stage.dtype == torch.float16 and stage.config.force_upcast:
-        kept = [(t, t.data) for t in (*stage.parameters(), *stage.buffers()) if t.is_floating_point()]
-    try:
-        for tensor, values in kept:
-            tensor.data = values.float()
-        yield stage
-    finally:
-        for tensor, values in kept:
-            tensor.data = values
