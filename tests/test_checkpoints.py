@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from small_models import CLASSES, KL, UNET, VQ, compvis, same
 from torch import Tensor
 
 from ldm_fast.checkpoints import load as checkpoints
+from ldm_fast.checkpoints import model_file
 from ldm_fast.checkpoints.catalogue import layout
 from ldm_fast.checkpoints.clip_skeleton import CLIPSkeleton
 from ldm_fast.checkpoints.published import PUBLISHED, SD1, SD2, UPSCALER, XL, XL_REFINER
@@ -28,7 +30,7 @@ from ldm_fast.configs.encoders import CLIPShape, SpatialRescalerConfig, Transfor
 from ldm_fast.configs.first_stage import AutoencoderConfig
 from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.diffusion.schedule import NoiseSchedule, beta_schedule
-from ldm_fast.files.tensors import CheckpointError, write_tensors
+from ldm_fast.files.tensors import CheckpointError, read_each, read_tensors, write_tensors
 from ldm_fast.interop.compvis import (
     autoencoder_config_from_compvis,
     encoder_config_from_compvis,
@@ -467,6 +469,60 @@ def test_our_own_model_file(tmp_path):
         checkpoints.load(tmp_path / "ours.safetensors", parts=["cond_stage"])
 
 
+@pytest.fixture
+def ours(tmp_path) -> Path:
+    """A model file of ours in float16."""
+    path = tmp_path / "ours.safetensors"
+    LatentDiffusion(UNet(UNET), VQModel(VQ), ClassEmbedder(CLASSES), NoiseSchedule()).save(path, torch.float16)
+    return path
+
+
+def test_our_model_file_is_read_once(ours, monkeypatch):
+    opened, read = [], []
+    monkeypatch.setattr(checkpoints, "read_tensors", lambda path: opened.append(path) or read_tensors(path))
+
+    def reading(path, tensors):
+        for name, tensor in read_each(path, tensors):
+            read.append(name)
+            yield name, tensor
+
+    monkeypatch.setattr(model_file, "read_each", reading)
+    LatentDiffusion.load(ours)
+    assert opened == [ours] and read == sorted(read_tensors(ours).tensors)
+
+
+def test_only_the_parts_asked_for_are_built(ours, monkeypatch):
+    def fails(self, config):
+        raise AssertionError(f"a {type(self).__name__} was built")
+
+    for cls in (VQModel, ClassEmbedder):
+        monkeypatch.setattr(cls, "__init__", fails)
+    loaded = checkpoints.load(ours, parts=["unet"])
+    assert loaded.unet.dtype == torch.float16 and loaded.first_stage is None and loaded.cond_stage is None
+    with pytest.raises(AssertionError, match="a VQModel was built"):
+        checkpoints.load(ours)
+
+
+def test_damage_to_a_part_of_our_file_that_is_not_asked_for(ours):
+    """The checksum is over all parts. What is in a file is told without it."""
+    first = min((t.data_ptr(), name) for name, t in read_tensors(ours).tensors.items())[1]
+    content = bytearray(ours.read_bytes())
+    content[8 + int.from_bytes(content[:8], "little")] ^= 1
+    ours.write_bytes(content)
+    part = next(part for part in ("unet", "first_stage") if not first.startswith(part))
+    with pytest.raises(CheckpointError, match="changed or damaged"):
+        checkpoints.load(ours, parts=[part])
+    found = checkpoints.inspect(ours)
+    assert [type(found.parts[name].config) for name in found.parts] == [type(UNET), type(VQ), type(CLASSES)]
+    assert re.search(r"unet: UNet \(unet\.\*\): \S+ M numbers, float16", str(found))
+
+
+def test_an_unknown_part_is_named_with_the_known_ones(ours):
+    ours.write_bytes(b"")  # the name is wrong whatever the file holds
+    with pytest.raises(ValueError, match="has no unt, only unet, first_stage, cond_stage, cond_stage_2"):
+        checkpoints.load(ours, parts=["unt"])
+
+
 # Memory
 
 
@@ -486,10 +542,14 @@ def test_loading_draws_no_initial_weights(whole, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-MEASURE = """if True:
+MEMORY = """if True:
     import sys
     def memory(what):
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
+"""
+MEASURE = (
+    MEMORY
+    + """if True:
     import torch
     from ldm_fast import UNetConfig
     from ldm_fast.checkpoints import load as checkpoints
@@ -500,6 +560,7 @@ MEASURE = """if True:
     assert total == total
     print((memory("VmHWM") - before) / sum(p.numel() * p.element_size() for p in unet.parameters()))
 """
+)
 
 
 @pytest.mark.slow
@@ -519,6 +580,28 @@ def test_peak_memory(suffix, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0.9 < float(done.stdout) <= 1.15
+
+
+MEASURE_SHIPPED = (
+    MEMORY
+    + """if True:
+    from ldm_fast import LatentDiffusion
+    LatentDiffusion.load(sys.argv[1])  # what the first call imports and sets up
+    open("/proc/self/clear_refs", "w").write("5")
+    before = memory("VmRSS")
+    model = LatentDiffusion.load()
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    print((memory("VmHWM") - before) / weights)
+"""
+)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
+def test_peak_memory_of_the_shipped_model(ours):
+    """Loading it takes little more than its weights in float32: the file is never in memory beside them."""
+    done = subprocess.run([sys.executable, "-c", MEASURE_SHIPPED, str(ours)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) <= 1.2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")

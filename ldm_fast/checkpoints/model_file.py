@@ -130,7 +130,7 @@ def _description(about: Mapping[str, Any]) -> bytes:
 
 
 def find(file: TensorFile) -> Found:
-    """What a model file holds. No tensor is looked at: `read` verifies the checksum of those that are used.
+    """What a model file holds, its tensors on the meta device; `read` gives those themselves.
 
     Raises CheckpointError if the file does not describe a model.
     """
@@ -172,7 +172,7 @@ def _parts(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
         part, _, key = name.partition(".")
         if part not in parts:
             raise ValueError(f"unexpected {name}")
-        parts[part].tensors[key] = tensor
+        parts[part].tensors[key] = tensor.to("meta")
     return parts
 
 
@@ -183,10 +183,10 @@ def read(found: Found, parts: Collection[str], dtype: torch.dtype | None) -> dic
     The checksum is over all tensors: those of the other parts are read, too, and dropped. Raises CheckpointError if it
     does not fit.
     """
-    mapped = {f"{name}.{key}": tensor for name, part in found.parts.items() for key, tensor in part.tensors.items()}
+    tensors = {f"{name}.{key}": tensor for name, part in found.parts.items() for key, tensor in part.tensors.items()}
     chosen = {name: replace(found.parts[name], tensors={}) for name in parts}
     digest = hashlib.sha256(_description(found.about))
-    for name, tensor in read_each(found.path, mapped):
+    for name, tensor in read_each(found.path, tensors):
         add_to_digest(digest, name, tensor)
         part, _, key = name.partition(".")
         if part in chosen:

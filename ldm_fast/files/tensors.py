@@ -100,15 +100,15 @@ def _read_safetensors(path: Path) -> TensorFile:
 def read_each(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Reads these tensors of a .safetensors file into memory of their own, one at a time, in the order of their names.
 
-    `tensors` are those that `read_tensors` mapped. A page of a map stays in memory once it has been looked at; of what
-    this reads only that stays which the caller keeps.
+    `tensors` have the shapes and dtypes; they may be on the meta device. Only what the caller keeps stays in memory,
+    whereas a page of a file mapped by `read_tensors` stays once it has been looked at.
     """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-            for name, mapped in sorted(tensors.items()):
-                tensor = torch.empty_like(mapped)
+            for name, like in sorted(tensors.items()):
+                tensor = torch.empty_like(like, device="cpu")
                 start, end = header[name]["data_offsets"]
                 file.seek(8 + length + start)
                 if file.readinto(_bytes(tensor)) != end - start:
