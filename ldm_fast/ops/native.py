@@ -124,7 +124,7 @@ def describe() -> list[str]:
     for name, kernels in KERNELS.items():
         module, missing = load_module(name)
         if module is None:
-            lines.append(f"no {kernels.removeprefix('the ')}: {missing}")
+            lines.append(str(missing))
             continue
         record = _build_record(name)
         built = record.get("isas") or [f"sm_{arch}" for arch in record.get("architectures", [])]
