@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -427,12 +426,13 @@ def test_stats_compile(dynamic: bool) -> None:
 
 
 def test_a_module_without_an_op_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, without = dispatch.module_of, SimpleNamespace(__name__="ldm_fast.ops.cuda")
-    monkeypatch.setattr(dispatch, "module_of", lambda op, impl: without if impl == "cuda" else module(op, impl))
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS["nearest_codebook_stats"], "cuda", "ldm_fast.ops.version")
+    dispatch.implementation.cache_clear()
     z, codebook = data("normal", 4, 20, 30)
     assert len(ops.nearest_codebook_stats(z, codebook)) == 3
-    with pytest.raises(ValueError, match="ldm_fast.ops.cuda does not compute nearest_codebook_stats"):
+    with pytest.raises(ValueError, match="ldm_fast.ops.version does not compute nearest_codebook_stats"):
         ops.nearest_codebook_stats(z, codebook, impl="cuda")
+    dispatch.implementation.cache_clear()
 
 
 # ---- what takes longer ----

@@ -840,6 +840,31 @@ def test_explain_is_a_table() -> None:
         assert all(reason in str(explanation) for _, reason in choice.passed_over)
 
 
+def test_explain_tells_what_runs_inside_use_impl() -> None:
+    """It is the function that chooses, so it knows of `use_impl` and of what that cannot run here."""
+    plain = {(c.op, c.device): c for c in explain().choices}
+    for impl in dispatch.IMPLEMENTATION_NAMES:
+        with use_impl(impl):
+            choices = explain().choices
+        for choice in choices:
+            if impl not in impls(choice.op):
+                assert choice == plain[choice.op, choice.device], "an op without that implementation chooses as usual"
+            elif choice.chosen is None:
+                assert [name for name, _ in choice.passed_over] == [impl]
+            else:
+                assert (choice.chosen, choice.passed_over) == (impl, ())
+    with use_impl("reference"):
+        assert all(choice.chosen == "reference" for choice in explain().choices)
+        assert "attention on cpu: reference" in str(explain())
+
+
+@pytest.mark.skipif(why_not("attention", "triton") is None, reason="Triton runs here")
+def test_explain_inside_a_use_impl_that_cannot_run() -> None:
+    with use_impl("triton"):
+        told = str(explain())
+    assert f"attention on cpu: cannot run\n    not triton: {why_not('attention', 'triton')}" in told
+
+
 # ---- bad arguments ----
 
 X = torch.zeros

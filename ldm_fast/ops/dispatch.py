@@ -1,7 +1,16 @@
-"""Which implementation computes an op, and how an op is registered with PyTorch.
+"""Who computes an op.
 
-One table says who can compute what, best first. Every op is registered with `torch.library` (`Op`), so
-`torch.compile(fullgraph=True)` sees one opaque node; the choice happens inside that node, when it runs.
+One table says who can compute what, best first. The choice falls when the registered op runs: `torch.compile` sees one
+node with a fixed schema, and `use_impl` works on compiled code, too.
+
+To add an op is to add one row in each of these places, and nothing else:
+
+- `ops/<op>_op.py`: the public function with its checks, the registered `Op`, and what ordinary arguments are;
+- `ops/__init__.py`: its name, and `IMPLEMENTATIONS` below: who can compute it;
+- `reference.py`: what is correct, `<op>` and, if it has a gradient, `<op>_backward`;
+- `kernels/<op>.py`, or `csrc/cpu/<op>.cpp` and `cpu.py`, or `csrc/cuda/<op>.cu` and `cuda.py`: the same functions, and
+  `<op>_unsupported`, which returns why these arguments cannot run, or None;
+- `cases.py`: what it is tried on, and `benchmarks/<op>.py`.
 """
 
 from __future__ import annotations
@@ -9,9 +18,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 # Who can compute each op, best first. impl=None takes the first that supports the inputs.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
@@ -25,7 +34,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "cpu": "ldm_fast.ops.cpu",
         "reference": "ldm_fast.ops.reference",
     },
-    # group_norm_silu in two: of the parts of an image that is never in memory as a whole
+    # The two halves of group_norm_silu, for the parts of an image that is never in memory as a whole.
     "group_norm_stats": {
         "triton": "ldm_fast.kernels.group_norm_silu",
         "cpu": "ldm_fast.ops.cpu",
@@ -50,16 +59,19 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 
 IMPLEMENTATION_NAMES = ("triton", "cuda", "cpu", "reference")
 
-_forced: list[tuple[str | None, object]] = []  # by each `use_impl` that is open, the innermost last
+_forced: list[tuple[str | None, object]] = []  # one entry for each open `use_impl`, the innermost last
 
 
 @contextlib.contextmanager
 def use_impl(name: str | None) -> Iterator[None]:
-    """Inside the `with` block every op with `impl=None` runs `name`: "triton", "cuda", "cpu" or "reference".
+    """Make every op with `impl=None` run `name` inside the `with` block: "triton", "cuda", "cpu" or "reference".
 
     An op that has no implementation of that name (nearest_codebook has no "triton") chooses as usual; one that has it
-    but cannot run it here raises, as an explicit `impl=` would. A backward pass obeys the setting of the moment it runs
-    in. The setting is one per process, not one per thread; of several threads' the one entered last holds.
+    but cannot run it here raises, as an explicit `impl=` would. A backward pass obeys the setting at the moment it
+    runs. There is one setting per process, not one per thread: the block entered last holds.
+
+    Raises:
+        ValueError: there is no implementation of that name.
     """
     if name is not None and name not in IMPLEMENTATION_NAMES:
         raise ValueError(f"use_impl: name must be one of {', '.join(IMPLEMENTATION_NAMES)}, got {name!r}")
@@ -72,21 +84,39 @@ def use_impl(name: str | None) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """What `use_impl` asks for at the moment."""
+    """Return what `use_impl` asks for at the moment."""
     return _forced[-1][0] if _forced else None
 
 
-@functools.cache
-def module_of(op: str, impl: str) -> ModuleType | str:
-    """The module that implements `op`, or the reason why it can run nothing in this process.
+class Implementation(NamedTuple):
+    """The functions of one implementation of an op."""
 
-    A package is asked before what is in it: the Triton kernels are not imported where none could run.
+    compute: Callable[..., Any]
+    backward: Callable[..., Any]
+    unsupported: Callable[..., str | None]  # why it cannot compute these arguments; None if it can
+
+
+@functools.cache
+def implementation(op: str, impl: str) -> Implementation:
+    """Return what the table names. If it can run nothing in this process, `unsupported` always says why."""
+    module = _load(IMPLEMENTATIONS[op][impl])
+    if isinstance(module, str):
+        return _missing(module)
+    if not hasattr(module, op):
+        return _missing(f"{module.__name__} does not compute {op}")
+    backward = getattr(module, f"{op}_backward", None) or _missing(f"{op} has no gradient").compute
+    return Implementation(getattr(module, op), backward, getattr(module, f"{op}_unsupported", lambda *_: None))
+
+
+def _load(path: str) -> ModuleType | str:
+    """Import a module, or return why it cannot run here.
+
+    A package is asked before its modules are imported: the Triton kernels are not imported if none could run.
     """
-    path = IMPLEMENTATIONS[op][impl]
     try:
         for name in (path.rpartition(".")[0], path):
             module = importlib.import_module(name)
-            reason = module.unavailable() if hasattr(module, "unavailable") else None
+            reason: str | None = module.unavailable() if hasattr(module, "unavailable") else None
             if reason is not None:
                 return reason
     except ImportError as error:
@@ -94,42 +124,55 @@ def module_of(op: str, impl: str) -> ModuleType | str:
     return module
 
 
+def _missing(reason: str) -> Implementation:
+    def compute(*_: object) -> None:
+        raise ValueError(reason)
+
+    return Implementation(compute, compute, lambda *_: reason)
+
+
 def why_not(op: str, impl: str, args: tuple[Any, ...]) -> str | None:
-    """Why `impl` cannot compute `op` of these arguments here; None if it can."""
-    module = module_of(op, impl)
-    if isinstance(module, str):
-        return module
-    if not hasattr(module, op):
-        return f"{module.__name__} does not compute {op}"
-    return getattr(module, f"{op}_unsupported")(*args)
+    """Return why `impl` cannot compute `op` of these arguments here; None if it can."""
+    return implementation(op, impl).unsupported(*args)
+
+
+def consider(op: str, impl: str, args: tuple[Any, ...]) -> tuple[str | None, list[tuple[str, str]]]:
+    """Return who runs `op` on these arguments, and who was considered before, each with the reason it cannot.
+
+    That is `impl` if it is not "", else what `use_impl` asks for, else the first in the table that can. The name is
+    None if nobody can.
+    """
+    wanted = impl or forced()
+    passed_over: list[tuple[str, str]] = []
+    for name in (wanted,) if wanted in IMPLEMENTATIONS[op] else IMPLEMENTATIONS[op]:
+        reason = why_not(op, name, args)
+        if reason is None:
+            return name, passed_over
+        passed_over.append((name, reason))
+    return None, passed_over
 
 
 def choose(op: str, impl: str, args: tuple[Any, ...]) -> str:
-    """The name of the implementation to run: `impl` where it is given, else the best one for these arguments."""
-    wanted = impl or forced()
-    if wanted in IMPLEMENTATIONS[op]:
-        reason = why_not(op, wanted, args)
-        if reason is not None:
-            raise ValueError(f"{op}: impl={wanted!r} cannot run here: {reason}")
-        return wanted
-    for name in IMPLEMENTATIONS[op]:  # the last of them, the reference, computes everything
-        if why_not(op, name, args) is None:
-            break
+    """Return the name of the implementation that runs `op` on these arguments. ValueError if none can."""
+    name, passed_over = consider(op, impl, args)
+    if name is None:
+        reasons = (f"impl={name!r} cannot run here: {reason}" for name, reason in passed_over)
+        raise ValueError(f"{op}: {'; '.join(reasons)}")
     return name
 
 
 def run(op: str, impl: str, args: tuple[Any, ...]) -> Any:
-    """The op by whoever is chosen. `impl` "": the best one."""
-    return getattr(module_of(op, choose(op, impl, args)), op)(*args)
+    """Compute the op. `impl` "": by the best implementation."""
+    return implementation(op, choose(op, impl, args)).compute(*args)
 
 
 def run_backward(op: str, impl: str, forward_args: tuple[Any, ...], backward_args: tuple[Any, ...]) -> Any:
-    """Its backward pass, by whoever is chosen for the forward pass."""
-    return getattr(module_of(op, choose(op, impl, forward_args)), f"{op}_backward")(*backward_args)
+    """Compute the gradients of the op, by whoever is chosen for its forward pass."""
+    return implementation(op, choose(op, impl, forward_args)).backward(*backward_args)
 
 
 def check_impl(op: str, impl: str | None) -> str:
-    """`impl` as the registered op takes it, "" for None."""
+    """Return `impl` as the registered op takes it: "" for None. ValueError if the op has no such implementation."""
     if impl is None:
         return ""
     if impl not in IMPLEMENTATIONS[op]:

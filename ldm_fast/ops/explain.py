@@ -6,49 +6,49 @@ from dataclasses import dataclass
 
 import torch
 
-from ldm_fast.ops.dispatch import IMPLEMENTATIONS, why_not
+from ldm_fast.ops.dispatch import IMPLEMENTATIONS, consider
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One op on one device: who runs it, both ways, and the better ones that cannot, with the reason of each."""
+    """Who runs one op on one device, forward and backward, and who was considered before, with the reason it cannot.
+
+    `chosen` is None if nobody can, as inside a `use_impl` that names an implementation for other machines.
+    """
 
     op: str
     device: str
-    chosen: str
+    chosen: str | None
     passed_over: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Explanation:
+    """One `Choice` for each op and device; prints as a table."""
+
     choices: tuple[Choice, ...]
 
     def __str__(self) -> str:
         lines = []
         for choice in self.choices:
-            lines.append(f"{choice.op} on {choice.device}: {choice.chosen}")
+            lines.append(f"{choice.op} on {choice.device}: {choice.chosen or 'cannot run'}")
             lines += [f"    not {name}: {reason}" for name, reason in choice.passed_over]
         return "\n".join(lines)
 
 
 def explain(dtype: torch.dtype = torch.float32) -> Explanation:
-    """What each op would run for ordinary inputs of `dtype`, on the CPU and, where there is one, on the GPU.
+    """Return which implementation each op would run for ordinary inputs of `dtype`, and why not a better one.
 
-    Returns an object that prints as a table; `.choices` holds one `Choice` for each op and device.
+    It asks the function that chooses when an op runs, on the CPU and, if there is one, on the GPU. Inside
+    `use_impl(name)` it says what runs there.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return Explanation(tuple(_choice(op, device, dtype) for device in devices for op in IMPLEMENTATIONS))
 
 
 def _choice(op: str, device: str, dtype: torch.dtype) -> Choice:
-    arguments = _ordinary_arguments(op, device, dtype)
-    passed_over = []
-    for name in IMPLEMENTATIONS[op]:
-        reason = why_not(op, name, arguments)
-        if reason is None:
-            break
-        passed_over.append((name, reason))
-    return Choice(op, device, name, tuple(passed_over))
+    chosen, passed_over = consider(op, "", _ordinary_arguments(op, device, dtype))
+    return Choice(op, device, chosen, tuple(passed_over))
 
 
 def _ordinary_arguments(op: str, device: str, dtype: torch.dtype) -> tuple[object, ...]:
