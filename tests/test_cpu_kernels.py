@@ -13,7 +13,7 @@ from ldm_fast.ops.cases import CASES, make_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
-ISAS = native.build_info()["isas"]
+ISAS = native.isas()
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
@@ -409,7 +409,7 @@ cpu.attention(q, q, q, None, 0.1)
 cpu.nearest_codebook(torch.randn(1, 1000, 4), torch.randn(1000, 4))
 torch.randn(500, 500) @ torch.randn(500, 500)
 print("all", len(os.listdir("/proc/self/task")) - before)
-print("runtimes", len(native.openmp_runtimes()), "used", native.build_info()["openmp"] in native.openmp_runtimes())
+print("runtimes", len(native.openmp_runtimes()), "used", native.find_openmp()[0] in native.openmp_runtimes())
 """
 
 

@@ -25,7 +25,7 @@ from ldm_fast.ops.cases import wrong_codes
 NAN, INF = float("nan"), float("inf")
 NATIVE = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="relies on how Linux counts and grants memory")
-ISAS = native.build_info()["isas"]
+ISAS = native.isas()
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 

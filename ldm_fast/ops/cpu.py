@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ldm_fast.ops.native import extension, load
+from ldm_fast.ops.native import extension, load_module
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
@@ -19,7 +19,7 @@ _MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16
 
 def unavailable() -> str | None:
     """Why no op can run here, in one line; None if they can."""
-    return load()[1]
+    return load_module("_native")[1]
 
 
 def _unsupported(**tensors: Tensor | None) -> str | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,22 +30,6 @@ def unavailable() -> str | None:
             "or put an older nvcc on PATH and install ldm_fast again"
         )
     return None
-
-
-def build_info() -> dict[str, Any]:
-    """What the extension was compiled with and sees.
-
-    `built` and, if so, `architectures` ([80, …]), `runtime` and `driver` ("13.0"; None where there is no driver).
-    """
-    if _native_cuda is None:
-        return {"built": False, "message": _missing}
-    info = _native_cuda.build_info()
-    return {
-        "built": True,
-        "runtime": _version(info.runtime_version),
-        "driver": _version(info.driver_version) if info.driver_version else None,
-        "architectures": list(info.architectures),
-    }
 
 
 def _version(number: int) -> str:

@@ -23,9 +23,9 @@ KERNELS = {"_native": "the native CPU kernels", "_native_cuda": "the CUDA kernel
 
 @functools.cache
 def load_module(name: str) -> tuple[ModuleType | None, str | None]:
-    """`ldm_fast._native` or `ldm_fast._native_cuda`, or else the reason in one line.
+    """Return `ldm_fast._native` or `ldm_fast._native_cuda`, or None and the reason in one line.
 
-    Warns, and gives nothing, if the module was built from another version of ldm_fast.
+    A module that was built from another version of ldm_fast is not used; a warning says so.
     """
     try:
         module = importlib.import_module(f"ldm_fast.{name}")
@@ -49,23 +49,21 @@ def warn_of_other_versions() -> None:
 
 
 @functools.cache
-def load() -> tuple[ModuleType | None, str | None, str | None]:
-    """The CPU module, why it is missing, and the path of the OpenMP runtime whose threads it uses."""
-    module, missing = load_module("_native")
-    if module is None:
-        return None, missing, None
-    path, address = _find_openmp()
-    module.set_openmp(address)
-    return module, None, path
-
-
-@functools.cache
 def extension() -> Any:
-    return load()[0]
+    """Return `ldm_fast._native`, which runs on the threads of the OpenMP runtime found; None if it cannot be loaded."""
+    module, _ = load_module("_native")
+    if module is not None:
+        module.set_openmp(find_openmp()[1])
+    return module
+
+
+def isas() -> list[str]:
+    """Return the instruction sets that were compiled in and this CPU has, the widest last; empty without kernels."""
+    return list(extension().isas()) if extension() else []
 
 
 def _build_record(name: str) -> dict[str, Any]:
-    """What setup.py noted about the build of a module; empty if there was none."""
+    """Return what setup.py noted about the build of a module; empty if there was none."""
     try:
         record: dict[str, Any] = json.loads((Path(__file__).parents[1] / "_build.json").read_text()).get(name, {})
         return record
@@ -82,10 +80,11 @@ def _why_missing(name: str, error: ImportError) -> str:
     return f"{KERNELS[name]} cannot be loaded ({error}); install ldm_fast again"
 
 
-def _find_openmp() -> tuple[str | None, int]:
-    """Path of the OpenMP runtime this process has already loaded, and the address of its GOMP_parallel (0: none).
+@functools.cache
+def find_openmp() -> tuple[str | None, int]:
+    """Return the path of the OpenMP runtime in this process and the address of its GOMP_parallel; (None, 0) without.
 
-    torch's own copy goes first. Nothing is loaded here: RTLD_NOLOAD only opens what is mapped.
+    torch's own copy comes first. Nothing is loaded here: RTLD_NOLOAD only opens what is mapped.
     """
     if not hasattr(os, "RTLD_NOLOAD"):
         return None, 0
@@ -99,7 +98,7 @@ def _find_openmp() -> tuple[str | None, int]:
 
 
 def openmp_runtimes() -> list[str]:
-    """Paths of the OpenMP runtimes mapped in this process; the empty list where /proc does not tell."""
+    """Return the paths of the OpenMP runtimes mapped in this process; empty if there is no /proc."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -107,20 +106,10 @@ def openmp_runtimes() -> list[str]:
     return sorted(set(re.findall(r"(/\S*/lib(?:gomp|omp|iomp5)\b[^/\n]*\.so[^/\n]*)$", maps, flags=re.MULTILINE)))
 
 
-def build_info() -> dict[str, Any]:
-    """How the CPU kernels were built, and what they run on here."""
-    native, missing, openmp = load()
-    threads = torch.get_num_threads() if openmp else 1
-    info = {"missing": missing, "compiler": _build_record("_native").get("compiler")}
-    info["isas"] = native.isas() if native else []
-    info["isa"] = native.isa() if native else None
-    info["openmp"] = openmp or "none found in this process: the kernels run on one thread"
-    return {**info, "threads": threads}
-
-
 def describe() -> list[str]:
-    """What was built, what was left out and how to build it: lines for `ldm-fast doctor`."""
-    lines, left_out = [], []
+    """Return what was built, what was left out and how to build it, as lines for `ldm-fast doctor`."""
+    lines: list[str] = []
+    left_out: list[str] = []
     for name, kernels in KERNELS.items():
         module, missing = load_module(name)
         if module is None:
@@ -131,10 +120,10 @@ def describe() -> list[str]:
         left_out += [str(target) if "isas" in record else f"sm_{target}" for target in record.get("left_out", [])]
         by = record.get("compiler") or f"nvcc {record.get('nvcc', '')}, and PTX for newer GPUs"
         lines.append(f"{kernels.removeprefix('the ')} {module.version}: {', '.join(built)} ({by})")
-    native = load()[0]
-    if native is not None:
-        best = native.machine_isas()[-1]
+    if native := extension():
+        best, openmp = native.machine_isas()[-1], find_openmp()[0]
         lines.append(f"this CPU runs {native.isa()}" + ("" if native.isas()[-1] == best else f", and it has {best}"))
+        lines.append(f"threads of {openmp}" if openmp else "one thread: there is no OpenMP runtime in this process")
     if left_out:
         lines.append(
             f"not built: {', '.join(left_out)}. Name those you want, or say LDM_FAST_TARGETS=all, and install again"
@@ -143,11 +132,11 @@ def describe() -> list[str]:
 
 
 def fused_multiply_add_rate() -> float:
-    """Float32 multiplications and additions a second that the kernels' instructions can reach here; for benchmarks."""
+    """Measure how many float32 multiplications and additions a second the kernels' instructions reach here."""
     threads, rounds = torch.get_num_threads(), 1 << 17
     result = torch.empty(threads)
     best = float("inf")
-    for _ in range(99):  # half a millisecond each: some of them nothing interrupts
+    for _ in range(99):  # half a millisecond each, so that some are not interrupted
         start = time.perf_counter()
         count = extension().fused_multiply_adds(rounds, 0.5, result.data_ptr(), threads)
         best = min(best, time.perf_counter() - start)
