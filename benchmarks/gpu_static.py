@@ -45,7 +45,7 @@ from triton.compiler import ASTSource
 
 from ldm_fast.kernels import Launch, attention, attention_backward, group_norm_silu, group_norm_silu_backward
 from ldm_fast.kernels.attention_common import Inputs
-from ldm_fast.kernels.group_norm_silu_common import Norm
+from ldm_fast.ops.arguments import Norm
 from ldm_fast.ops.cases import Attention, GroupNormSilu, flops
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -178,7 +178,7 @@ def group_norm_silu_launches(
         torch.empty(shape[:2], dtype=dtype, device="meta") if shape.modulated else None for _ in range(4)
     )
     statistics = torch.empty(2, shape.B, GROUPS, device="meta")
-    silu = "silu" if shape.silu else None
+    silu = "silu" if shape.silu else ""
     norm = Norm(x, GROUPS, weight, bias, 1e-5, silu, scale, shift)
     forward = group_norm_silu.forward_launches(norm, y, statistics)
     weight, bias, dweight, dbias = of_training

@@ -15,13 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldm_fast.ops.arguments import Norm
+
 from . import Launch, refuse, unavailable
 from .group_norm_silu_backward import group_norm_silu_backward
 from .group_norm_silu_common import (
     GENERAL,
     MOST_CHANNELS,
     ON_CHIP,
-    Norm,
     affine,
     group_launch,
     known_groups,
@@ -29,12 +30,15 @@ from .group_norm_silu_common import (
     load,
     on_chip,
     partial_results,
+    per_width_of,
+    sizes_of,
     some_channels,
     some_pixels,
     split_launch,
     split_of,
     store,
     whole_group,
+    with_contiguous_vectors,
 )
 
 __all__ = [
@@ -169,7 +173,7 @@ def forward_launches(norm: Norm, y: Tensor, statistics: Tensor) -> list[Launch]:
     if tile := on_chip(x, norm.width, ON_CHIP):
         return [group_launch(_forward_group, norm, tile, (x, *norm.vectors, y, mean, rstd), norm.eps)]
     parts = partial_results(x)
-    _, s, groups = norm.sizes
+    _, s, groups = sizes_of(norm)
     args = (*parts, mean, rstd, s, groups, norm.width, parts.shape[-1], split_of(x).chunk, norm.eps)
     merge = Launch(_merge, x.shape[0] * groups, args, {"BLOCK": 1024, "num_warps": 4})
     return [stats_launch(x, parts), merge, apply_launch(norm, mean, rstd, y)]
@@ -183,7 +187,7 @@ def stats_launch(x: Tensor, parts: Tensor) -> Launch:
 def apply_launch(norm: Norm, mean: Tensor, rstd: Tensor, y: Tensor) -> Launch:
     """The second half of the split form: fills y from mean and rstd (B, num_groups)."""
     x, silu = norm.x, norm.activation == "silu"
-    args = (x, *norm.vectors, mean, rstd, y, *norm.sizes, norm.per_width)
+    args = (x, *norm.vectors, mean, rstd, y, *sizes_of(norm), per_width_of(norm))
     return split_launch(_apply, x, args, split_of(x).steps_apply, 32, SILU=silu)
 
 
@@ -198,41 +202,23 @@ def _unsupported(norm: Norm) -> str | None:
     return refuse(norm.x)
 
 
-def group_norm_silu_unsupported(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> str | None:
-    """Why these (validated) inputs cannot run, None if they can."""
-    return _unsupported(Norm(x, num_groups, weight, bias, eps, activation, scale, shift))
+def group_norm_silu_unsupported(norm: Norm) -> str | None:
+    """Why these (checked) inputs cannot run, None if they can."""
+    return _unsupported(norm)
 
 
-def group_norm_silu(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y and its statistics, mean and rstd, (2, B, G) in float32, of validated inputs."""
-    norm = Norm(x, num_groups, weight, bias, eps, activation, scale, shift).contiguous()
+def group_norm_silu(norm: Norm) -> tuple[Tensor, Tensor]:
+    """y and its statistics, mean and rstd, (2, B, G) in float32."""
+    x, norm = norm.x, with_contiguous_vectors(norm)
     y = torch.empty_like(x)
-    statistics = torch.empty((2, x.shape[0], num_groups), dtype=torch.float32, device=x.device)
+    statistics = torch.empty((2, x.shape[0], norm.num_groups), dtype=torch.float32, device=x.device)
     for launch in forward_launches(norm, y, statistics):
         launch.run()
     return y, statistics
 
 
 def group_norm_stats_unsupported(x: Tensor, num_groups: int) -> str | None:
-    """Why this (validated) input cannot run, None if it can."""
+    """Why this (checked) input cannot run, None if it can."""
     return _unsupported(Norm(x, num_groups))
 
 
@@ -251,42 +237,24 @@ def group_norm_stats(x: Tensor, num_groups: int) -> Tensor:
     return torch.stack([torch.full_like(mean, total), mean, squares], dim=-1)
 
 
-def group_norm_apply_unsupported(
-    x: Tensor,
-    stats: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> str | None:
-    """Why these (validated) inputs cannot run, None if they can."""
-    return _unsupported(Norm(x, num_groups, weight, bias, eps, activation, scale, shift))
+def group_norm_apply_unsupported(norm: Norm, stats: Tensor) -> str | None:
+    """Why these (checked) inputs cannot run, None if they can."""
+    return _unsupported(norm)
 
 
-def group_norm_apply(
-    x: Tensor,
-    stats: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> Tensor:
+def group_norm_apply(norm: Norm, stats: Tensor) -> Tensor:
     """`group_norm_silu` of x by the statistics of what x is a part of; see `ldm_fast.ops.reference`."""
+    x = norm.x
+    weight, _, scale, shift = norm.vectors
     y = torch.empty_like(x)
     count, mean, squares = stats.unbind(-1)
-    rstd = (squares / count + eps).rsqrt()
+    rstd = (squares / count + norm.eps).rsqrt()
     rounded = mean.float().contiguous()
     # Rounding the mean to float32 loses digits that show if it is far above the deviation: they go into the shift.
-    rest = ((rounded.double() - mean) * rstd).float().repeat_interleave(x.shape[1] // num_groups, dim=1)  # (B, C)
+    rest = ((rounded.double() - mean) * rstd).float().repeat_interleave(norm.width, dim=1)  # (B, C)
     rest = rest if weight is None else rest * weight.float()
     rest = rest if scale is None else rest * (1.0 + scale.float())
     shift = rest if shift is None else rest + shift.float()
-    norm = Norm(x, num_groups, weight, bias, eps, activation, scale, shift).contiguous()
+    norm = with_contiguous_vectors(norm._replace(shift=shift))
     apply_launch(norm, rounded, rstd.float(), y).run()
     return y

@@ -15,17 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldm_fast.ops.arguments import Norm
+
 from . import Launch
 from .group_norm_silu_common import (
     GENERAL,
     ON_CHIP,
-    Norm,
     affine,
     group_launch,
     known_groups,
     load,
     on_chip,
     partial_results,
+    per_width_of,
+    sizes_of,
     some_channels,
     some_pixels,
     split_launch,
@@ -33,6 +36,7 @@ from .group_norm_silu_common import (
     store,
     tile_of,
     whole_group,
+    with_contiguous_vectors,
 )
 
 
@@ -192,9 +196,9 @@ def backward_launches(grad: Tensor, norm: Norm, statistics: Tensor, gradients: G
     else:
         split, parts, silu = split_of(x), partial_results(x), norm.activation == "silu"
         means = torch.empty((2, b, groups), dtype=torch.float32, device=x.device)
-        add = (*inputs, *parts, *norm.sizes, norm.per_width)
-        merge = (*parts, norm.weight, norm.scale, *sums, *means, *norm.sizes, norm.width, parts.shape[-1])
-        apply = (*inputs, *means, dx, *norm.sizes, norm.per_width)
+        add = (*inputs, *parts, *sizes_of(norm), per_width_of(norm))
+        merge = (*parts, norm.weight, norm.scale, *sums, *means, *sizes_of(norm), norm.width, parts.shape[-1])
+        apply = (*inputs, *means, dx, *sizes_of(norm), per_width_of(norm))
         launches = [
             split_launch(_grad_sums, x, add, split.steps, 16, SILU=silu),
             Launch(_merge_grads, b * groups, merge, {"CHANNELS": 32, "BLOCK": 32, "num_warps": 4}),
@@ -206,21 +210,11 @@ def backward_launches(grad: Tensor, norm: Norm, statistics: Tensor, gradients: G
     return launches
 
 
-def group_norm_silu_backward(
-    grad: Tensor,
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    statistics: Tensor,
-) -> Gradients:
+def group_norm_silu_backward(grad: Tensor, norm: Norm, statistics: Tensor) -> Gradients:
     """(dx, dweight, dbias, dscale, dshift), None for what was None, from what the forward returned."""
+    x, norm = norm.x, with_contiguous_vectors(norm)
     if grad.stride() != x.stride():
         grad = torch.empty_like(x).copy_(grad)
-    norm = Norm(x, num_groups, weight, bias, 0.0, activation, scale, shift).contiguous()
     weight, bias, scale, shift = (None if t is None else torch.empty_like(t) for t in norm.vectors)
     gradients = torch.empty_like(x), weight, bias, scale, shift
     for launch in backward_launches(grad, norm, statistics, gradients):

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldm_fast.ops.arguments import Norm
+
 from . import Launch
 
 ON_CHIP = 16384  # padded elements of a group that one program keeps; its backward keeps two tensors
@@ -138,42 +140,20 @@ def known_groups(mean, rstd, weight, bias, scale, shift, b, channel, exists, C, 
     return group, center, inverse, factor, offset
 
 
-class Norm(NamedTuple):
-    """The (validated) arguments of one call of `group_norm_silu`; the backward pass needs no eps."""
+def sizes_of(norm: Norm) -> tuple[int, int, int]:
+    """C, S and G, as kernels take them."""
+    return norm.x.shape[1], layout_of(norm.x)[0], norm.num_groups
 
-    x: Tensor  # (B, C, *spatial)
-    num_groups: int
-    weight: Tensor | None = None  # (C,)
-    bias: Tensor | None = None
-    eps: float = 0.0
-    activation: str | None = None
-    scale: Tensor | None = None  # (B, C)
-    shift: Tensor | None = None
 
-    @property
-    def width(self) -> int:
-        """Channels of a group."""
-        return self.x.shape[1] // self.num_groups
+def per_width_of(norm: Norm) -> int:
+    """What `known_groups` multiplies by, exact for MOST_CHANNELS."""
+    return -(-(1 << 40) // norm.width)  # rounded up
 
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """C, S and G, as kernels take them."""
-        return self.x.shape[1], layout_of(self.x)[0], self.num_groups
 
-    @property
-    def per_width(self) -> int:
-        """What `known_groups` multiplies by, exact for MOST_CHANNELS."""
-        return -(-(1 << 40) // self.width)  # rounded up
-
-    @property
-    def vectors(self) -> tuple[Tensor | None, ...]:
-        """weight, bias, scale and shift."""
-        return self.weight, self.bias, self.scale, self.shift
-
-    def contiguous(self) -> "Norm":
-        """The same with contiguous vectors."""
-        weight, bias, scale, shift = (None if vector is None else vector.contiguous() for vector in self.vectors)
-        return self._replace(weight=weight, bias=bias, scale=scale, shift=shift)
+def with_contiguous_vectors(norm: Norm) -> Norm:
+    """The same with contiguous weight, bias, scale and shift."""
+    weight, bias, scale, shift = (None if vector is None else vector.contiguous() for vector in norm.vectors)
+    return norm._replace(weight=weight, bias=bias, scale=scale, shift=shift)
 
 
 def layout_of(x: Tensor) -> tuple[int, bool]:
@@ -247,7 +227,7 @@ def tiled(
 
 def group_launch(kernel: Any, norm: Norm, tile: tuple[int, int], args: tuple[Any, ...], *rest: Any) -> Launch:
     """`kernel` for groups on chip, one to a program; the sizes stand between `args` and `rest`."""
-    args = (*args, *norm.sizes, norm.width, *rest)
+    args = (*args, *sizes_of(norm), norm.width, *rest)
     programs, silu = norm.x.shape[0] * norm.num_groups, norm.activation == "silu"
     return tiled(kernel, programs, args, norm.x, tile, norm.width, 16, SILU=silu)
 

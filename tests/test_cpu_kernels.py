@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm_fast.ops import cpu, native, reference
+from ldm_fast.ops.arguments import Norm
 from ldm_fast.ops.cases import CASES, make_inputs
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -44,7 +45,8 @@ def group_norm_arguments(shape, groups, channels_last, dtype=torch.float32):
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     batch, channels = shape[:2]
-    return x, groups, normal(channels), normal(channels), 1e-5, "silu", normal(batch, channels), normal(batch, channels)
+    vectors = normal(channels), normal(channels)
+    return Norm(x, groups, *vectors, 1e-5, "silu", normal(batch, channels), normal(batch, channels))
 
 
 def attention_arguments(shape, dtype=torch.float32):
@@ -71,20 +73,24 @@ def codebook_arguments(rows, codes, width):
     return torch.randn(1, rows, width, generator=generator), codebook
 
 
+def doubled(norm):
+    return Norm(*(t.double() if isinstance(t, torch.Tensor) else t for t in norm))
+
+
 def run_group_norm(shape, groups, channels_last, dtype=torch.float32):
     """Forward and backward; a flat list of tensors."""
-    x, groups, weight, bias, eps, activation, scale, shift = group_norm_arguments(shape, groups, channels_last, dtype)
-    y, statistics = cpu.group_norm_silu(x, groups, weight, bias, eps, activation, scale, shift)
-    grad = torch.empty_like(x).copy_(torch.linspace(-1, 1, x.numel()).view(shape))
-    gradients = cpu.group_norm_silu_backward(grad, x, groups, weight, bias, activation, scale, shift, statistics)
+    norm = group_norm_arguments(shape, groups, channels_last, dtype)
+    y, statistics = cpu.group_norm_silu(norm)
+    grad = torch.empty_like(norm.x).copy_(torch.linspace(-1, 1, norm.x.numel()).view(shape))
+    gradients = cpu.group_norm_silu_backward(grad, norm, statistics)
     return [y, statistics, *gradients]
 
 
 def run_split_group_norm(shape, groups, channels_last, dtype=torch.float32):
     """Statistics and what they are applied to."""
-    x, groups, *rest = group_norm_arguments(shape, groups, channels_last, dtype)
-    stats = cpu.group_norm_stats(x, groups)
-    return [stats, cpu.group_norm_apply(x, stats, groups, *rest)]
+    norm = group_norm_arguments(shape, groups, channels_last, dtype)
+    stats = cpu.group_norm_stats(norm.x, groups)
+    return [stats, cpu.group_norm_apply(norm, stats)]
 
 
 # Shapes on both sides of every decision the kernels take: one slab or several, more units than threads or fewer, full
@@ -137,12 +143,12 @@ def test_a_group_measured_beside_another_has_the_same_bits(isa, threads, dtype, 
     threads(1)
     x = torch.randn(2, 4 * channels, spatial) * torch.linspace(1, 30, 4).repeat_interleave(channels)[:, None] + 7
     x, weight = x.to(dtype), torch.rand(4 * channels)
-    y, statistics = cpu.group_norm_silu(x, 4, weight, None, 1e-5, "silu", None, None)
+    y, statistics = cpu.group_norm_silu(Norm(x, 4, weight, activation="silu"))
     for group in range(4):
         of_group = slice(group * channels, (group + 1) * channels)
         for sample in range(2):
             alone = x[sample : sample + 1, of_group].contiguous()
-            expected = cpu.group_norm_silu(alone, 1, weight[of_group].clone(), None, 1e-5, "silu", None, None)
+            expected = cpu.group_norm_silu(Norm(alone, 1, weight[of_group].clone(), activation="silu"))
             assert torch.equal(statistics[:, sample, group], expected[1][:, 0, 0])
             assert torch.equal(y[sample, of_group], expected[0][0])
 
@@ -166,10 +172,9 @@ def test_every_element_is_written(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape, groups", [((2, 30, 11, 7), 3), ((2, 64, 224, 224), 32)], ids=["odd", "large"])
 def test_group_norm_on_every_isa(isa, channels_last, dtype, shape, groups):
-    x, groups, *rest = group_norm_arguments(shape, groups, channels_last, dtype)
-    y, (mean, rstd) = cpu.group_norm_silu(x, groups, *rest)
-    doubled = [t.double() if isinstance(t, torch.Tensor) else t for t in rest]
-    expected = reference.group_norm_silu(x.double(), groups, *doubled)
+    norm = group_norm_arguments(shape, groups, channels_last, dtype)
+    y, (mean, rstd) = cpu.group_norm_silu(norm)
+    expected = reference.group_norm_silu(doubled(norm))
     rounding = {torch.float32: 3e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
     assert (y.double() - expected[0]).norm() <= rounding * expected[0].norm()
     # The narrowest vectors add up the longest rows of numbers, 512.
@@ -182,10 +187,10 @@ def test_group_norm_on_every_isa(isa, channels_last, dtype, shape, groups):
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_silu_of_numbers_of_any_size(isa, channels_last):
     """exp2 in the sigmoid runs out at both ends: SiLU is then h or nearly 0, never NaN."""
-    x, groups, _, _, *_ = group_norm_arguments((2, 64, 9, 9), 32, channels_last)
-    weight = torch.logspace(-30, 36, 64)
-    y, _ = cpu.group_norm_silu(x, groups, weight, None, 1e-5, "silu", None, None)
-    h, _ = reference.group_norm_silu(x.double(), groups, weight.double(), None, 1e-5, None, None, None)
+    x = group_norm_arguments((2, 64, 9, 9), 32, channels_last).x
+    norm = Norm(x, 32, torch.logspace(-30, 36, 64), activation="silu")
+    y, _ = cpu.group_norm_silu(norm)
+    h, _ = reference.group_norm_silu(doubled(norm._replace(activation="")))
     error = (y.double() - torch.nn.functional.silu(h)).abs()
     assert (error <= 2e-6 * h.abs().amax((2, 3), keepdim=True)).all()
     assert (y[h < -200].abs() < 1e-30).all()
@@ -194,15 +199,12 @@ def test_silu_of_numbers_of_any_size(isa, channels_last):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_group_norm_with_mean_far_above_std(isa, channels_last):
-    x, groups, weight, bias, *_ = group_norm_arguments((2, 64, 64, 64), 32, channels_last)
-    x = x + 1000
-    y, _ = cpu.group_norm_silu(x, groups, weight, bias, 1e-5, "silu", None, None)
-    expected, _ = reference.group_norm_silu(
-        x.double(), groups, weight.double(), bias.double(), 1e-5, "silu", None, None
-    )
+    norm = group_norm_arguments((2, 64, 64, 64), 32, channels_last)
+    norm = norm._replace(x=norm.x + 1000, scale=None, shift=None)
+    y, _ = cpu.group_norm_silu(norm)
+    expected, _ = reference.group_norm_silu(doubled(norm))
     assert (y.double() - expected).abs().max() < 1e-5
-    stats = cpu.group_norm_stats(x, groups)
-    again = cpu.group_norm_apply(x, stats, groups, weight, bias, 1e-5, "silu", None, None)
+    again = cpu.group_norm_apply(norm, cpu.group_norm_stats(norm.x, norm.num_groups))
     assert torch.equal(again, y), "the two halves are the whole"
 
 
@@ -398,12 +400,14 @@ def test_unknown_isa_is_an_error():
 ONE_RUNTIME = """
 import os, torch
 from ldm_fast.ops import cpu, native
+from ldm_fast.ops.arguments import Norm
 torch.set_num_threads(3)
 before = len(os.listdir("/proc/self/task"))
 x = torch.randn(8, 64, 32, 32)
-y, statistics = cpu.group_norm_silu(x, 32, None, None, 1e-5, "silu", None, None)
+norm = Norm(x, 32, activation="silu")
+y, statistics = cpu.group_norm_silu(norm)
 print("started", len(os.listdir("/proc/self/task")) - before)
-cpu.group_norm_silu_backward(x, x, 32, None, None, "silu", None, None, statistics)
+cpu.group_norm_silu_backward(x, norm, statistics)
 q = torch.randn(2, 8, 256, 40)
 cpu.attention(q, q, q, None, 0.1)
 cpu.nearest_codebook(torch.randn(1, 1000, 4), torch.randn(1000, 4))

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm_fast import ops, use_impl
 from ldm_fast.ops import attention_op, codebook_op, cpu, dispatch, group_norm_op
+from ldm_fast.ops.arguments import Norm
 from ldm_fast.ops.cases import CASES, TOLERANCE, Attention, GroupNormSilu, NearestCodebook, make_inputs, wrong_codes
 from ldm_fast.ops.explain import explain
 
@@ -82,6 +83,9 @@ def positional(op: str, inputs: dict[str, Any]) -> tuple[Any, ...]:
         if values["mask"] is not None:
             values["mask"] = values["mask"].expand(*q.shape[:3], k.shape[2])
         values["scale"] = values["scale"] or q.shape[-1] ** -0.5
+    if op in ("group_norm_silu", "group_norm_apply"):
+        stats = [values.pop("stats")] if "stats" in values else []
+        return Norm(**{**values, "activation": values["activation"] or ""}), *stats
     return tuple(values.values())
 
 
@@ -572,8 +576,8 @@ def test_wrong_codes_are_told() -> None:
 def op_arguments(op: str, impl: str, case: Any, dtype: torch.dtype, *, requires_grad: bool) -> tuple[Any, ...]:
     """What `ops.<op>` hands to the registered operator."""
     arguments = list(positional(op, make_inputs(op, case, dtype, device_of(impl))))
-    if op in ("group_norm_silu", "group_norm_apply"):
-        arguments[-3] = arguments[-3] or ""
+    if isinstance(arguments[0], Norm):
+        arguments = [*arguments[0], *arguments[1:]]
     if op.startswith("nearest_codebook"):
         arguments[0] = codebook_op._vectors(arguments[0])
     if requires_grad:

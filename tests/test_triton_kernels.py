@@ -29,6 +29,7 @@ from ldm_fast.kernels import (
     group_norm_silu_common,
 )
 from ldm_fast.ops import reference
+from ldm_fast.ops.arguments import Norm
 from ldm_fast.ops.cases import Attention, GroupNormSilu, make_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,7 +87,11 @@ def arguments(op: str, case: Any, dtype: torch.dtype, device: str = DEVICE) -> l
         mask, shape = inputs["mask"], (case.B, case.H, case.N, case.M)
         inputs["mask"] = None if mask is None else mask.expand(shape)
         inputs["scale"] = case.D**-0.5
-    return [value.to(device) if isinstance(value, torch.Tensor) else value for value in inputs.values()]
+    values = [value.to(device) if isinstance(value, torch.Tensor) else value for value in inputs.values()]
+    if op == "attention":
+        return values
+    norm = Norm(*values)
+    return [norm._replace(activation=norm.activation or "")]
 
 
 def launches(op: str, case: Any, dtype: torch.dtype) -> list[kernels.Launch]:
@@ -97,7 +102,7 @@ def launches(op: str, case: Any, dtype: torch.dtype) -> list[kernels.Launch]:
         q, lse = inputs.q, torch.empty(inputs.q.shape[:3], device="meta")
         forward = attention.forward_launches(inputs, q, lse)
         return forward + attention_backward.backward_launches(q, inputs, q, lse, inputs[:3])
-    norm = group_norm_silu_common.Norm(*args)
+    (norm,) = args
     statistics = torch.empty(2, norm.x.shape[0], norm.num_groups, device="meta")
     forward = group_norm_silu.forward_launches(norm, norm.x, statistics)
     gradients = (norm.x, *norm.vectors)
@@ -147,15 +152,15 @@ class TestKernels:
     @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
     @pytest.mark.parametrize("case", [case for case, _ in GROUP_NORM_SILU], ids=str)
     def test_group_norm_silu(self, case: GroupNormSilu, dtype: torch.dtype, nan_filled: None) -> None:
-        args = arguments("group_norm_silu", case, dtype)
-        x, groups, weight, bias, _, activation, scale, shift = args
-        y, statistics = group_norm_silu.group_norm_silu(*args)
+        (norm,) = arguments("group_norm_silu", case, dtype)
+        x = norm.x
+        y, statistics = group_norm_silu.group_norm_silu(norm)
         assert y.stride() == x.stride()
         grad = torch.randn(x.shape).to(DEVICE, dtype)  # contiguous, whatever x is
-        rest = (groups, weight, bias, activation, scale, shift)
-        gradients = group_norm_silu.group_norm_silu_backward(grad, x, *rest, statistics)
-        exact = reference.group_norm_silu(*in_float64(args))
-        exact_gradients = reference.group_norm_silu_backward(*in_float64([grad, x, *rest]), exact[1])
+        gradients = group_norm_silu.group_norm_silu_backward(grad, norm, statistics)
+        in_double = Norm(*in_float64(norm))
+        exact = reference.group_norm_silu(in_double)
+        exact_gradients = reference.group_norm_silu_backward(grad.cpu().double(), in_double, exact[1])
 
         allowed = 2e-6 if dtype == torch.float32 else 1e-3
         if case.data == "offset":  # the mean itself is known to half a unit in its last place, 3e-5 deviations
@@ -189,10 +194,13 @@ class TestKernels:
             inputs = [[r[0], *a, *r] for r, a in zip(results, (args, args, alone), strict=True)]
             one, head = slice(1, None), slice(1, None)
         else:
-            args, backward = arguments("group_norm_silu", case, torch.float16), group_norm_silu.group_norm_silu_backward
-            alone = [a[1:] if isinstance(a, torch.Tensor) and a.ndim > 1 else a for a in args]
-            results = [group_norm_silu.group_norm_silu(*a) for a in (args, args, alone)]
-            inputs = [[r[0], *a[:4], *a[5:], r[1]] for r, a in zip(results, (args, args, alone), strict=True)]
+            (norm,), backward = (
+                arguments("group_norm_silu", case, torch.float16),
+                group_norm_silu.group_norm_silu_backward,
+            )
+            alone = Norm(*(a[1:] if isinstance(a, torch.Tensor) and a.ndim > 1 else a for a in norm))
+            results = [group_norm_silu.group_norm_silu(n) for n in (norm, norm, alone)]
+            inputs = [[r[0], n, r[1]] for r, n in zip(results, (norm, norm, alone), strict=True)]
             results = [(y, *statistics) for y, statistics in results]
             one, head = slice(1, None), slice(None)
         # gradients of weights are sums over all images
@@ -204,22 +212,20 @@ class TestKernels:
     @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
     def test_several_tiles_of_a_program(self, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """How work is divided makes no difference where nothing is summed: large images have fewer, longer programs."""
-        args = arguments("group_norm_silu", GroupNormSilu((2, 8, 90, 91), 2, layout, modulation="both"), torch.float32)
-        x, groups, weight, bias, _, activation, scale, shift = args
-        results = []
+        case, results = GroupNormSilu((2, 8, 90, 91), 2, layout, modulation="both"), []
+        (norm,) = arguments("group_norm_silu", case, torch.float32)
         for spread in (group_norm_silu_common.SPREAD, 1):
             monkeypatch.setattr(group_norm_silu_common, "SPREAD", spread)
-            assert (group_norm_silu_common.split_of(x).steps_apply > 1) == (spread == 1)
-            y, statistics = group_norm_silu.group_norm_silu(*args)
-            rest = (groups, weight, bias, activation, scale, shift, statistics)
-            results.append([y, group_norm_silu.group_norm_silu_backward(y, x, *rest)[0]])
+            assert (group_norm_silu_common.split_of(norm.x).steps_apply > 1) == (spread == 1)
+            y, statistics = group_norm_silu.group_norm_silu(norm)
+            results.append([y, group_norm_silu.group_norm_silu_backward(y, norm, statistics)[0]])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     @pytest.mark.parametrize("shape", [(1, 6, 5, 7), (1, 4, 71, 67)], ids=("group", "split"))
     def test_a_constant_has_no_deviation(self, shape: tuple[int, ...]) -> None:
         """The mean as it is summed is off by some units in the last place: many times the square root of eps."""
         x = torch.full(shape, 1e5 / 3, device=DEVICE)
-        y, (mean, rstd) = group_norm_silu.group_norm_silu(x, 1, None, None, 1e-6, None, None, None)
+        y, (mean, rstd) = group_norm_silu.group_norm_silu(Norm(x, 1, eps=1e-6))
         assert (y == 0).all() and (mean == x[0, 0, 0, 0]).all()
         torch.testing.assert_close(rstd, torch.full_like(rstd, 1e3))
 
@@ -343,12 +349,8 @@ def test_refusals_say_what_is_needed() -> None:
     assert "torch.float64" in attention.attention_unsupported(q.double(), q.double(), q.double(), None, 1.0)
     assert "torch.float64" in attention.attention_unsupported(q, q, q, torch.zeros(1, 1, 4, 4).double(), 1.0)
     x = torch.zeros(2, 4, 6)
-    assert "contiguous" in group_norm_silu.group_norm_silu_unsupported(
-        x[..., ::2], 2, None, None, 1e-5, None, None, None
-    )
-    assert "weight" in group_norm_silu.group_norm_silu_unsupported(
-        x, 2, torch.zeros(4).double(), None, 1e-5, None, None, None
-    )
+    assert "contiguous" in group_norm_silu.group_norm_silu_unsupported(Norm(x[..., ::2], 2))
+    assert "weight" in group_norm_silu.group_norm_silu_unsupported(Norm(x, 2, torch.zeros(4).double()))
     if not RUNS_HERE:
         assert "CUDA" in attention.attention_unsupported(q, q, q, None, 1.0)
         assert "CUDA" in kernels.unavailable()

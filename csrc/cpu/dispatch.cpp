@@ -93,72 +93,54 @@ void set_isa(const std::string& name) {
     throw std::invalid_argument("set_isa: this CPU or build has no " + name);
 }
 
-void group_norm_silu(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address x, Address weight,
-                     Address bias, Address scale, Address shift, Address y, Address statistics, float eps,
-                     int threads) {
-    GroupNormSilu args{};
+namespace {
+
+template <class Args>
+Args norm_arguments(const NormRecord& record) {
+    Args args{};
+    int dtype;
+    Address x, weight, bias, scale, shift;
+    std::tie(dtype, args.channels_last, args.silu, args.batch, args.channels, args.spatial, args.groups, x, weight,
+             bias, scale, shift, args.eps, args.threads) = record;
     args.dtype = static_cast<Dtype>(dtype);
-    args.channels_last = channels_last;
-    args.silu = silu;
-    args.batch = shape[0], args.channels = shape[1], args.spatial = shape[2], args.groups = shape[3];
     args.x = pointer<const void>(x);
     args.weight = pointer<const float>(weight), args.bias = pointer<const float>(bias);
     args.scale = pointer<const float>(scale), args.shift = pointer<const float>(shift);
+    return args;
+}
+
+}  // namespace
+
+void group_norm_silu(const NormRecord& norm, Address y, Address statistics) {
+    auto args = norm_arguments<GroupNormSilu>(norm);
     args.y = pointer<void>(y);
     args.mean = pointer<float>(statistics), args.rstd = args.mean + args.batch * args.groups;
-    args.eps = eps;
-    args.threads = threads;
     check(chosen()->group_norm_silu(args));
 }
 
-void group_norm_stats(int dtype, bool channels_last, std::array<int64_t, 4> shape, Address x, Address moments,
-                      int threads) {
-    GroupNormSilu args{};
-    args.dtype = static_cast<Dtype>(dtype);
+void group_norm_stats(const NormRecord& norm, Address moments) {
+    auto args = norm_arguments<GroupNormSilu>(norm);
     args.phases = Phases::measure;
-    args.channels_last = channels_last;
-    args.batch = shape[0], args.channels = shape[1], args.spatial = shape[2], args.groups = shape[3];
-    args.x = pointer<const void>(x);
     args.moments = pointer<Moments>(moments);
-    args.threads = threads;
     check(chosen()->group_norm_silu(args));
 }
 
-void group_norm_apply(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address x,
-                      Address moments, Address weight, Address bias, Address scale, Address shift, Address y, float eps,
-                      int threads) {
-    GroupNormSilu args{};
-    args.dtype = static_cast<Dtype>(dtype);
+void group_norm_apply(const NormRecord& norm, Address moments, Address y) {
+    auto args = norm_arguments<GroupNormSilu>(norm);
     args.phases = Phases::apply;
-    args.channels_last = channels_last;
-    args.silu = silu;
-    args.batch = shape[0], args.channels = shape[1], args.spatial = shape[2], args.groups = shape[3];
-    args.x = pointer<const void>(x);
     args.moments = pointer<Moments>(moments);
-    args.weight = pointer<const float>(weight), args.bias = pointer<const float>(bias);
-    args.scale = pointer<const float>(scale), args.shift = pointer<const float>(shift);
     args.y = pointer<void>(y);
-    args.eps = eps;
-    args.threads = threads;
     check(chosen()->group_norm_silu(args));
 }
 
-void group_norm_silu_backward(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address grad,
-                              Address x, Address weight, Address bias, Address scale, Address shift, Address statistics,
-                              Address dx, Address dweight, Address dbias, Address dscale, Address dshift, int threads) {
-    GroupNormSiluBackward args{};
-    args.dtype = static_cast<Dtype>(dtype);
-    args.channels_last = channels_last;
-    args.silu = silu;
-    args.batch = shape[0], args.channels = shape[1], args.spatial = shape[2], args.groups = shape[3];
-    args.grad = pointer<const void>(grad), args.x = pointer<const void>(x);
-    args.weight = pointer<const float>(weight), args.bias = pointer<const float>(bias);
-    args.scale = pointer<const float>(scale), args.shift = pointer<const float>(shift);
+void group_norm_silu_backward(const NormRecord& norm, Address grad, Address statistics, Address dx, Address dweight,
+                              Address dbias, Address dscale, Address dshift) {
+    auto args = norm_arguments<GroupNormSiluBackward>(norm);
+    args.grad = pointer<const void>(grad);
     args.mean = pointer<const float>(statistics), args.rstd = args.mean + args.batch * args.groups;
     args.dx = pointer<void>(dx);
     args.dweight = pointer<float>(dweight), args.dbias = pointer<float>(dbias);
     args.dscale = pointer<float>(dscale), args.dshift = pointer<float>(dshift);
-    args.threads = threads;
     check(chosen()->group_norm_silu_backward(args));
 }
 

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace ldm {
@@ -18,21 +19,19 @@ void set_isa(const std::string& name);
 
 using Address = uintptr_t;
 
+// What the norm ops share: dtype, channels_last, silu, B, C, S, G, x, weight, bias, scale, shift, eps, threads.
+using NormRecord = std::tuple<int, bool, bool, int64_t, int64_t, int64_t, int64_t, Address, Address, Address, Address,
+                              Address, float, int>;
+
 // statistics: mean and rstd of each group, (2, B, G) in float32.
-void group_norm_silu(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address x, Address weight,
-                     Address bias, Address scale, Address shift, Address y, Address statistics, float eps, int threads);
+void group_norm_silu(const NormRecord& norm, Address y, Address statistics);
 
 // moments: (B, G, 3) in float64, count, mean and sum of squared deviations.
-void group_norm_stats(int dtype, bool channels_last, std::array<int64_t, 4> shape, Address x, Address moments,
-                      int threads);
+void group_norm_stats(const NormRecord& norm, Address moments);
+void group_norm_apply(const NormRecord& norm, Address moments, Address y);
 
-void group_norm_apply(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address x,
-                      Address moments, Address weight, Address bias, Address scale, Address shift, Address y, float eps,
-                      int threads);
-
-void group_norm_silu_backward(int dtype, bool channels_last, bool silu, std::array<int64_t, 4> shape, Address grad,
-                              Address x, Address weight, Address bias, Address scale, Address shift, Address statistics,
-                              Address dx, Address dweight, Address dbias, Address dscale, Address dshift, int threads);
+void group_norm_silu_backward(const NormRecord& norm, Address grad, Address statistics, Address dx, Address dweight,
+                              Address dbias, Address dscale, Address dshift);
 
 void attention(int dtype, int mask_kind, std::array<int64_t, 5> shape, Address q, Address k, Address v, Address mask,
                Address out, Address lse, std::array<int64_t, 3> q_stride, std::array<int64_t, 3> k_stride,

@@ -20,32 +20,32 @@ struct Moments {
 // The op in one go, or in two for an image in tiles: what the groups of each tile measure, then y from merged moments.
 enum class Phases { whole, measure, apply };
 
-// x and y (B, C, S) contiguous, or (B, S, C) if channels_last. weight and bias (C), scale and shift (B, C) in float32,
-// null where absent. mean and rstd (B, G), of `whole` alone; moments (B, G), written by `measure`, read by `apply`.
-struct GroupNormSilu {
+// The arguments that the norm ops share. x (B, C, S) is contiguous, or (B, S, C) if channels_last. weight and bias (C),
+// scale and shift (B, C) are float32, null if absent.
+struct Norm {
     Dtype dtype;
-    Phases phases;
     bool channels_last, silu;
     int64_t batch, channels, spatial, groups;
     const void* x;
     const float *weight, *bias, *scale, *shift;
-    void* y;
-    float *mean, *rstd;
-    Moments* moments;
     float eps;
     int threads;
 };
 
-// grad and dx like x. dweight, dbias (C), dscale, dshift (B, C) in float32, null where not wanted.
-struct GroupNormSiluBackward {
-    Dtype dtype;
-    bool channels_last, silu;
-    int64_t batch, channels, spatial, groups;
-    const void *grad, *x;
-    const float *weight, *bias, *scale, *shift, *mean, *rstd;
+// y like x. mean and rstd (B, G): of `whole` alone. moments (B, G): written by `measure`, read by `apply`.
+struct GroupNormSilu : Norm {
+    Phases phases;
+    void* y;
+    float *mean, *rstd;
+    Moments* moments;
+};
+
+// grad and dx like x. dweight, dbias (C), dscale, dshift (B, C) in float32, null if not wanted.
+struct GroupNormSiluBackward : Norm {
+    const void* grad;
+    const float *mean, *rstd;
     void* dx;
     float *dweight, *dbias, *dscale, *dshift;
-    int threads;
 };
 
 // q and out (B, H, N, D), k and v (B, H, M, D): strides in elements of the first three dimensions, the last one is 1.

@@ -11,11 +11,11 @@ from ldm_fast.ops.dispatch import check_impl, run, run_backward
 from ldm_fast.ops.op import (
     NO_SECOND_DERIVATIVE,
     Op,
-    _statistics_dtype,
     autocast_dtype,
     check_floating,
     check_no_tangent,
     no_gradient,
+    statistics_dtype,
 )
 from ldm_fast.ops.torch_private import autocast_may_be_on, tangents_may_exist
 
@@ -127,7 +127,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, impl: str):
     batch, heads, rows, width = q.shape
     out = q.new_empty((batch, rows, heads, width)).transpose(1, 2)
-    return out, q.new_empty((batch, heads, rows), dtype=_statistics_dtype(q))
+    return out, q.new_empty((batch, heads, rows), dtype=statistics_dtype(q))
 
 
 def _attention_backward(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldm_fast.ops.dispatch import check_impl, run
-from ldm_fast.ops.op import Op, _statistics_dtype, check_floating
+from ldm_fast.ops.op import Op, check_floating, statistics_dtype
 
 # ---- nearest_codebook ------------------------------------------------------------------------------------------------
 #
@@ -115,7 +115,7 @@ def _nearest_codebook_stats(z: Tensor, codebook: Tensor, impl: str) -> tuple[Ten
 
 def _nearest_codebook_stats_fake(z: Tensor, codebook: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     counts = z.new_empty(codebook.shape[:1], dtype=torch.int64)
-    sums = z.new_empty(codebook.shape, dtype=_statistics_dtype(z))
+    sums = z.new_empty(codebook.shape, dtype=statistics_dtype(z))
     return _nearest_codebook_fake(z, codebook, impl), counts, sums
 
 

@@ -7,10 +7,12 @@ whichever is the widest this CPU has, on the threads of the OpenMP runtime that 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm_fast.ops.arguments import Norm
 from ldm_fast.ops.native import extension, load_module
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -35,13 +37,6 @@ def _unsupported(**tensors: Tensor | None) -> str | None:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _parameter(tensor: Tensor | None) -> Tensor | None:
-    """Small vectors go to the kernels as contiguous float32."""
-    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
-        return tensor
-    return tensor.float().contiguous()
 
 
 # ---- attention ----
@@ -102,59 +97,60 @@ def attention_backward(
 # ---- group_norm_silu ----
 
 
-def group_norm_silu_unsupported(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> str | None:
+def group_norm_silu_unsupported(norm: Norm) -> str | None:
+    x, _, weight, bias, _, _, scale, shift = norm
     for tensor in (x, weight, bias, scale, shift):
         if tensor is not None and not (tensor.is_cpu and tensor.dtype in _DTYPES):
             return _unsupported(x=x, weight=weight, bias=bias, scale=scale, shift=shift)
     return None
 
 
-def _shape(x: Tensor, num_groups: int) -> tuple[bool, tuple[int, int, int, int]]:
-    """Whether x is channels_last and not contiguous, and (B, C, S, G)."""
+def _record(norm: Norm) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
+    """NormRecord of csrc/cpu/dispatch.h, and the vectors that it holds addresses of."""
+    x, groups, weight, bias, eps, activation, scale, shift = norm
     batch, channels, *spatial = x.shape
-    return not x.is_contiguous(), (batch, channels, math.prod(spatial), num_groups)
-
-
-def group_norm_silu(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.group_norm_silu`; x contiguous or channels_last."""
-    channels_last, shape = _shape(x, num_groups)
-    y = torch.empty_like(x)
-    batch, strides = shape[0], (shape[0] * num_groups, num_groups, 1)  # given, they make it cheaper than new_empty
-    statistics = x.new_empty_strided((2, batch, num_groups), strides, dtype=torch.float32)
-    weight, bias, scale, shift = _parameter(weight), _parameter(bias), _parameter(scale), _parameter(shift)
-    extension().group_norm_silu(
+    weight, bias, scale, shift = _vector(weight), _vector(bias), _vector(scale), _vector(shift)
+    record = (
         _DTYPES[x.dtype],
-        channels_last,
+        not x.is_contiguous(),
         activation == "silu",
-        shape,
+        batch,
+        channels,
+        math.prod(spatial),
+        groups,
         x.data_ptr(),
         _address(weight),
         _address(bias),
         _address(scale),
         _address(shift),
-        y.data_ptr(),
-        statistics.data_ptr(),
         eps,
         torch.get_num_threads(),
     )
+    return record, (weight, bias, scale, shift)
+
+
+def _vector(tensor: Tensor | None) -> Tensor | None:
+    """weight, bias, scale or shift as the kernels take it: contiguous, in float32."""
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.float().contiguous()
+
+
+def _like(gradient: Tensor | None, vector: Tensor | None) -> Tensor | None:
+    """The gradient in the dtype of its vector."""
+    if gradient is None or vector is None or gradient.dtype is vector.dtype:
+        return gradient
+    return gradient.to(vector.dtype)
+
+
+def group_norm_silu(norm: Norm) -> tuple[Tensor, Tensor]:
+    """See `reference.group_norm_silu`."""
+    record, _vectors = _record(norm)
+    x, groups, *_ = norm
+    y, batch = torch.empty_like(x), x.shape[0]
+    # Given, the strides make it cheaper than new_empty.
+    statistics = x.new_empty_strided((2, batch, groups), (batch * groups, groups, 1), dtype=torch.float32)
+    extension().group_norm_silu(record, y.data_ptr(), statistics.data_ptr())
     return y, statistics
 
 
@@ -164,93 +160,46 @@ def group_norm_stats_unsupported(x: Tensor, num_groups: int) -> str | None:
 
 def group_norm_stats(x: Tensor, num_groups: int) -> Tensor:
     """See `reference.group_norm_stats`; x contiguous or channels_last."""
-    channels_last, shape = _shape(x, num_groups)
     stats = x.new_empty((x.shape[0], num_groups, 3), dtype=torch.float64)
-    extension().group_norm_stats(
-        _DTYPES[x.dtype], channels_last, shape, x.data_ptr(), stats.data_ptr(), torch.get_num_threads()
-    )
+    record, _ = _record(Norm(x, num_groups))
+    extension().group_norm_stats(record, stats.data_ptr())
     return stats
 
 
-def group_norm_apply_unsupported(
-    x: Tensor,
-    stats: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> str | None:
-    return group_norm_silu_unsupported(x, num_groups, weight, bias, eps, activation, scale, shift)
+def group_norm_apply_unsupported(norm: Norm, stats: Tensor) -> str | None:
+    return group_norm_silu_unsupported(norm)
 
 
-def group_norm_apply(
-    x: Tensor,
-    stats: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> Tensor:
-    """See `reference.group_norm_apply`; x contiguous or channels_last, stats contiguous."""
-    channels_last, shape = _shape(x, num_groups)
-    y = torch.empty_like(x)
-    parameters = [_parameter(t) for t in (weight, bias, scale, shift)]
-    extension().group_norm_apply(
-        _DTYPES[x.dtype],
-        channels_last,
-        activation == "silu",
-        shape,
-        x.data_ptr(),
-        stats.data_ptr(),
-        *map(_address, parameters),
-        y.data_ptr(),
-        eps,
-        torch.get_num_threads(),
-    )
+def group_norm_apply(norm: Norm, stats: Tensor) -> Tensor:
+    """See `reference.group_norm_apply`; stats contiguous."""
+    record, _vectors = _record(norm)
+    y = torch.empty_like(norm.x)
+    extension().group_norm_apply(record, stats.data_ptr(), y.data_ptr())
     return y
 
 
 def group_norm_silu_backward(
-    grad: Tensor,
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    statistics: Tensor,
+    grad: Tensor, norm: Norm, statistics: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `reference.group_norm_silu_backward`; grad in the layout of x."""
-    channels_last, shape = _shape(x, num_groups)
-    grad = grad.to(x.dtype)
+    record, vectors = _record(norm)
+    x, grad = norm.x, grad.to(norm.x.dtype)
     if grad.stride() != x.stride():
         grad = torch.empty_like(x).copy_(grad)
     dx = torch.empty_like(x)
-    inputs = (weight, bias, scale, shift)
-    parameters = [_parameter(t) for t in inputs]
-    gradients = [None if t is None else torch.empty_like(t) for t in parameters]
+    gradients = [None if t is None else torch.empty_like(t) for t in vectors]
     extension().group_norm_silu_backward(
-        _DTYPES[x.dtype],
-        channels_last,
-        activation == "silu",
-        shape,
+        record,
         grad.data_ptr(),
-        x.data_ptr(),
-        *map(_address, parameters),
         statistics.data_ptr(),
         dx.data_ptr(),
         *map(_address, gradients),
-        torch.get_num_threads(),
     )
-    pairs = zip(gradients, inputs, strict=True)
-    return dx, *(g if g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in pairs)
+    pairs = zip(gradients, norm.vectors, strict=True)
+    dweight, dbias, dscale, dshift = (
+        g if t is None or g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in pairs
+    )
+    return dx, dweight, dbias, dscale, dshift
 
 
 # ---- nearest_codebook ----

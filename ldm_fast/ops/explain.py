@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ldm_fast.ops.arguments import Norm
 from ldm_fast.ops.dispatch import IMPLEMENTATIONS, consider
 
 
@@ -58,10 +59,9 @@ def _ordinary_arguments(op: str, device: str, dtype: torch.dtype) -> tuple[objec
     if op == "attention":
         return tensor(1, 2, 16, 40), tensor(1, 2, 77, 40), tensor(1, 2, 77, 40), None, 40**-0.5
     if op == "group_norm_silu":
-        return tensor(1, 64, 8, 8), 32, tensor(64), tensor(64), 1e-5, "silu", None, None
+        return (Norm(tensor(1, 64, 8, 8), 32, tensor(64), tensor(64)),)
     if op == "group_norm_stats":
         return tensor(1, 64, 8, 8), 32
     if op == "group_norm_apply":
-        stats = tensor(1, 32, 3).double()
-        return tensor(1, 64, 8, 8), stats, 32, tensor(64), tensor(64), 1e-5, "silu", None, None
+        return Norm(tensor(1, 64, 8, 8), 32, tensor(64), tensor(64)), tensor(1, 32, 3).double()
     return tensor(1, 16, 4), tensor(32, 4)

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_fast.ops.arguments import Norm, schema
 from ldm_fast.ops.dispatch import check_impl, run, run_backward
 from ldm_fast.ops.op import (
     NO_SECOND_DERIVATIVE,
     Op,
-    _statistics_dtype,
     check_floating,
     check_no_tangent,
     no_gradient,
+    statistics_dtype,
 )
-
-# ---- group_norm_silu -------------------------------------------------------------------------------------------------
 
 
 def group_norm_silu(
@@ -56,7 +55,8 @@ def group_norm_silu(
     _check_group_norm("group_norm_silu", x, num_groups)
     _check_affine("group_norm_silu", x, weight, bias, eps, activation, scale, shift)
     x = x if _is_dense(x) else x.contiguous()
-    return _group_norm_silu_op(x, num_groups, weight, bias, float(eps), activation or "", scale, shift, impl)[0]
+    y, _ = _group_norm_silu_op(x, num_groups, weight, bias, float(eps), activation or "", scale, shift, impl)
+    return y
 
 
 def _check_group_norm(op: str, x: Tensor, num_groups: int) -> None:
@@ -111,76 +111,65 @@ def _is_dense(x: Tensor) -> bool:
     return x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def _group_norm_silu(x, num_groups, weight, bias, eps, activation, scale, shift, impl):
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    if not args[0].numel():
+        return _forward_fake(*args)
+    return run("group_norm_silu", args[-1], (Norm._make(args[:-1]),))
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    x, num_groups = args[:2]
+    return torch.empty_like(x), x.new_empty((2, x.shape[0], num_groups), dtype=statistics_dtype(x))
+
+
+def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    norm, statistics, impl = Norm._make(args[:-2]), args[-2], args[-1]
+    x = norm.x
     if x.numel() == 0:
-        return _group_norm_silu_fake(x, num_groups, weight, bias, eps, activation, scale, shift, impl)
-    return run("group_norm_silu", impl, (x, num_groups, weight, bias, eps, activation or None, scale, shift))
-
-
-def _group_norm_silu_fake(x, num_groups, weight, bias, eps, activation, scale, shift, impl):
-    return torch.empty_like(x), x.new_empty((2, x.shape[0], num_groups), dtype=_statistics_dtype(x))
-
-
-def _group_norm_silu_backward(
-    grad, x, num_groups, weight, bias, eps, activation, scale, shift, statistics, impl
-) -> tuple[Tensor, ...]:
-    if x.numel() == 0:
-        fakes = _group_norm_silu_backward_fake(
-            grad, x, num_groups, weight, bias, eps, activation, scale, shift, statistics, impl
-        )
-        return tuple(t.zero_() for t in fakes)
+        return tuple(tensor.zero_() for tensor in _backward_fake(grad, *args))
     if grad.stride() != x.stride():
         grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
-    activation = activation or None
-    gradients = run_backward(
-        "group_norm_silu",
-        impl,
-        (x, num_groups, weight, bias, eps, activation, scale, shift),
-        (grad, x, num_groups, weight, bias, activation, scale, shift, statistics),
-    )
-    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+    gradients = run_backward("group_norm_silu", impl, (norm,), (grad, norm, statistics))
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _group_norm_silu_backward_fake(
-    grad, x, num_groups, weight, bias, eps, activation, scale, shift, statistics, impl
-) -> tuple[Tensor, ...]:
-    optional = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, bias, scale, shift))
-    return (torch.empty_like(x), *optional)
+def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    norm = Norm._make(args[:-2])
+    x = norm.x
+    return torch.empty_like(x), *(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in norm.vectors)
 
 
-def _group_norm_silu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, ctx.num_groups, weight, bias, ctx.eps, ctx.activation, scale, shift, ctx.impl = inputs
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, num_groups, weight, bias, eps, activation, scale, shift, impl = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight, bias, scale, shift, output[1])
+    ctx.constants = num_groups, eps, activation, impl
 
 
-def _group_norm_silu_autograd(ctx: Any, grad: Tensor, _grad_statistics: Tensor):
+def _autograd(ctx: Any, grad: Tensor, _grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, scale, shift, statistics = ctx.saved_tensors
-    dx, dweight, dbias, dscale, dshift = _group_norm_silu_backward_op(
-        grad, x, ctx.num_groups, weight, bias, ctx.eps, ctx.activation, scale, shift, statistics, ctx.impl
-    )
-    present = (
+    num_groups, eps, activation, impl = ctx.constants
+    norm = (x, num_groups, weight, bias, eps, activation, scale, shift)
+    gradients = _group_norm_silu_backward_op(grad, *norm, statistics, impl)
+    dx, dweight, dbias, dscale, dshift = (
         None if tensor is None else gradient
-        for tensor, gradient in ((weight, dweight), (bias, dbias), (scale, dscale), (shift, dshift))
+        for tensor, gradient in zip((x, weight, bias, scale, shift), gradients, strict=True)
     )
-    dweight, dbias, dscale, dshift = present
     return dx, None, dweight, dbias, None, None, dscale, dshift, None
 
 
 _group_norm_silu_op = Op(
-    "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, str activation, Tensor? scale, "
-    "Tensor? shift, str impl) -> (Tensor, Tensor)",
-    _group_norm_silu,
-    _group_norm_silu_fake,
-    backward=_group_norm_silu_autograd,
-    setup=_group_norm_silu_setup,
+    f"group_norm_silu({schema(Norm)}, str impl) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    backward=_autograd,
+    setup=_setup,
 )
 _group_norm_silu_backward_op = Op(
-    "group_norm_silu_backward(Tensor grad, Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, "
-    "str activation, Tensor? scale, Tensor? shift, Tensor statistics, str impl) "
+    f"group_norm_silu_backward(Tensor grad, {schema(Norm)}, Tensor statistics, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _group_norm_silu_backward,
-    _group_norm_silu_backward_fake,
+    _backward,
+    _backward_fake,
     backward=no_gradient(NO_SECOND_DERIVATIVE.format("group_norm_silu")),
 )
 
@@ -276,39 +265,35 @@ def group_norm_apply(
         raise ValueError(f"group_norm_apply: stats must be on the device of x ({x.device}), got {stats.device}")
     _check_affine("group_norm_apply", x, weight, bias, eps, activation, scale, shift)
     x, stats = x if _is_dense(x) else x.contiguous(), stats.contiguous()
-    return _group_norm_apply_op(x, stats, num_groups, weight, bias, float(eps), activation or "", scale, shift, impl)
+    return _group_norm_apply_op(x, num_groups, weight, bias, float(eps), activation or "", scale, shift, stats, impl)
 
 
-def _group_norm_stats(x: Tensor, num_groups: int, impl: str) -> Tensor:
-    if x.numel() == 0:
-        return _group_norm_stats_fake(x, num_groups, impl).zero_()
-    return run("group_norm_stats", impl, (x, num_groups))
+def _stats(x: Tensor, num_groups: int, impl: str) -> Tensor:
+    return run("group_norm_stats", impl, (x, num_groups)) if x.numel() else _stats_fake(x, num_groups, impl).zero_()
 
 
-def _group_norm_stats_fake(x: Tensor, num_groups: int, impl: str) -> Tensor:
+def _stats_fake(x: Tensor, num_groups: int, impl: str) -> Tensor:
     return x.new_empty((x.shape[0], num_groups, 3), dtype=torch.float64)
 
 
-def _group_norm_apply(x, stats, num_groups, weight, bias, eps, activation, scale, shift, impl) -> Tensor:
-    if x.numel() == 0:
-        return torch.empty_like(x)
-    return run("group_norm_apply", impl, (x, stats, num_groups, weight, bias, eps, activation or None, scale, shift))
+def _apply(*args: Any) -> Tensor:
+    norm, stats, impl = Norm._make(args[:-2]), args[-2], args[-1]
+    return run("group_norm_apply", impl, (norm, stats)) if norm.x.numel() else torch.empty_like(norm.x)
 
 
-def _group_norm_apply_fake(x, stats, num_groups, weight, bias, eps, activation, scale, shift, impl) -> Tensor:
-    return torch.empty_like(x)
+def _apply_fake(*args: Any) -> Tensor:
+    return torch.empty_like(args[0])
 
 
 _group_norm_stats_op = Op(
     "group_norm_stats(Tensor x, int num_groups, str impl) -> Tensor",
-    _group_norm_stats,
-    _group_norm_stats_fake,
+    _stats,
+    _stats_fake,
     backward=no_gradient("group_norm_stats: has no gradient; group_norm_silu, of the whole image, has one"),
 )
 _group_norm_apply_op = Op(
-    "group_norm_apply(Tensor x, Tensor stats, int num_groups, Tensor? weight, Tensor? bias, float eps, str activation, "
-    "Tensor? scale, Tensor? shift, str impl) -> Tensor",
-    _group_norm_apply,
-    _group_norm_apply_fake,
+    f"group_norm_apply({schema(Norm)}, Tensor stats, str impl) -> Tensor",
+    _apply,
+    _apply_fake,
     backward=no_gradient("group_norm_apply: has no gradient; group_norm_silu, of the whole image, has one"),
 )

@@ -1,7 +1,7 @@
 """The ops in plain PyTorch. This file defines what "correct" means; nothing here is fast.
 
-Every function has the name, the argument order and the results of its fast twins (`ldm_fast/cpu.py`,
-`ldm_fast/cuda.py`, `ldm_fast/kernels/`). float64 in means float64 throughout, which is what the tests compare against;
+Every function has the name, the argument order and the results of its fast twins (`cpu.py`, `cuda.py`,
+`ldm_fast/kernels/`). float64 in means float64 throughout, which is what the tests compare against;
 every other dtype computes in float32 and rounds once, on the way out.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ldm_fast.ops.arguments import Norm
 
 
 def unavailable() -> str | None:
@@ -19,7 +21,7 @@ def attention_unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, 
     return None
 
 
-def group_norm_silu_unsupported(x: Tensor, *_: object) -> str | None:
+def group_norm_silu_unsupported(norm: Norm) -> str | None:
     return None
 
 
@@ -27,7 +29,7 @@ def group_norm_stats_unsupported(x: Tensor, num_groups: int) -> str | None:
     return None
 
 
-def group_norm_apply_unsupported(x: Tensor, *_: object) -> str | None:
+def group_norm_apply_unsupported(norm: Norm, stats: Tensor) -> str | None:
     return None
 
 
@@ -94,27 +96,19 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     return exponentials / total.masked_fill(total == 0, 1.0), (largest + total.log())[..., 0]
 
 
-def group_norm_silu(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def group_norm_silu(norm: Norm) -> tuple[Tensor, Tensor]:
     """silu(group_norm(x) · (1 + scale) + shift), and the mean and 1/std of each group.
 
-    x (B, C, *spatial); weight, bias (C,); scale, shift (B, C). Returns y like x, mean and rstd as (2, B, num_groups).
+    Returns y like x, mean and rstd as (2, B, num_groups).
     """
+    x = norm.x
     dtype = _accumulation_dtype(x)
-    groups = x.to(dtype).reshape(x.shape[0], num_groups, -1)  # (B, G, C/G · spatial)
+    groups = x.to(dtype).reshape(x.shape[0], norm.num_groups, -1)  # (B, G, C/G · spatial)
     mean = groups.mean(-1)  # (B, G)
     mean = mean + (groups - mean[..., None]).mean(-1)  # the rounding of a mean far above the deviation would show in x̂
-    rstd = ((groups - mean[..., None]).square().mean(-1) + eps).rsqrt()  # (B, G)
-    h = _modulated(_normalised(x, num_groups, mean, rstd), weight, bias, scale, shift)
-    y = h * torch.sigmoid(h) if activation == "silu" else h
+    rstd = ((groups - mean[..., None]).square().mean(-1) + norm.eps).rsqrt()  # (B, G)
+    h = _modulated(_normalised(x, norm.num_groups, mean, rstd), norm)
+    y = h * torch.sigmoid(h) if norm.activation == "silu" else h
     return _like(y, x), torch.stack([mean, rstd])
 
 
@@ -126,48 +120,33 @@ def group_norm_stats(x: Tensor, num_groups: int) -> Tensor:
     return torch.stack([torch.full_like(mean, groups.shape[-1]), mean, squares], dim=-1)
 
 
-def group_norm_apply(
-    x: Tensor,
-    stats: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> Tensor:
+def group_norm_apply(norm: Norm, stats: Tensor) -> Tensor:
     """`group_norm_silu` of x, a part of what `stats` (B, num_groups, 3) were measured on."""
+    x = norm.x
     dtype = _accumulation_dtype(x)
     count, mean, squares = stats.double().unbind(-1)  # (B, G) each
-    rstd = (squares / count + eps).rsqrt()
+    rstd = (squares / count + norm.eps).rsqrt()
     rest = (mean - mean.to(dtype)) * rstd  # what rounding the mean loses shows in x̂ if it is far above the deviation
-    x_hat = _normalised(x, num_groups, mean.to(dtype), rstd.to(dtype)) - _per_group(rest.to(dtype), x, num_groups)
-    h = _modulated(x_hat, weight, bias, scale, shift)
-    return _like(h * torch.sigmoid(h) if activation == "silu" else h, x)
+    x_hat = _normalised(x, norm.num_groups, mean.to(dtype), rstd.to(dtype))
+    h = _modulated(x_hat - _per_group(rest.to(dtype), x, norm.num_groups), norm)
+    return _like(h * torch.sigmoid(h) if norm.activation == "silu" else h, x)
 
 
 def group_norm_silu_backward(
-    grad: Tensor,
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    statistics: Tensor,
+    grad: Tensor, norm: Norm, statistics: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `group_norm_silu` for x, weight, bias, scale and shift; y is recomputed from x.
 
     With x̂ the normalised x and g = dL/dx̂: dx = rstd · (g - mean(g) - x̂ · mean(g ∘ x̂)), means over a group.
     """
+    x, num_groups = norm.x, norm.num_groups
+    weight, bias, scale, shift = norm.vectors
     dtype = _accumulation_dtype(x)
     mean, rstd = statistics.to(dtype)
     x_hat = _normalised(x, num_groups, mean, rstd)  # (B, C, *spatial)
-    h = _modulated(x_hat, weight, bias, scale, shift)
+    h = _modulated(x_hat, norm)
     grad = grad.to(dtype)
-    if activation == "silu":
+    if norm.activation == "silu":
         s = torch.sigmoid(h)
         grad = grad * s * (1 + h * (1 - s))  # dL/dh
     spatial = tuple(range(2, x.ndim))
@@ -197,9 +176,8 @@ def _normalised(x: Tensor, num_groups: int, mean: Tensor, rstd: Tensor) -> Tenso
     return (x.to(mean.dtype) - _per_group(mean, x, num_groups)) * _per_group(rstd, x, num_groups)
 
 
-def _modulated(
-    x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
-) -> Tensor:
+def _modulated(x_hat: Tensor, norm: Norm) -> Tensor:
+    weight, bias, scale, shift = norm.vectors
     h = x_hat
     if weight is not None:
         h = h * _per_channel(weight.to(h.dtype)[None], h)
