@@ -36,6 +36,16 @@ class Launch(NamedTuple):
             self.kernel[(self.programs,)](*self.args, **self.keywords)
 
 
+def cdiv(n: int, step: int) -> int:
+    """n / step, rounded up. Triton's own takes 5 µs on the host, and a launch asks for several."""
+    return -(-n // step)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, for n above 0."""
+    return 1 << (n - 1).bit_length()
+
+
 def interpreting() -> bool:
     """Whether Triton decorates kernels for its CPU interpreter (it reads the same variable at the decoration)."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -61,12 +71,13 @@ def refuse(x: torch.Tensor) -> str | None:
         return "Triton's interpreter computes bfloat16 wrongly" if x.dtype == torch.bfloat16 else None
     if not x.is_cuda:
         return f"the Triton kernels need tensors on a CUDA GPU, not on {x.device}"
-    major, minor = _capability(x.device)
+    major, minor = capability(x.device)
     if (major, minor) < _OLDEST:
         return f"the Triton kernels need a GPU of compute capability 8.0 or newer, {x.device} has {major}.{minor}"
     return None
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU."""
     return torch.cuda.get_device_capability(device)

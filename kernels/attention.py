@@ -1,13 +1,15 @@
-"""Fused attention in Triton: out = softmax(q kᵀ · scale + mask) v, deterministic; the backward pass is beside it.
+"""Fused attention in Triton: out = softmax(q kᵀ · scale + mask) v, deterministic. The backward pass has its own file.
 
-Short    M <= 128: a program keeps all of K and V, walks over its query tiles and needs one softmax pass without
-         rescaling.
-Long     A program owns a tile of queries and walks over the keys, with Milakov and Gimelshein's online softmax
-         (arXiv:1805.02867) as in FlashAttention-2 (arXiv:2307.08691).
-Wide     A head too wide to be kept: as long, but a program owns a piece of the output's columns and recomputes the
-         scores, D0 columns at a time.
+Short    At most 128 keys, 96 with a mask: a program keeps all of K and V, walks over its tiles of queries, and needs
+         one pass of softmax without rescaling. 77 keys are 80, not 128 as in the long form: (2, 8, 4096, 77, 40) takes
+         1.01 GFLOP instead of 1.61, in 128 registers instead of 233.
+Long     A program owns a tile of queries and walks over the keys with Milakov and Gimelshein's online softmax
+         (arXiv:1805.02867), as in FlashAttention-2 (arXiv:2307.08691).
+Wide     A head of more than 256 columns: as the long form, but a program owns a piece of the output's columns
+         (PIECES > 1) and recomputes the scores, D0 columns at a time. A program that keeps all of 512 columns takes
+         135 KB of shared memory and computes half of its products twice.
 
-Layouts, and tiles in two pieces: `attention_common`.
+Figures are for sm_80, by `benchmarks/gpu_static.py`. Layouts, and tiles in two pieces: `attention_common`.
 """
 
 import torch
@@ -15,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Launch, refuse, unavailable
+from . import Launch, capability, cdiv, refuse, unavailable
 from .attention_backward import attention_backward
 from .attention_common import (
     GENERAL,
@@ -41,10 +43,11 @@ from .attention_common import (
 
 __all__ = ["attention", "attention_backward", "attention_unsupported", "unavailable"]
 
-SHORT_WIDTH = 192  # widest head whose keys a program keeps
-# Keys, and keys times columns, both padded, that a program keeps: sm_86, sm_89 and sm_120 have 99 KB for it
+SHORT_WIDTH = 192  # the widest head whose keys a program keeps
+# The most keys, and keys times columns, both padded, that a program keeps: sm_86, sm_89 and sm_120 have 99 KB for it.
 SHORT_UNMASKED, SHORT_MASKED = (128, 16384), (96, 12800)
 WIDEST = 1024
+TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -93,7 +96,7 @@ def _forward_short(
             p1 = p1.to(v.dtype.element_ty)
         share = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
 
-        # one piece of the output after the other: together they may be more than the registers hold
+        # one piece of the output after the other: both may be more than the registers hold
         acc = tl.dot(p0, v00, input_precision="ieee")  # (BLOCK_N, D0)
         if M1 > 0:
             acc = dot(p1, v10, acc)
@@ -170,7 +173,11 @@ def attention_unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, 
         return f"the Triton kernel takes heads of at most {WIDEST} columns, not {q.shape[-1]}"
     if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (q, k, v)):
         return "the Triton kernel needs q, k and v with a unit last stride: call .contiguous() first"
-    return refuse(q)
+    reason = refuse(q)
+    if reason is None and q.is_cuda and TRITON < (3, 3) and capability(q.device) >= (9, 0):
+        # an assertion in its compiler, for the backward pass of 77 keys and for heads wider than 256
+        return f"Triton {triton.__version__} aborts the process for this GPU: `pip install 'triton>=3.3'` (PyTorch 2.7)"
+    return reason
 
 
 def forward_launches(inputs: Inputs, out: Tensor, lse: Tensor) -> list[Launch]:
@@ -185,17 +192,17 @@ def forward_launches(inputs: Inputs, out: Tensor, lse: Tensor) -> list[Launch]:
         block, warps = 64, 4
         if (d0, d1) == (128, 0):  # 16 more keys are too few columns for the warps of a smaller tile
             block, warps = 128, 8
-            options["num_stages"] = 1  # two tiles of queries and the keys are more than 99 KB
-        # more tiles per program spread the loading of k and v, fewer leave programs for every processor
+            options["num_stages"] = 1  # two tiles of queries and the keys take more than 99 KB
+        # more tiles to a program: k and v are loaded less often; fewer: there are programs for every multiprocessor
         tiles = max(1, min(4, n // (8 * block)))
         options.update(D0=d0, D1=d1, M0=m0, M1=m1, BLOCK_N=block, num_warps=warps)
-        programs = b * h * triton.cdiv(n, block * tiles)
+        programs = b * h * cdiv(n, block * tiles)
         return [launch_of(_forward_short, programs, (*args, tiles, scale * LOG2E.value), options)]
     division = plan(d, inputs.half, masked)
     if division.columns["PIECES"] > 1 and m % division.step:
-        division = division._replace(step=16)  # the condition on the keys takes registers
+        division = division._replace(step=16)  # bounding the keys takes registers
     if division.columns["PIECES"] > 1 and not inputs.half:
-        options["num_stages"] = 1  # and so do float32 tiles that are loaded ahead
+        options["num_stages"] = 1  # loading float32 tiles ahead takes over 255 registers
     options.update(REGISTERS, BLOCK_N=division.own, BLOCK_M=division.step, BOUND=m % division.step > 0)
     return [division.launch(_forward_long, b * h, n, (*args, d, scale * LOG2E.value), options)]
 

@@ -2,14 +2,18 @@
 
 p = exp(s - lse);  dv = pᵀ g;  dp = g vᵀ;  ds = p (dp - Σ p dp);  dq = scale · ds k;  dk = scale · dsᵀ q
 
-Short    M <= 128: a program keeps all of K and V, computes each score once, writes dq, and leaves one partial dk and
-         dv, summed afterwards in fixed order.
-Long     A program owns a tile of queries (dq) or of keys (dk and dv) and walks over the other side. Where registers
-         hold dk or dv, but not both, each has programs of its own.
-Wide     A head too wide to be kept: as long, but a program owns a piece of the gradient's columns and recomputes the
-         scores, D0 columns at a time.
+Short    At most 128 keys and 80 columns: a program keeps all of K and V, computes each score once, writes dq, and
+         leaves a partial dk and dv, which are summed afterwards in fixed order. Five products per tile instead of the
+         long form's seven: (2, 8, 4096, 77, 40) takes 3.36 GFLOP instead of 5.03, and the long form has no more than
+         32 programs for dk and dv.
+Long     A program owns a tile of queries (dq) or of keys (dk and dv) and walks over the other side.
+Wide     A head too wide to be kept: as the long form, but a program owns a piece of the gradient's columns
+         (PIECES > 1) and recomputes the scores, D0 columns at a time.
+Apart    Heads of which the registers hold dk or dv, but not both: each has programs of its own (APART). A program of
+         both spills at 160 columns, and at 512 in pieces of 256; in pieces of 128 it does not, but recomputes the
+         scores twice as often, which makes a quarter more products.
 
-Layouts, and tiles in two pieces: `attention_common`.
+Figures are for sm_80, by `benchmarks/gpu_static.py`. Layouts, and tiles in two pieces: `attention_common`.
 """
 
 import torch
@@ -17,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Launch
+from . import Launch, cdiv, next_power_of_2
 from .attention_common import (
     BOTH,
     GENERAL,
@@ -43,8 +47,8 @@ from .attention_common import (
     zeros2,
 )
 
-SHORT_KEYS = 128  # keys that a program keeps
-SHORT_GRADIENT = 80  # widest head whose dk and dv for all those keys stay in a program's registers
+SHORT_KEYS = 128  # the most keys that a program keeps
+SHORT_GRADIENT = 80  # the widest head whose dk and dv for all those keys stay in a program's registers
 
 
 @triton.jit
@@ -52,7 +56,7 @@ def _recompute(
     k0, k1, v0, v1, q0, q1, g0, g1, row_lse, scale_log2, mask, mask_n, mask_m, row, N, key, M,
     D1: tl.constexpr, PER_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """p and dp of some keys, transposed.  # (keys, BLOCK_N)"""
+    """p and dp of some keys, transposed.  # (M0 or M1, BLOCK_N)"""
     s = product(k0, k1, q0, q1, D1)
     s = scores(s, scale_log2, mask, mask_n, mask_m, row[None, :], N, key[:, None], M, PER_QUERY, True)
     return probabilities(s, row_lse, mask), product(v0, v1, g0, g1, D1)
@@ -68,9 +72,9 @@ def _backward_short(
 ):  # fmt: skip
     """tiles · BLOCK_N queries of one head: their dq, and what they add to dk and dv.
 
-    Tiles are transposed, keys × queries, each warp with 16 keys of its own: keys and their gradients then take few
-    registers, and p and ds are left operands as they come. Of a second piece, 16 keys, the warps divide queries and
-    columns, which 16 columns would be too few for: then all columns are one piece.
+    Tiles are transposed, keys × queries, and each warp has 16 keys of its own: keys and their gradients then take few
+    registers, and p and ds are left operands as they are. A second piece has only 16 keys, so there the warps divide
+    queries and columns. A second piece of 16 columns would be too narrow for that: all columns are one piece then.
     """
     tl.static_assert(M1 == 0 or D1 == 0)
     pid, groups = tl.program_id(0), tl.cdiv(N, BLOCK_N * tiles)
@@ -124,8 +128,8 @@ def _backward_short(
             dk_rest = dot(ds_rest, q0, dk_rest)
 
         # In branches of their own: the compiler divides products that it sees together among the warps in one way, and
-        # keys times columns is not the way for queries times columns. As right operands the keys come from the
-        # first-level cache: they would fill the registers of every warp.
+        # what suits keys times columns does not suit queries times columns. The keys are loaded once more, from the
+        # first-level cache: as right operands they would fill the registers of every warp.
         if first + tile * BLOCK_N < N:
             right = load(k, key, M, k_m * UNIT, tl.arange(0, D0), D)
             part = tl.dot(tl.trans(ds), right, input_precision="ieee")  # (BLOCK_N, D0)
@@ -224,9 +228,9 @@ def _key_gradients(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """The columns from `start` on of dk and dv, or of that which is not None, of the keys `key` of one head.
+    """dk and dv, or whichever is not None, of one head's keys `key`, in the columns from `start` on.
 
-    The pointers are to that head. Scores are transposed, keys × queries, so that they are left operands as they come.
+    The pointers are to that head. Scores are transposed, keys × queries, so that they are left operands as they are.
     Keys beyond M need no care: a key's row of the gradients depends on that key alone, and those rows are not stored.
     """
     if PIECES == 1:
@@ -269,8 +273,9 @@ def _backward_keys(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PIECES: tl.constexpr, APART: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNIT: tl.constexpr, PER_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (one piece of their columns; APART: one of the two) of BLOCK_M keys of one head; reads q, grad, lse and
-    delta once.
+    """dk and dv of BLOCK_M keys of one head: one piece of their columns and, if APART, one of the two.
+
+    Reads q, grad, lse and delta once.
     """
     PARTS: tl.constexpr = 2 * PIECES if APART else PIECES
     pid, tiles = tl.program_id(0), tl.cdiv(M, BLOCK_M)
@@ -312,17 +317,17 @@ def backward_launches(
     strides, options = inputs.strides(grad, q, k, v)
     options["num_stages"] = 1
     if m <= SHORT_KEYS and inputs.half and d <= SHORT_GRADIENT:
-        (d0, d1), (m0, m1) = pieces_of(d), (max(16, triton.next_power_of_2(m)), 0)
+        (d0, d1), (m0, m1) = pieces_of(d), (max(16, next_power_of_2(m)), 0)
         if mask is None and 16 < d <= 64 and pieces_of(m) == (64, 16):
-            # 80 keys instead of 128 save more than 64 columns instead of 48 cost
-            (d0, d1), (m0, m1) = (triton.next_power_of_2(d), 0), (64, 16)
+            # 80 keys instead of 128 save more than 64 columns instead of 48 cost: 17 % fewer products
+            (d0, d1), (m0, m1) = (next_power_of_2(d), 0), (64, 16)
         block = 64 if d0 + d1 <= 48 else 16 if masked and d > 64 else 32
         tiles = max(1, min(16, n // (8 * block)))
-        groups = triton.cdiv(n, block * tiles)
+        groups = cdiv(n, block * tiles)
         parts = torch.empty((2, b * h * groups, m, d), dtype=torch.float32, device=q.device)
         options.update(D0=d0, D1=d1, M0=m0, M1=m1, BLOCK_N=block, num_warps=8 if m0 > 64 else 4)
         args = (*tensors, lse, dq, *parts, *strides, h, n, m, tiles, *scales)
-        add, blocks = {"D": d, "BLOCK": 256, "num_warps": 2}, triton.cdiv(m * d, 256)
+        add, blocks = {"D": d, "BLOCK": 256, "num_warps": 2}, cdiv(m * d, 256)
         return [
             launch_of(_backward_short, b * h * groups, args, options),
             Launch(_sum_parts, b * h * blocks, (*parts, dk, dv, h, m, groups), add, 8),

@@ -1,12 +1,13 @@
-"""What the attention kernels share: layout, tiles in two pieces, scores and probabilities, how work is divided.
+"""What the attention kernels share: layouts, tiles in two pieces, scores and probabilities, how work is divided.
 
-Layout   q (B, H, N, D), k and v (B, H, M, D), any strides with a unit last one; out and the gradients are
+Layout   q is (B, H, N, D), k and v are (B, H, M, D), with any strides but a unit last one. out and the gradients are
          (B, H, N, D) tensors whose memory is (B, N, H, D), so that the projection after them reads them without a copy.
          lse (B, H, N) is the natural logarithm of each row's sum of exponentials; -inf marks a fully masked row, whose
          output is zero.
 Widths   A tile's width is a power of two. Instead of padding 40 to 64, a width is two pieces: 40 = 32 + 16,
-         80 = 64 + 16, 160 = 128 + 32, and 77 keys = 64 + 16. Columns beyond the width are loaded as zeros.
-Scores   are kept in units of log2: exp2 is what the hardware computes.
+         80 = 64 + 16, 160 = 128 + 32, and 77 keys = 64 + 16. Columns beyond the width are loaded as zeros. Padded,
+         these three heads take 1.33 to 1.6 times the matrix instructions, and the forward pass spills.
+Scores   They are in units of log2: exp2 is what the hardware computes.
 
 How work is divided depends on N, M and D alone, never on B or H, and nothing is accumulated with atomics: a row of a
 batch has the same bits as the row alone.
@@ -20,19 +21,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Launch
+from . import Launch, cdiv
 
-BOTH, ONE = 128, 160  # widest heads of which a long program keeps both dk and dv of its keys, and one of them
+BOTH, ONE = 128, 160  # the widest heads of which a long program keeps both dk and dv of its keys, and one of them
 RESIDENT_WARPS = 8  # that a multiprocessor is meant to hold: two for each scheduler, at up to 255 registers a thread
-# As many registers as RESIDENT_WARPS leave: left alone, the compiler makes room for more programs and spills, for sm_80
-# in the forward pass of 32 columns, for sm_100 in wide heads.
+# As many registers as RESIDENT_WARPS leave. Left alone, the compiler makes room for more programs and spills: for sm_80
+# in the forward pass of 32 columns, for sm_100 in the backward pass of 512.
 REGISTERS = {"maxnreg": 255}
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32
 INF = tl.constexpr(float("inf"))
-# Arguments of which a kernel needs to know nothing in advance: what matters of strides is in UNIT. So one compiled
-# kernel serves every number of images, heads, queries and keys that is divided alike.
+# Arguments that a kernel is not specialised for: UNIT says what matters about strides. So one compiled kernel serves
+# every number of images, heads, queries and keys that is divided in the same way.
 GENERAL = (
     *("g_b", "g_h", "g_n", "q_b", "q_h", "q_n", "k_b", "k_h", "k_m", "v_b", "v_h", "v_m", "o_b", "o_h", "o_n"),
     *("H", "N", "M", "width", "tiles", "groups"),
@@ -134,10 +135,11 @@ def wide_product(a, a_row, a_rows, a_stride, b, b_row, b_rows, b_stride, width, 
 
 @triton.jit
 def scores(s, scale_log2, mask, mask_n, mask_m, row, rows, key, keys, PER_QUERY: tl.constexpr, BOUND: tl.constexpr):
-    """s · scale + mask in units of log2, s = q kᵀ; BOUND: -inf for keys beyond the last one.
+    """s · scale + mask in units of log2, for s = q kᵀ. BOUND: -inf for keys beyond the last one.
 
     row and key are (R, 1) and (1, S), or (1, R) and (S, 1) for a transposed tile. A mask with one value per key (key
-    padding) is read once per key. A boolean mask arrives as uint8.
+    padding) is read once per key. A boolean mask arrives as uint8. If no tile goes beyond the last key, the bound would
+    be 7 % of the long form's instructions.
     """
     s = s * scale_log2
     if mask is not None:
@@ -198,8 +200,9 @@ class Inputs(NamedTuple):
     def strides(self, *tensors: Tensor) -> tuple[list[int], dict[str, Any]]:
         """Strides of tensors and mask as kernels take them, and the constants that go with them.
 
-        Triton knows of an integer argument only whether 16 divides it. Rows of 40 halves start at multiples of 16 bytes
-        all the same, so strides are passed in units, of 16 bytes at most, that the kernel multiplies out.
+        All that Triton knows about an integer argument is whether 16 divides it. 16 does not divide 40, and yet rows of
+        40 halves start at multiples of 16 bytes. So strides are passed in units of at most 16 bytes, which the kernel
+        multiplies out.
         """
         strides = [stride for x in tensors for stride in _strides(x)[:-1]]
         unit = math.gcd(16 // self.q.element_size(), *strides)
@@ -209,7 +212,7 @@ class Inputs(NamedTuple):
 
 
 def _strides(x: Tensor) -> list[int]:
-    """Strides; those of a dimension of one element are never used, may be anything, and are zero here."""
+    """Strides, with zero for a dimension of one element: it is never used and may be anything."""
     return [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True)]
 
 
@@ -222,37 +225,37 @@ def empty_like(x: Tensor) -> Tensor:
 class Plan(NamedTuple):
     """How a long kernel divides the work."""
 
-    columns: dict[str, int]  # the two pieces of a head that a program keeps whole, or the pieces of a wider one
+    columns: dict[str, int]  # D0, D1 and PIECES: the two pieces of a head that is kept whole, or those of a wider one
     own: int  # rows that a program owns
     step: int  # rows of a step along the other side
     warps: int
 
     def launch(self, kernel: Any, heads: int, rows: int, args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
         """`kernel` for the tiles of `rows` rows, and for each piece of their columns."""
-        programs = heads * triton.cdiv(rows, self.own) * self.columns["PIECES"]
+        programs = heads * cdiv(rows, self.own) * self.columns["PIECES"]
         return launch_of(kernel, programs, args, {**options, **self.columns, "num_warps": self.warps})
 
 
 def launch_of(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
-    """A launch of which a multiprocessor is meant to hold RESIDENT_WARPS."""
+    """A launch such that a multiprocessor is meant to hold RESIDENT_WARPS of it."""
     return Launch(kernel, programs, args, options, RESIDENT_WARPS // options["num_warps"])
 
 
 def plan(d: int, half: bool, masked: bool, backward: bool = False, keys: bool = False) -> Plan:
     """The largest tiles that the compiler fits into the registers of sm_80 without spilling.
 
-    half: two bytes per element; masked: the mask's values take registers, too; keys: a program owns keys (for dk, dv or
-    both) rather than queries.
+    half: an element has two bytes; masked: the mask's values take registers, too; keys: a program owns keys (for dk, dv
+    or both) rather than queries.
     """
     narrow, piece = 256 if half else 128, 256 if half and not masked else 128
     if keys:
         narrow, piece = ONE if half else BOTH, 128 if half and d > 192 else 64
-        if half and not masked and d > 256 and triton.cdiv(d, 128) % 2 == 0:
-            piece = 256  # of one gradient: scores for fewer pieces, and no more padding
+        if half and not masked and d > 256 and cdiv(d, 128) % 2 == 0:
+            piece = 256  # of one gradient: scores are computed for fewer pieces, with no more padding
     elif backward and not half:
         narrow, piece = 80, 64
     d0, d1 = pieces_of(d) if d <= narrow else (piece, 0)
-    pieces = 1 if d <= narrow else triton.cdiv(d, piece)
+    pieces = 1 if d <= narrow else cdiv(d, piece)
     width = d0 + d1
     if not half:
         own, step, warps = 32, 16 if keys else 32, 8

@@ -1,13 +1,13 @@
-"""Fused group norm and SiLU in Triton, deterministic; the backward pass is beside it.
+"""Fused group norm and SiLU in Triton, deterministic. The backward pass has its own file.
 
-h = ((x - mean) · rstd · weight + bias) · (1 + scale) + shift;  y = silu(h) or h; mean and rstd of a group in float32
+h = ((x - mean) · rstd · weight + bias) · (1 + scale) + shift;  y = silu(h) or h;  mean and rstd of a group in float32
 
-On chip  A group that fits into a program's registers: one read and one write.
+On chip  A group that fits into a program's registers: x is read once and y written once.
 Split    A larger group: `_stats` reads x and leaves each channel's mean and squared deviation per chunk of pixels,
          `_merge` joins them in fixed order (Chan et al. 1979), `_apply` reads x again and writes y.
 
-Deviations are taken from a mean already known, never E[x²] - E[x]²: mean 1000 and deviation 1 keep their digits.
-Layouts and tiles: `group_norm_silu_common`.
+Deviations are taken from a mean that is already known, never as E[x²] - E[x]²: mean 1000 and deviation 1 keep their
+digits. Layouts and tiles: `group_norm_silu_common`.
 """
 
 import torch
@@ -94,7 +94,7 @@ def _stats(
 ):  # fmt: skip
     """Mean and squared deviation of CHANNELS channels over steps · PIXELS pixels; grid (chunks · channel tiles · B).
 
-    Every element of the tile follows its own mean (Welford 1962); they are joined once, at the end.
+    Every element of the tile follows a mean of its own (Welford 1962); the means are joined once, at the end.
     """
     C, S, b, channel, exists, chunk = some_channels(tl.program_id(0), C, S, chunks, CHANNELS, UNIT, CHANNELS_LAST)
     center = tl.zeros((CHANNELS, PIXELS), tl.float32)
@@ -127,7 +127,7 @@ def _merge(means, deviations, mean, rstd, S, G, width, chunks, pixels, eps, BLOC
     means += pid.to(tl.int64) * parts
     deviations += pid.to(tl.int64) * parts
     total = 1.0 * width * S
-    first = tl.load(means)  # sums of differences from it keep the digits that sums of the means would lose
+    first = tl.load(means)  # sums of differences from it keep digits that sums of the means would lose
     acc = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, parts, BLOCK):
         part = start + tl.arange(0, BLOCK)
@@ -152,7 +152,7 @@ def _apply(
 ):  # fmt: skip
     """y of CHANNELS channels and steps · PIXELS pixels from known statistics; grid (chunks · channel tiles · B).
 
-    Moves x and y once; what belongs to a channel is read and worked out once, before the loop.
+    Moves x and y once. What belongs to a channel is read and worked out once, before the loop.
     """
     C, S, b, channel, exists, chunk = some_channels(tl.program_id(0), C, S, chunks, CHANNELS, UNIT, CHANNELS_LAST)
     _, center, inverse, factor, offset = known_groups(

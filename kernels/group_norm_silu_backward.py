@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm_fast.ops.arguments import Norm
 
-from . import Launch
+from . import Launch, cdiv
 from .group_norm_silu_common import (
     GENERAL,
     ON_CHIP,
@@ -206,7 +206,7 @@ def backward_launches(grad: Tensor, norm: Norm, statistics: Tensor, gradients: G
         ]
     if any(gradient is not None for gradient in of_vectors):
         args = (*sums, norm.weight, norm.bias, norm.scale, *of_vectors, b, c)
-        launches.append(Launch(_grad_parameters, triton.cdiv(c, 64), args, {"BLOCK": 64, "num_warps": 1}))
+        launches.append(Launch(_grad_parameters, cdiv(c, 64), args, {"BLOCK": 64, "num_warps": 1}))
     return launches
 
 

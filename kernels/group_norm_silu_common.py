@@ -3,9 +3,11 @@
 Layout   x is (B, C, S) seen with two strides: contiguous (S, 1) or channels_last (1, C). A tile is CHANNELS × PIXELS.
          Its longer side is what is read in a row, so one kernel serves both layouts. weight, bias and the modulation
          are one number per channel: nothing is divided per element.
-On chip  A group that fits into the registers of one program has a program of its own.
+On chip  A group that fits into the registers of one program has a program of its own: x is read once instead of twice.
 Split    A larger group is divided into tiles of channels and chunks of pixels. Any tile may hold channels of several
-         groups, so one wide group is split in the same way as many narrow ones.
+         groups, so one wide group is split in the same way as many narrow ones. Small groups of a channels_last tensor
+         are split, too, if on chip they would be read in crumbs: 10 channels of float16 are 20 bytes per pixel, and
+         none of their 16 loads has 128 bits; split, all 4 do.
 
 How work is divided depends on C, S and the layout alone, never on B: an image has the same bits in any batch.
 """
@@ -20,13 +22,14 @@ from torch import Tensor
 
 from ldm_fast.ops.arguments import Norm
 
-from . import Launch
+from . import Launch, cdiv, next_power_of_2
 
 ON_CHIP = 16384  # padded elements of a group that one program keeps; its backward keeps two tensors
 TILE = 4096  # elements of a tile of the split form
 ROW_BYTES = 128  # the least that is read in a row of a channels_last tensor
 CHUNKS = 256  # the most partial results per channel
-# An image divided into more tiles than SPREAD is applied by programs of several tiles each, of STEPS at most.
+# An image of more than SPREAD tiles is normalised by programs of several tiles each, at most STEPS: a fourth to a third
+# of `_apply`'s instructions stand before its loop over tiles.
 SPREAD, STEPS = 1024, 8
 RESIDENT_WARPS = 16  # that a multiprocessor is meant to hold, each waiting for half a kilobyte of x or more
 MOST_CHANNELS = 1 << 20  # for which the division in `known_groups` is exact
@@ -147,7 +150,7 @@ def sizes_of(norm: Norm) -> tuple[int, int, int]:
 
 def per_width_of(norm: Norm) -> int:
     """What `known_groups` multiplies by, exact for MOST_CHANNELS."""
-    return -(-(1 << 40) // norm.width)  # rounded up
+    return cdiv(1 << 40, norm.width)
 
 
 def with_contiguous_vectors(norm: Norm) -> Norm:
@@ -158,17 +161,16 @@ def with_contiguous_vectors(norm: Norm) -> Norm:
 
 def layout_of(x: Tensor) -> tuple[int, bool]:
     """S, and whether the channels of a pixel, not the pixels of a channel, are a row."""
-    pixels = x[0, 0].numel()
+    pixels = math.prod(x.shape[2:])
     return pixels, pixels == 1 or not x.is_contiguous()
 
 
 def on_chip(x: Tensor, width: int, limit: int) -> tuple[int, int] | None:
     """The tile that holds a group of `width` channels in `limit` elements; None if the group is split."""
     pixels, channels_last = layout_of(x)
-    tile = triton.next_power_of_2(width), triton.next_power_of_2(pixels)
-    # a narrow group of a channels_last tensor would be read in crumbs of a few bytes per pixel
+    tile = next_power_of_2(width), next_power_of_2(pixels)
     crumbs = channels_last and pixels > 1 and width * x.element_size() < ROW_BYTES // 2
-    far = x[0].numel() >= 1 << 31  # offsets on chip have 32 bits
+    far = x.shape[1] * pixels >= 1 << 31  # offsets on chip have 32 bits
     return None if tile[0] * tile[1] > limit or crumbs or far else tile
 
 
@@ -190,19 +192,19 @@ def split_of(x: Tensor) -> Split:
     """How x is divided if its groups do not fit into a program."""
     pixels, channels_last = layout_of(x)
     if channels_last:
-        channel_tile = min(triton.next_power_of_2(x.shape[1]), ROW_BYTES // x.element_size())
-        pixel_tile = min(triton.next_power_of_2(pixels), TILE // channel_tile)
+        channel_tile = min(next_power_of_2(x.shape[1]), ROW_BYTES // x.element_size())
+        pixel_tile = min(next_power_of_2(pixels), TILE // channel_tile)
     else:
-        pixel_tile = min(triton.next_power_of_2(pixels), TILE // 4)
-        channel_tile = min(triton.next_power_of_2(x.shape[1]), TILE // pixel_tile)
-    along = triton.cdiv(pixels, pixel_tile)
-    tiles = along * triton.cdiv(x.shape[1], channel_tile)
-    return Split(channel_tile, pixel_tile, triton.cdiv(along, CHUNKS), max(1, min(STEPS, tiles // SPREAD)))
+        pixel_tile = min(next_power_of_2(pixels), TILE // 4)
+        channel_tile = min(next_power_of_2(x.shape[1]), TILE // pixel_tile)
+    along = cdiv(pixels, pixel_tile)
+    tiles = along * cdiv(x.shape[1], channel_tile)
+    return Split(channel_tile, pixel_tile, cdiv(along, CHUNKS), max(1, min(STEPS, tiles // SPREAD)))
 
 
 def partial_results(x: Tensor) -> Tensor:
     """Room for two float32 numbers per channel and chunk of pixels of the split form.  # (2, B, C, chunks)"""
-    chunks = triton.cdiv(layout_of(x)[0], split_of(x).chunk)
+    chunks = cdiv(layout_of(x)[0], split_of(x).chunk)
     return torch.empty((2, *x.shape[:2], chunks), dtype=torch.float32, device=x.device)
 
 
@@ -235,6 +237,6 @@ def group_launch(kernel: Any, norm: Norm, tile: tuple[int, int], args: tuple[Any
 def split_launch(kernel: Any, x: Tensor, args: tuple[Any, ...], steps: int, elements: int, **constants: Any) -> Launch:
     """`kernel` for all tiles of the split form, `steps` to a program; chunks and steps follow `args`."""
     (b, c), split = x.shape[:2], split_of(x)
-    chunks = triton.cdiv(layout_of(x)[0], split.pixels * steps)
-    programs = chunks * triton.cdiv(c, split.channels) * b
+    chunks = cdiv(layout_of(x)[0], split.pixels * steps)
+    programs = chunks * cdiv(c, split.channels) * b
     return tiled(kernel, programs, (*args, chunks, steps), x, split[:2], c, elements, **constants)

@@ -1,6 +1,7 @@
 """What the compiler makes of the Triton kernels, without a GPU: the gates of `benchmarks/gpu_static.py`.
 
-The default run compiles a few launches; `-m slow` all that the published models need, each for three architectures.
+The default run compiles a few launches. `-m slow` compiles all that the published models need, each for three
+architectures.
 """
 
 from __future__ import annotations

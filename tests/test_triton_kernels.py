@@ -361,14 +361,26 @@ def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before sm_80 programs find too little shared memory; a PyTorch for AMD's GPUs calls these CUDA devices."""
     on_gpu = SimpleNamespace(dtype=torch.float16, is_cuda=True, device="cuda:0")
     for capability in ((7, 5), (8, 0), (12, 0)):
-        kernels._capability.cache_clear()
+        kernels.capability.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         assert (kernels.refuse(on_gpu) is None) == (capability >= (8, 0))
-    kernels._capability.cache_clear()
+    kernels.capability.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for version in (None, "12.4"):
         monkeypatch.setattr(torch.version, "cuda", version)
         assert (kernels.unavailable() is None) == (version is not None)
+
+
+@pytest.mark.skipif(kernels.interpreting(), reason="the interpreter does not compile")
+def test_a_compiler_that_aborts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.6 brings Triton 3.2, which compiles these kernels for sm_80, and for sm_90 ends the process."""
+    q = SimpleNamespace(dtype=torch.float16, is_cuda=True, device="cuda:0", shape=(1, 1, 4, 8), stride=lambda dim: 1)
+    for version, capability, refused in (((3, 2), (9, 0), True), ((3, 2), (8, 0), False), ((3, 3), (9, 0), False)):
+        kernels.capability.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        monkeypatch.setattr(attention, "TRITON", version)
+        assert (attention.attention_unsupported(q, q, q, None, 1.0) is not None) == refused
+    kernels.capability.cache_clear()
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
