@@ -24,7 +24,7 @@ from ldm_fast.checkpoints import model_file
 from ldm_fast.checkpoints.catalogue import layout
 from ldm_fast.checkpoints.clip_skeleton import CLIPSkeleton
 from ldm_fast.checkpoints.published import PUBLISHED, SD1, SD2, UPSCALER, XL, XL_REFINER
-from ldm_fast.checkpoints.state_dicts import identify
+from ldm_fast.checkpoints.state_dicts import inspect_tensors
 from ldm_fast.configs.diffusion import DiffusionConfig
 from ldm_fast.configs.encoders import CLIPShape, SpatialRescalerConfig, TransformerConfig
 from ldm_fast.configs.first_stage import AutoencoderConfig
@@ -78,7 +78,7 @@ def test_zoo_is_recognised(path):
         for part in parts.values()
         for key, shape in part["state_dict"].items()
     }
-    found = identify(tensors, Path(path))
+    found = inspect_tensors(tensors, Path(path))
     assert found.parts.keys() == parts.keys() and not found.ignored
     for kind, part in parts.items():
         config = found.parts[kind].config
@@ -119,7 +119,7 @@ def test_stable_diffusion_is_recognised(name):
     for prefix, encoder in encoders.items():
         tensors |= compvis(encoder, prefix, "meta")
         tensors[f"{prefix}model.logit_scale"] = torch.zeros(())
-    found = identify(tensors, Path(name))
+    found = inspect_tensors(tensors, Path(name))
     assert found.model == name
     assert found.parts["unet"].config == unet
     size = unet.sample_size * first_stage.downsampling_factor
@@ -147,12 +147,12 @@ def test_published_models_differ():
 
 def test_step_and_marks_tell_the_parameterisation():
     tensors = compvis(SD2, "model.diffusion_model.", "meta")
-    assert identify(tensors, Path("x")).schedule.prediction_type == "v_prediction"
-    found = identify(tensors, Path("x"), others={"global_step": 875000})
+    assert inspect_tensors(tensors, Path("x")).schedule.prediction_type == "v_prediction"
+    found = inspect_tensors(tensors, Path("x"), others={"global_step": 875000})
     assert found.schedule.prediction_type == "epsilon"
     tensors = compvis(XL, "model.diffusion_model.", "meta")
-    assert identify(tensors, Path("x")).schedule == DiffusionConfig()
-    marked = identify(tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, Path("x"))
+    assert inspect_tensors(tensors, Path("x")).schedule == DiffusionConfig()
+    marked = inspect_tensors(tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, Path("x"))
     assert marked.schedule == DiffusionConfig(prediction_type="v_prediction", zero_terminal_snr=True)
 
 
@@ -225,7 +225,7 @@ def test_clip_without_text_model_in_its_names(tmp_path):
     for prefix in ("cond_stage_model.", EMBEDDER.format(0)):
         full = compvis(shape, prefix)
         short = {name.replace(".text_model.", "."): tensor for name, tensor in full.items()}
-        models = [identify(state, tmp_path).parts["cond_stage"].load(None) for state in (full, short)]
+        models = [inspect_tensors(state, tmp_path).parts["cond_stage"].load(None) for state in (full, short)]
         assert short.keys() != full.keys() and same(models[0], models[1].state_dict())
 
 
@@ -233,25 +233,25 @@ def test_incomplete_moving_averages(whole, tmp_path):
     del whole["model_ema.diffusion_modelout2weight"]
     whole["model_ema.extra"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match=r"(?s)averages.*1 missing: out.2.weight.*1 unexpected: extra"):
-        identify(whole, tmp_path, {"unet": UNET})
+        inspect_tensors(whole, tmp_path, {"unet": UNET})
 
 
 def test_keys_of_no_part(whole, tmp_path):
     whole["stranger.weight"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match="1 unexpected: stranger.weight"):
-        identify(whole, tmp_path, {"unet": UNET})
+        inspect_tensors(whole, tmp_path, {"unet": UNET})
     del whole["model_ema.diffusion_modelout2weight"], whole["first_stage_model.quant_conv.bias"]
     with pytest.raises(CheckpointError, match="(?s)stranger.weight.*missing: out.2.weight.*missing: quant_conv.bias"):
-        identify(whole, tmp_path, {"unet": UNET})
+        inspect_tensors(whole, tmp_path, {"unet": UNET})
     with pytest.raises(CheckpointError, match="there are no weights in it"):
-        identify({"betas": torch.zeros(3)}, tmp_path)
+        inspect_tensors({"betas": torch.zeros(3)}, tmp_path)
 
 
 def test_averages_alone_need_a_configuration(whole, tmp_path):
     alone = {name: tensor for name, tensor in whole.items() if not name.startswith("model.")}
     with pytest.raises(CheckpointError, match="moving averages without the weights"):
-        identify(alone, tmp_path)
-    assert identify(alone, tmp_path, {"unet": UNET}).parts["unet"].tensors.keys() == compvis(UNET).keys()
+        inspect_tensors(alone, tmp_path)
+    assert inspect_tensors(alone, tmp_path, {"unet": UNET}).parts["unet"].tensors.keys() == compvis(UNET).keys()
 
 
 def test_first_stage_alone(tmp_path):
@@ -269,7 +269,7 @@ def test_first_stage_as_encoder_of_the_condition(tmp_path):
     state = (
         compvis(UNET, "model.diffusion_model.") | compvis(KL, "first_stage_model.") | compvis(KL, "cond_stage_model.")
     )
-    found = identify(state, tmp_path, {"unet": UNET})
+    found = inspect_tensors(state, tmp_path, {"unet": UNET})
     assert found.parts.keys() == {"unet", "first_stage"}
     assert len(found.ignored["the first stage once more, as encoder of the condition"]) == len(compvis(KL))
 
@@ -277,9 +277,9 @@ def test_first_stage_as_encoder_of_the_condition(tmp_path):
 def test_map_encoder_takes_its_factor_from_the_first_stage(tmp_path):
     rescaler = SpatialRescalerConfig(in_channels=9, out_channels=3, n_stages=1)
     state = compvis(KL, "first_stage_model.") | compvis(rescaler, "cond_stage_model.")
-    assert identify(state, tmp_path).parts["cond_stage"].config == rescaler
+    assert inspect_tensors(state, tmp_path).parts["cond_stage"].config == rescaler
     with pytest.raises(CheckpointError, match="do not tell by how much"):
-        identify(compvis(rescaler, "cond_stage_model."), tmp_path)
+        inspect_tensors(compvis(rescaler, "cond_stage_model."), tmp_path)
 
 
 @pytest.mark.parametrize("open_clip", [False, True])

@@ -16,7 +16,7 @@ from small_models import KL, UNET, VQ, compvis, same
 
 from ldm_fast.checkpoints import load as checkpoints
 from ldm_fast.checkpoints.published import SD1
-from ldm_fast.checkpoints.state_dicts import identify
+from ldm_fast.checkpoints.state_dicts import inspect_tensors
 from ldm_fast.files.tensors import CheckpointError, read_tensors
 from ldm_fast.models.autoencoder import AutoencoderKL
 
@@ -212,7 +212,7 @@ def test_published_unet_with_wrong_keys(tmp_path):
         "model.diffusion_model.input_blocks.1.0.out_layers.3.weight": wrong,
     }
     with pytest.raises(CheckpointError) as error:
-        identify(state, tmp_path)
+        inspect_tensors(state, tmp_path)
     text = str(error.value)
     assert "1 missing: out.2.weight" in text and "1 unexpected: out.3.weight" in text
     assert "input_blocks.1.0.out_layers.3.weight is (321, 320, 3, 3) instead of (320, 320, 3, 3)" in text
@@ -220,7 +220,7 @@ def test_published_unet_with_wrong_keys(tmp_path):
 
 def test_unknown_unet_asks_for_its_heads(tmp_path):
     with pytest.raises(CheckpointError, match=r"no published model has its UNet \(in_channels 4.*give config="):
-        identify(compvis(UNET), tmp_path)
+        inspect_tensors(compvis(UNET), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ldm_fast.models.encoders import ClassEmbedder, SpatialRescaler, Transformer
 from ldm_fast.models.pretrained import layout_of
 from ldm_fast.models.unet import UNet
 
-MODELS: dict[type, Callable[[Any], nn.Module]] = {
+MODELS: dict[type, type[nn.Module]] = {
     UNetConfig: UNet,
     AutoencoderConfig: AutoencoderKL,
     VQConfig: VQModel,
@@ -33,7 +33,8 @@ def layout(config: Config) -> tuple[Entry, ...]:
     """Return every tensor of the model that `config` describes, in both layouts, without allocating weights."""
     if type(config) not in MODELS:
         raise TypeError(f"layout: no model for {type(config).__name__}; known: {[c.__name__ for c in MODELS]}")
-    return layout_of(MODELS[type(config)], config)
+    build: Callable[[Any], nn.Module] = MODELS[type(config)]
+    return layout_of(build, config)
 
 
 def compvis_to_ours(state_dict: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""CLIP's text model inside a single-file checkpoint: what its shapes tell, its names, and transformers' model of it.
+"""CLIP's text model in a single-file checkpoint: its parameters, and transformers' model around them.
 
-Stable Diffusion 1.x stores OpenAI's CLIP under transformers' names, 2.x and the larger encoder of XL store OpenCLIP's.
+Stable Diffusion 1.x stores OpenAI's CLIP under transformers' names; 2.x and the larger encoder of XL store OpenCLIP's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import nn
 from ldm_fast.configs.encoders import CLIPShape
 from ldm_fast.models.tokenizers import require_transformers
 
-HEAD_WIDTH = 64  # of every published text model
+HEAD_WIDTH = 64  # in every published text model
 
 
 class CLIPSkeleton(nn.Module):
@@ -47,7 +47,7 @@ def _layer(width: int, inner: int) -> nn.ModuleDict:
 
 
 def as_transformers(skeleton: CLIPSkeleton) -> nn.Module:
-    """transformers' CLIPTextModel, or CLIPTextModelWithProjection, around the skeleton's parameters."""
+    """Return transformers' CLIPTextModel, or CLIPTextModelWithProjection, around the skeleton's parameters."""
     transformers, shape = require_transformers(), skeleton.config
     config = transformers.CLIPTextConfig(
         vocab_size=shape.vocab_size,
@@ -58,15 +58,15 @@ def as_transformers(skeleton: CLIPSkeleton) -> nn.Module:
         max_position_embeddings=shape.max_length,
         projection_dim=shape.projection or shape.width,
         hidden_act="gelu" if shape.open_clip else "quick_gelu",
-        # The pooled vector is that of the last token of all, whose number is the highest; 2 is how the published
-        # configurations say that.
+        # The pooled vector is taken at the end-of-text token, which has the highest number. The published
+        # configurations say so by a 2.
         eos_token_id=2,
         bos_token_id=0,
         pad_token_id=1,
     )
     build = transformers.CLIPTextModel if shape.projection is None else transformers.CLIPTextModelWithProjection
     with torch.device("meta"):
-        model = build(config)
+        model: nn.Module = build(config)
     inside = "text_model." if any(name.startswith("text_model.") for name in model.state_dict()) else ""
     tensors = skeleton.state_dict()
     model.load_state_dict(

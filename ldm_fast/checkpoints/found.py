@@ -1,8 +1,8 @@
-"""What a checkpoint holds: found out from names and shapes, then loaded."""
+"""What a checkpoint holds: the parts that were found, and the models that were loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from ldm_fast.checkpoints.catalogue import compvis_to_ours, layout
 from ldm_fast.checkpoints.clip_skeleton import CLIPSkeleton, as_transformers
 from ldm_fast.configs.diffusion import Defaults, DiffusionConfig
-from ldm_fast.configs.encoders import TextEncoderConfig
 from ldm_fast.diffusion.schedule import NoiseSchedule
-from ldm_fast.interop.names import Config, check_names
+from ldm_fast.interop.names import check_names
 from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
 from ldm_fast.models.pretrained import assemble
 from ldm_fast.models.unet import UNet
@@ -28,18 +27,19 @@ NO_SCHEDULE = "a schedule that we do not have"
 class Part:
     """A model inside a checkpoint: `build(config)` with these tensors.
 
+    config: the configuration that `build` takes.
     layout: whose names the tensors have, "compvis", "diffusers" or, in a model file of ours, "ldm_fast".
     where: the prefix of their names in the file, or the folder they are in.
     """
 
-    build: Callable[[Any], nn.Module]
-    config: Config | TextEncoderConfig
+    build: type[nn.Module]
+    config: Any
     tensors: dict[str, Tensor]
     layout: str
     where: str
 
     def check(self) -> None:
-        """Raises CheckpointError that names every key that is missing, unexpected or of the wrong shape."""
+        """Raise a CheckpointError that names every key that is missing, unexpected or of the wrong shape."""
         entries = layout(self.config)
         if self.layout == "compvis":
             shapes = {entry.theirs: entry.their_shape for entry in entries}
@@ -48,7 +48,9 @@ class Part:
         check_names(self.tensors, shapes, f"{self.layout} state dict of {self}")
 
     def load(self, dtype: torch.dtype | None) -> nn.Module:
-        """Builds the model around the tensors as they are in memory, or cast to `dtype`."""
+        """Build the model around the tensors as they are in memory, or cast to `dtype`. CheckpointError if they do not
+        fit.
+        """
         ours = compvis_to_ours(self.tensors, self.config) if self.layout == "compvis" else self.tensors
         model = assemble(self.build, self.config, ours, dtype, self.where, mixed=self.layout == "ldm_fast")
         return as_transformers(model) if isinstance(model, CLIPSkeleton) else model
@@ -57,7 +59,7 @@ class Part:
         return f"{self.build.__name__.replace('Skeleton', 'TextModel')} ({self.where})"
 
     def describe(self) -> str:
-        """Says in one line what it is and how large."""
+        """Say in one line what it is and how large."""
         numbers = sum(tensor.numel() for tensor in self.tensors.values())
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()})
         return f"{self}: {numbers / 1e6:.1f} M numbers, {', '.join(dtypes)}, {self.layout} names"
@@ -67,9 +69,10 @@ class Part:
 class Found:
     """What a path holds.
 
-    model: a published model's name, or OUR_FILE. ignored: what is not a weight of a model, by its kind. assumed: what
-    the checkpoint does not tell, and what was taken instead. defaults and about: the sampling settings and everything
-    else that a model file of ours says of itself.
+    model: the name of a published model, or OUR_FILE.
+    ignored: names that are not weights of a model, by their kind.
+    assumed: what the checkpoint does not tell and was assumed.
+    defaults: sampling settings, and about: the whole description, both of a model file of ours.
     """
 
     path: Path
@@ -85,11 +88,11 @@ class Found:
 
     @property
     def origin(self) -> str:
-        """The name of the file, and which model is in it."""
+        """The file's name, and which model is in it."""
         return f"{self.path.name} " + (f"sha256:{self.about['sha256'][:16]}" if self.about else f"({self.model})")
 
     def leave_out(self, part: str, error: Exception) -> None:
-        """Notes what is wrong with a part that nobody asked for."""
+        """Note what is wrong with a part that was not asked for, and forget the part."""
         self.parts.pop(part, None)
         self.ignored[f"the {part}, which was not asked for"] = [str(error)]
 

@@ -1,10 +1,8 @@
-"""`load`: looks at a path, finds out what it is, and makes our models of it.
+"""`load` finds out what is at a path and makes our models of it; `inspect` only finds out.
 
-    checkpoint = ldm_fast.load("sd-v1-4.ckpt")     # or a .safetensors, or a folder as diffusers writes it
-    checkpoint.unet, checkpoint.first_stage, checkpoint.schedule
-    print(checkpoint.found)                         # what was found, what was ignored, what was taken for granted
-
-`inspect` finds out and loads nothing.
+checkpoint = ldm_fast.load("sd-v1-4.ckpt")     # or a .safetensors, or a folder as diffusers writes it
+checkpoint.unet, checkpoint.first_stage, checkpoint.schedule
+print(checkpoint.found)                         # what was found, what was ignored, what was assumed
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import torch
 from ldm_fast.checkpoints import model_file
 from ldm_fast.checkpoints.catalogue import MODELS
 from ldm_fast.checkpoints.found import NO_SCHEDULE, OUR_FILE, Checkpoint, Found, Part
-from ldm_fast.checkpoints.state_dicts import PARTS, identify
+from ldm_fast.checkpoints.state_dicts import PARTS, inspect_tensors
 from ldm_fast.configs.first_stage import AutoencoderConfig
 from ldm_fast.configs.unet import UNetConfig, conditioning_key
 from ldm_fast.diffusion.schedule import NoiseSchedule
@@ -37,21 +35,25 @@ def load(
     variant: str | None = None,
     torch_dtype: torch.dtype | None = None,
 ) -> Checkpoint:
-    """Loads what is at a path: a folder as diffusers writes it (a pipeline's or one model's), a single .safetensors,
-    an original .ckpt, or one of our model files. Weights are mapped into memory; no code from the file is ever run.
+    """Load what is at a path: a folder as diffusers writes it (of a pipeline or of one model), a single .safetensors,
+    an original .ckpt, or a model file of ours. No code from the file is ever run.
+
+    Weights are mapped into memory, so the file has to stay as it is; those of a model file of ours are read.
 
     Args:
-        config: what the architecture is, where that cannot be found out or to overrule it: our configuration of the one
-            model, or a dictionary {"unet": …, "first_stage": …, "cond_stage": …} of such.
-        parts: which parts to load, None for all. The others may be missing, damaged or not understood.
-        ema: take the moving averages of the weights where the file has them.
-        variant: of the weights' file name in a diffusers folder ("fp16").
-        torch_dtype: what to cast the weights to; None keeps theirs.
+        config: the architecture, if it cannot be found out, or to overrule what is found: our configuration of the only
+            model, or a dictionary {"unet": …, "first_stage": …, "cond_stage": …} of them.
+        parts: the names of the parts to load, None for all. The others may be missing or not understood; they may be
+            damaged, too, except in a model file of ours, which has one checksum over all.
+        ema: take the moving averages of the weights if the file has them.
+        variant: the part of the weights' file names in a folder of diffusers that says which they are ("fp16").
+        torch_dtype: the dtype to cast the weights to. None keeps theirs.
 
     Raises:
         FileNotFoundError: nothing is there.
-        CheckpointError (a ValueError): it is damaged, refused, not understood, or keys are missing, unexpected or of
-            the wrong shape, in which case all are named.
+        CheckpointError (a ValueError): the file is damaged, refused or not understood; or keys are missing, unexpected
+            or of the wrong shape, and then all of them are named.
+        ValueError: an unknown or missing part, or a configuration for a file that needs none.
     """
     if isinstance(parts, str):
         raise TypeError(f"load: parts must be a collection of names, [{parts!r}] say, got {parts!r}")
@@ -62,7 +64,7 @@ def load(
     if found.model == OUR_FILE:
         chosen = model_file.read(found, chosen, torch_dtype)
     try:
-        models = {name: part.load(torch_dtype) for name, part in chosen.items()}
+        models: dict[str, Any] = {name: part.load(torch_dtype) for name, part in chosen.items()}
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     schedule = None if found.schedule is None else NoiseSchedule(found.schedule)
@@ -83,7 +85,7 @@ def inspect(
     ema: bool = True,
     variant: str | None = None,
 ) -> Found:
-    """What is at a path, found out from names and shapes alone; arguments and errors as for `load`."""
+    """Find out, from names and shapes alone, what is at a path. Arguments and errors as for `load`."""
     path = Path(path)
     given = _by_part(config)
     if path.is_dir():
@@ -94,10 +96,10 @@ def inspect(
     if model_file.is_ours(file):
         if config is not None:
             raise ValueError(f"load: {path} is a model of ldm_fast; leave config out")
-        return model_file.find(file)
+        return model_file.inspect(file)
     given = {**_config_beside(path), **given}
     try:
-        found = identify(file.tensors, path, given, ema=ema, parts=parts, others=file.others)
+        found = inspect_tensors(file.tensors, path, given, ema=ema, parts=parts, others=file.others)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if file.others:
@@ -106,7 +108,7 @@ def inspect(
 
 
 def _config_beside(path: Path) -> dict[str, Config]:
-    """The configuration in the same folder, where that is one model's."""
+    """Return the configuration beside a file, if it is that of one model."""
     beside = path.with_name("config.json")
     values = read_json(beside) if beside.is_file() else {}
     return _by_part(config_from_diffusers(values)) if values.get("_class_name") in READERS else {}
@@ -135,24 +137,25 @@ def _part_of(config: Config) -> str:
 
 
 def _inspect_folder(path: Path, given: Mapping[str, Config], variant: str | None) -> Found:
-    """A folder with one model."""
+    """Find out what is in a folder with one model."""
     values, names, tensors = read_folder(path, variant)
     try:
-        config = config_from_diffusers(values)
+        config: Config = config_from_diffusers(values)
     except ValueError as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
-    part = _part_of(config)
-    config = given.get(part, config)
-    found = Part(MODELS[type(config)], config, current_names(tensors), names, str(path))
-    found.check()
-    return Found(path, None, {part: found}, scaling_factor=getattr(config, "scaling_factor", 1.0))
+    name = _part_of(config)
+    config = given.get(name, config)
+    part = Part(MODELS[type(config)], config, current_names(tensors), names, str(path))
+    part.check()
+    return Found(path, None, {name: part}, scaling_factor=getattr(config, "scaling_factor", 1.0))
 
 
 def _inspect_pipeline(
     path: Path, given: dict[str, Config], parts: Collection[str] | None, variant: str | None
 ) -> Found:
-    """A folder with a pipeline: its UNet, its first stage and its schedule. Text encoders need tokenizers, and are
-    loaded with them by `clip.load_text_encoder`."""
+    """Find the UNet, the first stage and the schedule in a pipeline's folder. Text encoders need tokenizers, and
+    `clip.load_text_encoder` loads both.
+    """
     index = read_json(path / "model_index.json")
     found = Found(path, str(index.get("_class_name")), {}, conditioning_key="crossattn")
     for name, about in index.items():
@@ -173,7 +176,7 @@ def _inspect_pipeline(
             values = read_json(path / name / "scheduler_config.json")
             try:
                 found.schedule = schedule_from_diffusers(values)
-            except ValueError as error:  # the models are of use all the same
+            except ValueError as error:  # the models are still of use
                 found.ignored[NO_SCHEDULE] = [str(error)]
         elif kind:
             found.ignored.setdefault("components of the pipeline that are not ours", []).append(f"{name} ({kind})")

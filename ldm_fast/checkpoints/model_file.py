@@ -1,16 +1,16 @@
-"""One .safetensors file holds one model: weights, configurations, vocabulary, sampling defaults, model card.
+"""Our model file: one .safetensors with weights, configurations, vocabulary, sampling defaults and model card.
 
 Tensors are named unet.*, first_stage.*, cond_stage.* as in `LatentDiffusion.state_dict()`. Everything else is one JSON
-object in the file's metadata under "ldm_fast" (the only entry: safetensors writes several in random order, and the same
-model shall be the same bytes). A SHA-256 over both tells a damaged file from a whole one. Nothing is unpickled, and no
-class is looked up by a name that is not in the table below.
+object in the file's metadata under "ldm_fast". It is the only entry: safetensors writes several in random order, while
+the same model is to give the same bytes. A SHA-256 over both tells a damaged file from a whole one. Nothing is
+unpickled, and classes are looked up only in the table below.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ SHIPPED = Path(__file__).parents[1] / "assets" / "emoji.safetensors"
 FORMAT = 1
 
 # (class, its configuration) by the name written into the file.
-CLASSES: dict[str, dict[str, tuple[Callable[[Any], nn.Module], type]]] = {
+CLASSES: dict[str, dict[str, tuple[type[nn.Module], type]]] = {
     "unet": {"UNet": (UNet, UNetConfig)},
     "first_stage": {"AutoencoderKL": (AutoencoderKL, AutoencoderConfig), "VQModel": (VQModel, VQConfig)},
     "cond_stage": {
@@ -48,7 +48,7 @@ CLASSES: dict[str, dict[str, tuple[Callable[[Any], nn.Module], type]]] = {
 
 
 def is_ours(file: TensorFile) -> bool:
-    """Whether a file of tensors is a model file of ldm_fast."""
+    """Whether a file of tensors is a model file of ours."""
     return "ldm_fast" in file.metadata
 
 
@@ -66,11 +66,11 @@ def save(
     card: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a model to `path`, whole or not at all.
+    """Write a model to `path`, whole or not at all.
 
     Args:
         parts: a module or None for each name in CLASSES.
-        dtype: what floating-point weights are stored in (torch.float16, say); None keeps theirs.
+        dtype: the dtype to store floating-point weights in (torch.float16, say). None keeps theirs.
 
     Raises:
         ValueError: a part has no row in CLASSES or has adapters in it, or weights are not finite in `dtype`.
@@ -122,15 +122,15 @@ def _describe(part: str, module: nn.Module | None) -> dict[str, Any] | None:
 
 
 def _description(about: Mapping[str, Any]) -> bytes:
-    """What the checksum covers beside the tensors."""
+    """Return what the checksum covers beside the tensors."""
     return json.dumps({key: value for key, value in about.items() if key != "sha256"}).encode()
 
 
 # Reading
 
 
-def find(file: TensorFile) -> Found:
-    """What a model file holds, its tensors on the meta device; `read` gives those themselves.
+def inspect(file: TensorFile) -> Found:
+    """Return what a model file holds, with tensors on the meta device. `read` returns the tensors themselves.
 
     Raises CheckpointError if the file does not describe a model.
     """
@@ -177,11 +177,10 @@ def _parts(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
 
 
 def read(found: Found, parts: Collection[str], dtype: torch.dtype | None) -> dict[str, Part]:
-    """Reads the file once and whole, and verifies its checksum; returns `parts`, their tensors in memory and in `dtype`
-    (None: in their own).
+    """Return `parts` with their tensors in memory, cast to `dtype` if one is given.
 
-    The checksum is over all tensors: those of the other parts are read, too, and dropped. Raises CheckpointError if it
-    does not fit.
+    The checksum in the file is over all tensors, so those of the other parts are read and dropped. Raises
+    CheckpointError if it does not fit.
     """
     tensors = {f"{name}.{key}": tensor for name, part in found.parts.items() for key, tensor in part.tensors.items()}
     chosen = {name: replace(found.parts[name], tensors={}) for name in parts}

@@ -1,6 +1,6 @@
-"""The published latent diffusion models: what no shape in a checkpoint tells.
+"""The published latent diffusion models: what the shapes in a checkpoint do not tell.
 
-One row for each UNet that differs; several models may share one. Sizes are those of the latent.
+One row for each different UNet; several models may share one. Sizes are those of the latent.
 """
 
 from __future__ import annotations
@@ -171,30 +171,27 @@ PUBLISHED = (
 
 
 def find(fields: dict[str, Any]) -> Published | None:
-    """The published model whose UNet has these fields (`recognise.unet_fields`), None if there is none.
+    """Return the published model whose UNet has these fields (`recognise.unet_fields`), None if there is none.
 
-    Where the number of input channels is all that differs, it is that model with other input channels.
+    If only the number of input channels differs, it is that model with other input channels.
     """
     wanted = _told_by_shapes(UNetConfig(**fields))
-    same = [row for row in PUBLISHED if _told_by_shapes(row.unet) == wanted]
-    if not same:
-        wanted = replace(wanted, in_channels=0)
-        near = [row for row in PUBLISHED if replace(_told_by_shapes(row.unet), in_channels=0) == wanted]
-        same = [
-            replace(
-                row, name=f"{row.name}, with other input", unet=replace(row.unet, in_channels=fields["in_channels"])
-            )
-            for row in near
-        ]
-    return same[0] if same else None
+    for row in PUBLISHED:
+        if _told_by_shapes(row.unet) == wanted:
+            return row
+    for row in PUBLISHED:
+        if _told_by_shapes(replace(row.unet, in_channels=wanted.in_channels)) == wanted:
+            unet = replace(row.unet, in_channels=wanted.in_channels)
+            return replace(row, name=f"{row.name}, with other input", unet=unet)
+    return None
 
 
 def _told_by_shapes(config: UNetConfig) -> UNetConfig:
-    """The configuration with everything at a fixed value that makes no difference to names and shapes of tensors."""
+    """Return the configuration with a fixed value for everything that does not change names and shapes of tensors."""
     levels = range(len(config.block_out_channels))
     last = levels[-1]
     deep = [config.down_block_types[level] == CROSS or level == last for level in levels]
-    by_level = {
+    by_level: dict[str, Any] = {
         name: tuple(config.at_level(name, level) if deep[level] else 0 for level in levels)
         for name in ("transformer_layers_per_block", "only_cross_attention")
     }

@@ -1,13 +1,14 @@
-"""What a state dict of the original layout is of, told by the names and shapes of its tensors.
+"""The configuration of a model, recognised from the names and shapes of its tensors in the original's layout.
 
-Shapes tell all of a first stage, and all of a UNet but the number of heads; that, the noise schedule and the scaling
-factor come from the list of published models (`published.py`) or from the caller.
+Shapes tell everything about a first stage, and everything about a UNet but the number of heads. That, the noise
+schedule and the scaling factor come from the list of published models (`published.py`) or from the caller.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ldm_fast.configs.encoders import ClassEmbedderConfig, CLIPShape, SpatialRescalerConfig, TransformerConfig
@@ -20,18 +21,22 @@ Shapes = Mapping[str, tuple[int, ...]]
 TRANSFORMER_HEAD_WIDTH = 64  # of LDM's BERT-style encoder, always
 
 
-def unet_fields(shapes: Shapes) -> dict[str, Any]:
-    """The fields of UNetConfig that a UNet in the original layout has, all but heads and what is no matter of weights.
-
-    CheckpointError where it is not a UNet of that family.
-    """
+@contextlib.contextmanager
+def _as_checkpoint_error(what: str) -> Iterator[None]:
+    """Turn the error of shapes that are not those of `what` into a CheckpointError that says so."""
     try:
-        return _unet_fields(shapes)
+        yield
     except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"the tensors are not those of a latent diffusion UNet: {_what(error)}") from error
+        reason = f"there is no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"the tensors are not those of {what}: {reason}") from error
 
 
-def _unet_fields(shapes: Shapes) -> dict[str, Any]:
+@_as_checkpoint_error("a latent diffusion UNet")
+def unet_fields(shapes: Shapes) -> dict[str, Any]:
+    """Return the fields of UNetConfig that shapes tell: all but the heads and what does not concern weights.
+
+    CheckpointError if it is not a UNet of the original's family.
+    """
     blocks = 1 + _last_number(shapes, "output_blocks")
     up = [block for block in range(blocks) if _upsampler(shapes, block) is not None]
     levels = len(up) + 1
@@ -80,8 +85,9 @@ def _transformer_fields(shapes: Shapes, transformers: list[str], by_level: list[
 
 
 def _looks_at_context_alone(shapes: Shapes, name: str) -> bool:
-    """Whether the first attention of a transformer block takes the context, too: its keys have that width. Where the
-    two widths are the same it cannot be told, and no published model does so there."""
+    """Whether the first attention of a transformer block takes the context, too: its keys then have that width. If the
+    two widths are the same this cannot be told, but no published model of such widths does it.
+    """
     key = f"{name}.transformer_blocks.0.attn1.to_k.weight"
     return key in shapes and shapes[key][0] != shapes[key][1]
 
@@ -104,7 +110,7 @@ def _attention_kind(shapes: Shapes, name: str) -> str:
 
 
 def _upsampler(shapes: Shapes, block: int) -> int | None:
-    """The position in an output block of what doubles the size, None where nothing does."""
+    """Return the position in an output block of what doubles the size, None if nothing does."""
     for position in (1, 2):
         name = f"output_blocks.{block}.{position}"
         if f"{name}.conv.weight" in shapes or f"{name}.in_layers.0.weight" in shapes:
@@ -112,30 +118,22 @@ def _upsampler(shapes: Shapes, block: int) -> int | None:
     return None
 
 
+@_as_checkpoint_error("an autoencoder of latent diffusion")
 def first_stage_config(shapes: Shapes) -> AutoencoderConfig | VQConfig:
-    """The configuration of a first stage in the original layout. CheckpointError where it is none."""
-    try:
-        return _first_stage_config(shapes)
-    except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(
-            f"the tensors are not those of an autoencoder of latent diffusion: {_what(error)}"
-        ) from error
-
-
-def _first_stage_config(shapes: Shapes) -> AutoencoderConfig | VQConfig:
+    """Return the configuration of a first stage. CheckpointError if it is not one."""
     levels = range(1 + _last_number(shapes, "encoder.down"))
     codes = shapes.get("quantize.embedding.weight")
     moments = 2 if codes is None else 1
-    fields = dict(
-        in_channels=shapes["encoder.conv_in.weight"][1],
-        out_channels=shapes["decoder.conv_out.weight"][0],
-        block_out_channels=tuple(shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in levels),
-        layers_per_block=1 + _last_number(shapes, "encoder.down.0.block"),
-        latent_channels=shapes["post_quant_conv.weight"][1],
-        z_channels=shapes["encoder.conv_out.weight"][0] // moments,
-        attention_levels=tuple(level for level in levels if f"encoder.down.{level}.attn.0.q.weight" in shapes),
-        mid_block_add_attention="encoder.mid.attn_1.q.weight" in shapes,
-    )
+    fields: dict[str, Any] = {
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "block_out_channels": tuple(shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in levels),
+        "layers_per_block": 1 + _last_number(shapes, "encoder.down.0.block"),
+        "latent_channels": shapes["post_quant_conv.weight"][1],
+        "z_channels": shapes["encoder.conv_out.weight"][0] // moments,
+        "attention_levels": tuple(level for level in levels if f"encoder.down.{level}.attn.0.q.weight" in shapes),
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
+    }
     if codes is None:
         return AutoencoderConfig(**fields)
     return VQConfig(**fields, num_vq_embeddings=codes[0], legacy=True)
@@ -144,9 +142,9 @@ def _first_stage_config(shapes: Shapes) -> AutoencoderConfig | VQConfig:
 def encoder_config(
     shapes: Shapes, downsampling_factor: int | None
 ) -> TransformerConfig | ClassEmbedderConfig | SpatialRescalerConfig | CLIPShape:
-    """The configuration of one of LDM's conditioning encoders, or of CLIP's. CheckpointError where it is none.
+    """Return the configuration of one of LDM's condition encoders, or of CLIP's. CheckpointError if it is not one.
 
-    downsampling_factor: the first stage's, since a map is brought to the latent's size and no weight tells by how much.
+    downsampling_factor: the first stage's. A map is brought to the latent's size, and no weight tells by how much.
     """
     if shapes.keys() == {"embedding.weight"}:
         return ClassEmbedderConfig.published(*shapes["embedding.weight"])
@@ -155,7 +153,7 @@ def encoder_config(
             raise CheckpointError("shapes do not tell by how much a SpatialRescaler reduces a map; give its config")
         outputs, inputs = shapes["channel_mapper.weight"][:2]
         return SpatialRescalerConfig(inputs, outputs, n_stages=downsampling_factor.bit_length() - 1)
-    try:
+    with _as_checkpoint_error("an encoder of LDM"):
         if (clip := clip_shape(shapes)) is not None:
             return clip
         vocabulary, width = shapes["transformer.token_emb.weight"]
@@ -167,15 +165,9 @@ def encoder_config(
             heads=shapes["transformer.attn_layers.layers.0.1.to_q.weight"][0] // TRANSFORMER_HEAD_WIDTH,
             head_dim=TRANSFORMER_HEAD_WIDTH,
         )
-    except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"the tensors are not those of an encoder that LDM has: {_what(error)}") from error
 
 
 def _last_number(shapes: Shapes, name: str) -> int:
-    """The highest n of the names that start with "name.n.", -1 if there is none."""
+    """Return the highest n of the names that start with "name.n.", -1 if there is none."""
     pattern = re.compile(rf"{re.escape(name)}\.(\d+)\.")
     return max((int(found[1]) for key in shapes if (found := pattern.match(key))), default=-1)
-
-
-def _what(error: Exception) -> str:
-    return f"there is no {error.args[0]}" if isinstance(error, KeyError) else str(error)

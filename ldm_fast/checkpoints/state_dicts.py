@@ -1,7 +1,7 @@
-"""What a state dict holds: which models, under which prefixes, with which configuration, and what is no weight at all.
+"""What a state dict holds: which models, under which prefixes, with which configurations, and what is not a weight.
 
 Every key is accounted for: it is a weight of a model, or it is on the list of what training leaves behind, or the state
-dict is refused with the key's name. `checkpoints.py` reads the files.
+dict is refused with the key's name. `load.py` reads the files.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SCHEDULE = (
     "log_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance|"
     "posterior_log_variance_clipped|posterior_mean_coef1|posterior_mean_coef2|lvlb_weights|logvar|cond_ids"
 )
-# Entries without a weight of the model, by their whole name: what they are.
+# What an entry is that is not a weight of a model, by its whole name.
 NO_WEIGHTS = {
     "the noise schedule's tables": re.compile(rf"(low_scale_model\.)?({_SCHEDULE})|denoiser\.(log_)?sigmas"),
     "the training loss": re.compile(r"(first_stage_model\.)?(model_ema\.)?loss[._a-z]\S*"),
@@ -50,11 +50,11 @@ NO_WEIGHTS = {
     "tables of positions and masks": re.compile(r"\S+\.(position_ids|attn_mask)"),
     "the scale of CLIP's own loss": re.compile(r"\S+\.logit_scale"),
     "colours to show label maps in": re.compile(r"(first_stage_model\.)?colorize"),
-    "marks of the parameterisation": re.compile(r"v_pred|ztsnr|scale_factor"),  # read before they are put away
+    "marks of the parameterisation": re.compile(r"v_pred|ztsnr|scale_factor"),  # `_note_schedule` reads them
 }
 
 
-def identify(
+def inspect_tensors(
     tensors: Mapping[str, Tensor],
     path: Path,
     given: Mapping[str, Config] | None = None,
@@ -63,15 +63,21 @@ def identify(
     parts: Collection[str] | None = None,
     others: Mapping[str, Any] | None = None,
 ) -> Found:
-    """What a state dict holds: a whole checkpoint of the original code, its parts under prefixes, or one part alone,
-    in the original's layout or in that of diffusers. Of `parts` alone it matters whether they are understood. `others`
-    stands beside it in its file. Errors as for `load`."""
+    """Return what a state dict holds: a whole checkpoint of the original code, its parts under prefixes, or one part
+    alone, with the names of the original or of diffusers.
+
+    given: configurations of parts, which are not to be recognised then.
+    parts: those that have to be understood, None for all.
+    others: what stands beside the state dict in its file.
+
+    Errors as for `load`.
+    """
     given = dict(given or {})
     groups, prefixes, ignored = _sort(tensors)
     found, names, problems, elsewhere = Found(path, None, {}, ignored=ignored), "compvis", [], []
     whole = any(groups[part] for part in PARTS) or not groups["rest"]
     if not whole:
-        alone, names = _kind_of_part(groups["rest"], given)
+        alone, names = _only_part(groups["rest"], given)
         groups[alone] = groups["rest"] if names == "compvis" else current_names(groups["rest"])
     elif groups["rest"]:
         problems.append(f"{len(groups['rest'])} unexpected: {', '.join(groups['rest'])}")
@@ -94,8 +100,8 @@ def identify(
                 elsewhere.append(str(error))
                 found.leave_out(part, error)
     if problems or not found.parts:
-        raise CheckpointError("\n".join(problems or elsewhere) or "there are no weights in it")
-    _find_schedule(found, tensors, others or {})
+        raise CheckpointError("; ".join(problems or elsewhere) or "there are no weights in it")
+    _note_schedule(found, tensors, others or {})
     return found
 
 
@@ -110,8 +116,8 @@ def _add_part(
     if config is None and names == "diffusers":
         raise CheckpointError(f"{name} under diffusers' names without config.json: put that beside it, or give config=")
     if config is None:
-        config = FINDERS[name](tensors, found)
-    elif name == "unet":
+        config = RECOGNISERS[name](tensors, found)
+    elif isinstance(config, UNetConfig):
         found.conditioning_key = conditioning_key(config)
     if isinstance(config, CLIPShape) and config.projection is not None and not _takes_pooled_text(found):
         unused = [key for key in tensors if key.endswith("text_projection")]
@@ -130,7 +136,9 @@ def _takes_pooled_text(found: Found) -> bool:
 def _sort(
     tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], dict[str, list[str]]]:
-    """(tensors by part, without prefix, and "ema" and the "rest"; the prefixes; what is no weight, by its kind)."""
+    """Return (the tensors of each part without their prefix, of "ema" and of the "rest"; the parts' prefixes; the names
+    of what is not a weight, by its kind).
+    """
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in (*PARTS, "ema", "rest")}
     ignored: dict[str, list[str]] = {}
     found: dict[str, str] = {}
@@ -146,8 +154,8 @@ def _sort(
     return groups, found, ignored
 
 
-def _kind_of_part(tensors: Mapping[str, Tensor], given: Mapping[str, Config]) -> tuple[str, str]:
-    """(which part these tensors are of, whose names they have), where no prefix tells."""
+def _only_part(tensors: Mapping[str, Tensor], given: Mapping[str, Config]) -> tuple[str, str]:
+    """Return (which part these tensors without a prefix are, whose names they have)."""
     for part, names, start in (
         ("unet", "compvis", "input_blocks."),
         ("unet", "diffusers", "down_blocks."),
@@ -163,7 +171,7 @@ def _kind_of_part(tensors: Mapping[str, Tensor], given: Mapping[str, Config]) ->
 
 
 def _pop_averages(weights: dict[str, Tensor], of_the_whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The moving averages among a part's tensors, taken out, and those that the whole checkpoint has of it."""
+    """Take the moving averages out of a part's tensors; return them and those that the whole checkpoint has of it."""
     own = {name: weights.pop(name) for name in list(weights) if name.startswith(EMA)}
     averages = {name.removeprefix(EMA): tensor for name, tensor in own.items()}
     return averages | {name.removeprefix("diffusion_model"): tensor for name, tensor in of_the_whole.items()}
@@ -172,13 +180,13 @@ def _pop_averages(weights: dict[str, Tensor], of_the_whole: Mapping[str, Tensor]
 def _averaged(
     weights: Mapping[str, Tensor], averages: Mapping[str, Tensor], config: Config | None
 ) -> dict[str, Tensor]:
-    """Moving averages under the names of the weights they are of; the original stores them without the dots."""
+    """Return moving averages under the names of their weights; the original stores them without the dots."""
     shapes = _shapes(weights)
     if config is not None:
         shapes = {entry.theirs: entry.their_shape for entry in layout(config)}
     elif not weights:
         raise CheckpointError(
-            "moving averages without the weights they are of: shapes do not tell enough, give config="
+            "moving averages without the weights they belong to: shapes do not tell enough, give config="
         )
     names = without_dots(shapes)
     found = {names.get(name, name): tensor for name, tensor in averages.items()}
@@ -190,7 +198,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _find_unet(tensors: Mapping[str, Tensor], found: Found) -> UNetConfig:
+def _recognise_unet(tensors: Mapping[str, Tensor], found: Found) -> UNetConfig:
     shapes = _shapes(tensors)
     try:
         fields = recognise.unet_fields(shapes)
@@ -213,7 +221,7 @@ def _summary(fields: Mapping[str, Any]) -> str:
 
 
 def _nearest(shapes: Mapping[str, tuple[int, ...]], enough: float = 0.9) -> published.Published | None:
-    """The published model that these tensors are of but for a few: what is wrong with them can then be said."""
+    """Return the published model that has all but a few of these tensors, so that an error can say what is wrong."""
 
     def in_common(row: published.Published) -> float:
         theirs = {(entry.theirs, entry.their_shape) for entry in layout(row.unet)}
@@ -223,7 +231,7 @@ def _nearest(shapes: Mapping[str, tuple[int, ...]], enough: float = 0.9) -> publ
     return best if in_common(best) > enough else None
 
 
-def _find_first_stage(tensors: Mapping[str, Tensor], found: Found) -> AutoencoderConfig | VQConfig:
+def _recognise_first_stage(tensors: Mapping[str, Tensor], found: Found) -> AutoencoderConfig | VQConfig:
     config = recognise.first_stage_config(_shapes(tensors))
     unet = found.parts.get("unet")
     if unet is None:
@@ -234,22 +242,22 @@ def _find_first_stage(tensors: Mapping[str, Tensor], found: Found) -> Autoencode
     return replace(config, sample_size=size, scaling_factor=found.scaling_factor)
 
 
-def _find_encoder(tensors: Mapping[str, Tensor], found: Found) -> Config:
+def _recognise_encoder(tensors: Mapping[str, Tensor], found: Found) -> Config:
     first_stage = found.parts.get("first_stage")
     factor = None if first_stage is None else first_stage.config.downsampling_factor
     return recognise.encoder_config(_shapes(tensors), factor)
 
 
-FINDERS: dict[str, Callable[[Mapping[str, Tensor], Found], Config]] = {
-    "unet": _find_unet,
-    "first_stage": _find_first_stage,
-    "cond_stage": _find_encoder,
-    "cond_stage_2": _find_encoder,
+RECOGNISERS: dict[str, Callable[[Mapping[str, Tensor], Found], Config]] = {
+    "unet": _recognise_unet,
+    "first_stage": _recognise_first_stage,
+    "cond_stage": _recognise_encoder,
+    "cond_stage_2": _recognise_encoder,
 }
 
 
-def _find_schedule(found: Found, tensors: Mapping[str, Tensor], others: Mapping[str, Any]) -> None:
-    """What the file itself says of noise schedule, parameterisation and scaling factor."""
+def _note_schedule(found: Found, tensors: Mapping[str, Tensor], others: Mapping[str, Any]) -> None:
+    """Put into `found` what the file itself says about noise schedule, parameterisation and scaling factor."""
     if "unet" not in found.parts:
         return
     schedule = found.schedule or DiffusionConfig()
@@ -260,7 +268,7 @@ def _find_schedule(found: Found, tensors: Mapping[str, Tensor], others: Mapping[
     if "v_pred" in tensors:
         schedule = replace(schedule, prediction_type="v_prediction", zero_terminal_snr="ztsnr" in tensors)
     elif found.model == "Stable Diffusion 2.x":
-        # The base model and the one for v-prediction have the same shapes; the step tells them apart.
+        # The base model and the one for v-prediction have the same shapes; the number of steps tells them apart.
         if others.get("global_step") == 875000:
             schedule = replace(schedule, prediction_type="epsilon")
         found.assumed.append(f"prediction type {schedule.prediction_type}")
@@ -277,5 +285,5 @@ def _schedule_of(betas: Tensor, schedule: DiffusionConfig, found: Found) -> Diff
         if torch.allclose(beta_schedule(name, len(betas), start, end), betas.double(), rtol=1e-4, atol=0):
             start, end = float(f"{start:.6g}"), float(f"{end:.6g}")
             return replace(schedule, schedule=name, num_train_timesteps=len(betas), beta_start=start, beta_end=end)
-    found.assumed.append("noise schedule (the file's betas are of none known here)")
+    found.assumed.append("noise schedule (the file's betas belong to no schedule that we have)")
     return schedule

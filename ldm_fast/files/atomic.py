@@ -12,9 +12,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to, beside `path`. At the end it is flushed to the disk and takes the name `path` by a rename;
-    after an error it is gone, and `path` is as it was. Several may write at once: the last one stands, as a whole.
-    Where `path` is a symbolic link, what it points to is replaced. Raises OSError with the path."""
+    """Yield a path beside `path` to write to. At the end it is flushed to the disk and renamed to `path`; after an
+    error it is gone, and `path` is as it was. If several write at once, the last one stands, as a whole. If `path` is a
+    symbolic link, the file it points to is replaced. Raises OSError with the path.
+    """
     target = Path(os.path.realpath(path))
     unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -33,19 +34,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what `replacing` left in a folder when its process was killed. Not while another one writes there."""
+    """Remove what `replacing` left in a folder when its process was killed; not while another process writes there."""
     for unfinished in folder.glob(f"*.{'[0-9a-f]' * 8}.tmp"):
         unfinished.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """`path` holds either all of `content` or what it held before, also after a crash. Raises OSError with the path."""
+    """Write `content` so that, even after a crash, `path` holds either all of it or what it held before. Raises OSError
+    with the path.
+    """
     with replacing(path) as unfinished:
         unfinished.write_bytes(content)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut. Windows cannot open folders, and needs no such thing."""
+    """Make a rename survive a power cut. Windows cannot open folders, and does not need this."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -57,12 +60,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def reason(error: OSError) -> str:
-    """Why it failed, without the path."""
+    """Say why it failed, without the path."""
     return os.strerror(error.errno) if error.errno else str(error)
 
 
 def check_writable(path: str | Path) -> None:
-    """OSError if no file could be written at `path`: to be known before minutes of work, not after."""
+    """Raise OSError if no file could be written at `path`, so that this is known before minutes of work, not after."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder")

@@ -1,4 +1,4 @@
-"""Pictures as uint8 tensors (B, H, W, 3): checks, and reading and writing files with Pillow."""
+"""Pictures as uint8 tensors (B, H, W, 3): checks, conversions, and files, which Pillow reads and writes."""
 
 from __future__ import annotations
 
@@ -17,34 +17,40 @@ from ldm_fast.files.atomic import write_atomically
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Array = np.ndarray[Any, np.dtype[Any]]
 
-def check_images(images: Tensor) -> Tensor:
-    images = torch.as_tensor(images)
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-        raise ValueError(f"images must be uint8 (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
-    return images
+
+def check_images(images: Any) -> Tensor:
+    """Return images as a tensor. ValueError unless they are uint8 (B, H, W, 3) and not empty."""
+    tensor: Tensor = torch.as_tensor(images)
+    if tensor.dtype != torch.uint8 or tensor.ndim != 4 or tensor.shape[3] != 3 or 0 in tensor.shape:
+        raise ValueError(f"images must be uint8 (B, H, W, 3), got {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor
 
 
 def as_images(pictures: Any) -> Tensor:
-    """uint8 (B, H, W, 3) of a Pillow image, a tensor or an array (H, W, 3) or (B, H, W, 3), or a sequence of such."""
+    """Return uint8 (B, H, W, 3) of a Pillow image, a tensor or array (H, W, 3) or (B, H, W, 3), or a list of these."""
     images = _as_tensor(pictures, as_images, lambda picture: np.array(_on_white(picture)))
     return check_images(images if images.ndim == 4 else images[None])
 
 
 def as_masks(masks: Any) -> Tensor:
-    """(B, H, W), not 0 where it is masked, of a Pillow image (masked where it is lighter than mid-grey), a tensor or an
-    array (H, W) or (B, H, W), or a sequence of such."""
-    masks = _as_tensor(masks, as_masks, _lighter_than_mid_grey)
-    return masks if masks.ndim == 3 else masks[None]
+    """Return (B, H, W), not 0 where a picture is masked, of a Pillow image (masked where lighter than mid-grey), a
+    tensor or array (H, W) or (B, H, W), or a list of these.
+    """
+    tensor = _as_tensor(masks, as_masks, _lighter_than_mid_grey)
+    return tensor if tensor.ndim == 3 else tensor[None]
 
 
-def _as_tensor(given: Any, of_one: Callable[[Any], Tensor], of_pillow: Callable[[Image], np.ndarray]) -> Tensor:
+def _as_tensor(given: Any, of_one: Callable[[Any], Tensor], of_pillow: Callable[[Image], Array]) -> Tensor:
     from PIL import Image
 
     if isinstance(given, Image.Image):
         return torch.from_numpy(of_pillow(_eight_bits(given)))
-    if isinstance(given, Tensor | np.ndarray):
-        return torch.as_tensor(given)
+    if isinstance(given, Tensor):
+        return given
+    if isinstance(given, np.ndarray):
+        return torch.from_numpy(given)
     if not isinstance(given, list | tuple) or not given:
         raise TypeError(f"images and masks must be tensors, arrays or Pillow images, got {type(given).__name__}")
     parts = [of_one(one) for one in given]
@@ -54,23 +60,27 @@ def _as_tensor(given: Any, of_one: Callable[[Any], Tensor], of_pillow: Callable[
 
 
 def check_multiple(side: int, factor: int, what: str) -> None:
+    """Raise ValueError, with the nearest multiples, unless `side` is a multiple of `factor` above 0."""
     if not isinstance(side, int) or side < 1 or side % factor:
         below = max(int(side) // factor, 1) * factor
         raise ValueError(f"{what} must be a multiple of {factor}, got {side}; nearest are {below} and {below + factor}")
 
 
 def to_pil(images: Tensor) -> list[Image]:
-    """uint8 (B, H, W, 3) -> Pillow images."""
+    """Return the images, uint8 (B, H, W, 3), as Pillow images."""
     from PIL import Image
 
     return [Image.fromarray(np.asarray(image)) for image in check_images(images)]
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
-    """The picture at `path` as uint8 (H, W, 3), transparency on white, turned as its EXIF says.
+    """Read a picture as uint8 (H, W, 3): transparent parts on white, turned as its EXIF data says.
 
-    size (height, width): scaled to cover it, then cut in the middle. Raises FileNotFoundError, or ValueError for a file
-    that is no picture.
+    size: (height, width) to scale it to cover, and then to crop it to in the middle.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a picture.
     """
     from PIL import Image, ImageOps
 
@@ -81,7 +91,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
-    """The mask at `path` as bool (H, W), True where it is lighter than mid-grey; scaled as `read_image` scales."""
+    """Read a mask as bool (H, W), True where it is lighter than mid-grey. `size` and errors as for `read_image`."""
     from PIL import Image, ImageOps
 
     picture = _open(path).convert("L")
@@ -91,8 +101,9 @@ def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def _eight_bits(picture: Image) -> Image:
-    """Greyscale of 16 bits by its upper ones, as Pillow reads colours of 16; its own conversion would clip, to white
-    for the most part. ValueError for other numbers: no file says what is black and what is white."""
+    """Return the upper eight bits of 16-bit greyscale, as Pillow does for 16-bit colours; its own conversion would clip
+    most values to white. ValueError for other numbers: the file does not say which are black and white.
+    """
     from PIL import Image
 
     if not picture.mode.startswith(("I", "F")):
@@ -110,8 +121,8 @@ def _on_white(picture: Image) -> Image:
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
-def _lighter_than_mid_grey(picture: Image) -> np.ndarray:
-    return np.array(picture.convert("L")) > 127
+def _lighter_than_mid_grey(picture: Image) -> Array:
+    return np.asarray(picture.convert("L")) > 127
 
 
 def _open(path: str | Path) -> Image:
@@ -129,7 +140,7 @@ def _open(path: str | Path) -> Image:
 
 
 def png_bytes(image: Tensor, text: dict[str, str]) -> bytes:
-    """uint8 (H, W, 3) as a PNG file with text entries; the same input gives the same bytes."""
+    """Return uint8 (H, W, 3) as a PNG file with text entries. The same input gives the same bytes."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -141,20 +152,21 @@ def png_bytes(image: Tensor, text: dict[str, str]) -> bytes:
 
 
 def write_png(path: str | Path, image: Tensor, text: dict[str, str]) -> None:
-    """Writes a PNG, whole or not at all. Raises OSError naming the path where it cannot be written."""
+    """Write a PNG, whole or not at all. Raises OSError that names the path if it cannot be written."""
     write_atomically(path, png_bytes(image, text))
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [-1, 1], what is beyond clipped -> uint8 (B, H, W, 3), contiguous, on the CPU."""
+    """Return images (B, 3, H, W) in [-1, 1] as contiguous uint8 (B, H, W, 3) on the CPU; other values are clipped."""
     images = ((images + 1) * 127.5).round().clamp(0, 255)
     return images.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 0, fill: int = 255) -> Tensor:
-    """uint8 (B, H, W, 3) -> one picture (H, W, 3) of rows and columns, as square as can be unless `columns` is given.
+    """Return images, uint8 (B, H, W, 3), side by side as one picture (H, W, 3).
 
-    gap: pixels between images and around them. fill: the grey of gaps and of places without an image.
+    columns: default, as many as there are rows, or one more. gap: pixels between images and around them.
+    fill: the grey of gaps and of places without an image.
     """
     images = check_images(images)
     count, height, width, _ = images.shape

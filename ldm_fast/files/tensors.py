@@ -1,9 +1,9 @@
-"""Files of tensors, read by memory map and without running anything that is in them.
+"""Files of tensors, mapped into memory and read without running anything that is in them.
 
-A file is what its first bytes say, whatever its name: safetensors, or PyTorch's pickles, which go through
-`torch.load(weights_only=True)`. That refuses everything but tensors and plain values. The published checkpoints also
-hold what their trainer left behind (callbacks, configuration objects, NumPy numbers): classes on the list below are
-replaced by one that takes any argument and does nothing, so that neither their code nor their package is needed.
+The first bytes of a file decide what it is, not its name: safetensors, or a pickle of PyTorch. Pickles go through
+`torch.load(weights_only=True)`, which refuses everything but tensors and plain values. Published checkpoints also hold
+what their trainer left behind (callbacks, configuration objects, NumPy numbers). The classes of these, listed below,
+are replaced by one that takes any argument and does nothing, so neither their code nor their package is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from ldm_fast.files.atomic import reason, replacing
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read, or is not what it should be; the message names it and says why."""
+    """A checkpoint that cannot be written or read, or is not what it should be. The message names it and says why."""
 
 
 HARMLESS_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "argparse")
@@ -47,8 +46,11 @@ OTHER_FILES = {
 
 @dataclass
 class TensorFile:
-    """tensors: those of the state dict, on the CPU; a page of one is read from the disk when it is first looked at.
-    metadata: safetensors' header. others: what stands beside the state dict in a pickle (epoch, optimizer_states, …).
+    """What a file of tensors holds.
+
+    tensors: the state dict, on the CPU. A page of a tensor is read from the disk when it is first looked at.
+    metadata: the strings in the header of a safetensors file.
+    others: what stands beside the state dict in a pickle (epoch, optimizer_states, …).
     """
 
     path: Path
@@ -58,27 +60,27 @@ class TensorFile:
 
 
 def read_tensors(path: str | Path) -> TensorFile:
-    """The tensors of a .safetensors file or of a PyTorch pickle (.ckpt, .pt, .pth, .bin).
+    """Map the tensors of a .safetensors file or of a PyTorch pickle (.ckpt, .pt, .pth, .bin).
 
-    The file has to stay as it is while its tensors are in use; writing to them does not change it.
+    The file has to stay as it is while its tensors are in use. Writing to them does not change it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is empty, cut short, not a checkpoint, or refused since it could run code.
+        CheckpointError: it is empty, cut short, not a checkpoint, or refused because it could run code.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             start = file.read(64)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
-    if start[4:9] == b"\0\0\0\0{":  # eight bytes that are the header's length, of which any may be the first, and JSON
+    if start[4:9] == b"\0\0\0\0{":  # the header's length in eight bytes, the first of which may be any, and JSON
         return _read_safetensors(path)
     if start.startswith((b"PK\x03\x04", b"\x80")):
         if path.suffix == ".safetensors":
-            raise CheckpointError(f"{path} is not what its name says but a pickle of PyTorch; call it .ckpt to load it")
+            raise CheckpointError(f"{path} is not what its name says but a pickle of PyTorch; name it .ckpt to load it")
         return _read_pickle(path, zipped=start.startswith(b"PK"))
     what = "its first bytes are those of neither safetensors nor a pickle" if start else "it is empty"
     for mark, other in OTHER_FILES.items():
@@ -98,10 +100,10 @@ def _read_safetensors(path: Path) -> TensorFile:
 
 
 def read_each(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Reads these tensors of a .safetensors file into memory of their own, one at a time, in the order of their names.
+    """Read these tensors of a .safetensors file into memory of their own, one at a time, in the order of their names.
 
-    `tensors` have the shapes and dtypes; they may be on the meta device. Only what the caller keeps stays in memory,
-    whereas a page of a file mapped by `read_tensors` stays once it has been looked at.
+    `tensors` give the shapes and dtypes, and may be on the meta device. Only what the caller keeps stays in memory; the
+    pages that `read_tensors` maps all stay once they have been looked at.
     """
     try:
         with path.open("rb") as file:
@@ -122,7 +124,7 @@ def read_each(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, 
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], start: bytes = b"") -> str:
-    """SHA-256, in hexadecimal digits, of `start` and of names, dtypes, shapes and bytes, in the order of the names."""
+    """Return the SHA-256 of `start` and of the tensors' names, dtypes, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256(start)
     for name, tensor in sorted(tensors.items()):
         add_to_digest(digest, name, tensor)
@@ -130,26 +132,26 @@ def tensors_digest(tensors: Mapping[str, Tensor], start: bytes = b"") -> str:
 
 
 def add_to_digest(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
-    """Feeds one tensor to a digest, as `tensors_digest` does."""
+    """Add one tensor to a digest, as `tensors_digest` does."""
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(_bytes(tensor.detach().cpu().contiguous()))
 
 
-def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The bytes of a contiguous tensor on the CPU, in its own memory."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 # Pickles
 
 
 class _Inert:
-    """In the place of an object that is none of a model's business: takes anything, does nothing."""
+    """Stands for an object that has nothing to do with the model: takes anything, does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return object.__new__(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
@@ -159,9 +161,9 @@ class _Inert:
 def _read_pickle(path: Path, zipped: bool) -> TensorFile:
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-    except pickle.UnpicklingError:  # uses what no checkpoint needs; `torch.load` says what it is
+    except pickle.UnpicklingError:  # it uses what no checkpoint needs; `torch.load` says what
         named = []
-    except Exception as error:  # of any kind: the bytes come from anywhere
+    except Exception as error:  # of any kind: the bytes may be anything
         raise CheckpointError(
             f"{path} is not a whole PyTorch checkpoint (cut short or damaged): {_line(error)}"
         ) from error
@@ -169,7 +171,7 @@ def _read_pickle(path: Path, zipped: bool) -> TensorFile:
     if refused:
         raise CheckpointError(
             f"{path} is refused, and nothing in it was run: beside tensors its pickle names {', '.join(refused)}, and "
-            "unpickling would call that. Get the model as .safetensors, or, if you trust its source, load it elsewhere "
+            "unpickling would call that. Get the model as .safetensors; or, if you trust its source, load it elsewhere "
             "and save its state dict alone"
         )
     try:
@@ -177,7 +179,7 @@ def _read_pickle(path: Path, zipped: bool) -> TensorFile:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
         raise CheckpointError(
-            f"{path} cannot be read as tensors and plain values alone, and nothing in it was run: {_line(error)}"
+            f"{path} cannot be read as tensors and plain values alone; nothing in it was run: {_line(error)}"
         ) from error
     return _state_dict_of(path, content)
 
@@ -187,7 +189,7 @@ def _is_harmless(name: str) -> bool:
 
 
 def _line(error: Exception) -> str:
-    """The sentence of PyTorch's long message that says what is wrong."""
+    """Return the line of PyTorch's long message that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0])[:300]
 
@@ -211,11 +213,11 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
-# Folders in diffusers' form, and writing
+# Folders as diffusers writes them, and writing
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. CheckpointError if there is none, or it is something else."""
+    """Return the JSON object in a file. CheckpointError if there is no such file, or something else in it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -228,7 +230,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_shards(index: Path) -> TensorFile:
-    """The tensors of a model that is spread over several files; `index` says which is where."""
+    """Map the tensors of a model that is spread over several files. `index` says which tensor is in which."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or any(Path(str(name)).name != name for name in where.values()):
         raise CheckpointError(f"{index} has no weight_map of names to files beside it")
@@ -242,7 +244,7 @@ def read_shards(index: Path) -> TensorFile:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a .safetensors file, whole or not at all. Raises OSError with the path."""
+    """Write a .safetensors file, whole or not at all. Raises OSError with the path."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -253,5 +255,5 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             mode = unfinished.stat().st_mode
             save_file(plain, unfinished, metadata)
             unfinished.chmod(mode)  # as that of any new file; safetensors lets only its owner read it
-    except SafetensorError as error:  # what it makes of a full disk
+    except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(f"{path}: cannot write: {error}") from error

@@ -30,6 +30,7 @@ from ldm_fast.interop.names import (
 from ldm_fast.interop.stand_ins import stand_in
 
 M = TypeVar("M", bound="Pretrained")
+N = TypeVar("N", bound=nn.Module)
 
 SAVED_LAYOUTS = ("diffusers", "compvis")
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of the file
@@ -225,13 +226,13 @@ def layout_of(build: Callable[[Any], nn.Module], config: Config) -> tuple[Entry,
 
 
 def assemble(
-    cls: type[M],
+    cls: type[N],
     config: Config,
     state_dict: Mapping[str, Tensor],
     dtype: torch.dtype | None,
     origin: str,
     mixed: bool = False,
-) -> M:
+) -> N:
     """cls(config) around these very tensors, none of them copied (but to another `dtype`), in eval mode.
 
     Nothing is allocated: the model is built on the meta device. `origin` is named in errors. With `mixed`, tensors
