@@ -187,7 +187,7 @@ def test_whole_checkpoint(kind, whole, tmp_path):
 
     raw = checkpoints.load(path, config={"unet": UNET}, ema=False, parts=["unet"])
     assert same(raw.unet, ours) and raw.first_stage is None
-    with pytest.raises(ValueError, match="no whole model: there is no first_stage"):
+    with pytest.raises(ValueError, match="not a whole model: there is no first_stage"):
         LatentDiffusion.from_checkpoint(raw)
     with pytest.raises(ValueError, match="has no vae, only unet, first_stage, cond_stage"):
         checkpoints.load(path, config={"unet": UNET}, parts=["vae"])

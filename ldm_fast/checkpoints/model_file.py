@@ -57,7 +57,7 @@ def is_ours(file: TensorFile) -> bool:
 
 def save(
     path: str | Path,
-    parts: Mapping[str, nn.Module | None],
+    parts: Mapping[str, nn.Module],
     *,
     schedule: DiffusionConfig,
     scaling_factor: float,
@@ -69,7 +69,7 @@ def save(
     """Write a model to `path`, whole or not at all.
 
     Args:
-        parts: a module or None for each name in CLASSES.
+        parts: modules by their names in CLASSES.
         dtype: the dtype to store floating-point weights in (torch.float16, say). None keeps theirs.
 
     Raises:
@@ -79,11 +79,11 @@ def save(
     tensors = {
         f"{part}.{name}": _stored(f"{part}.{name}", tensor, dtype)
         for part, module in parts.items()
-        if module is not None
         for name, tensor in module.state_dict().items()
     }
     about = {
         "format": FORMAT,
+        **dict.fromkeys(CLASSES),
         **{part: _describe(part, module) for part, module in parts.items()},
         "schedule": to_dict(schedule),
         "scaling_factor": scaling_factor,
@@ -105,14 +105,12 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return stored
 
 
-def _describe(part: str, module: nn.Module | None) -> dict[str, Any] | None:
-    if module is None:
-        return None
-    name = type(module).__name__
-    if name not in CLASSES[part]:
-        raise ValueError(f"cannot save a {part} of class {name}; known: {', '.join(CLASSES[part])}")
+def _describe(part: str, module: nn.Module) -> dict[str, Any]:
+    name, known = type(module).__name__, CLASSES.get(part, {})
+    if name not in known:
+        raise ValueError(f"cannot save a {part} of class {name}; known: {', '.join(known)}")
     with torch.device("meta"):
-        plain = CLASSES[part][name][0](module.config)
+        plain = known[name][0](module.config)
     shapes = {key: tuple(tensor.shape) for key, tensor in plain.state_dict().items()}
     try:
         check_names(module.state_dict(), shapes, name)

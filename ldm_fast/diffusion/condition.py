@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ldm_fast.diffusion.samplers import Denoise
 
+C = TypeVar("C", Tensor, "Condition")
+
 
 def classifier_free_guidance(
-    model: Callable[[Tensor, Tensor, Tensor | Condition], Tensor],
-    condition: Tensor | Condition,
-    uncondition: Tensor | Condition | None,
+    model: Callable[[Tensor, Tensor, C], Tensor],
+    condition: C,
+    uncondition: C | None,
     scale: float,
 ) -> Denoise:
     """denoise(z, t) = model(uncondition) + scale * (model(condition) - model(uncondition)) (Ho & Salimans 2022, eq. 6).

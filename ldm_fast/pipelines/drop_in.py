@@ -3,10 +3,7 @@
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     ldm_fast.accelerate(pipe)
 
-or one component at a time, `pipe.unet = ldm_fast.UNet.from_diffusers(pipe.unet)`. The classes made here are our models
-with what diffusers' pipelines and loaders look for around them: its mixins that load LoRA and IP-Adapter files, and a
-`config` that says what the replaced module's said. They carry the names of the classes they stand for, since diffusers
-decides some things by name.
+or one component at a time: `pipe.unet = ldm_fast.UNet.from_diffusers(pipe.unet)`.
 """
 
 from __future__ import annotations
@@ -25,15 +22,17 @@ REPLACED = {kind: ours for ours in (UNet, AutoencoderKL, VQModel) for kind in ou
 
 
 def accelerate(pipe: Any) -> Any:
-    """Replaces every UNet and first stage of a diffusers pipeline by ours, in place; returns the pipeline.
+    """Replace every UNet and first stage of a diffusers pipeline by ours, in place, and return the pipeline.
 
-    The weights are shared, not copied; `pipe.unet.join_projections()` trades that for fewer products. Components of
-    other kinds stay as they are, and so does the pipeline's record of its classes: `save_pretrained` writes a folder
-    that diffusers opens without us. Weights must not be trained during a call of the pipeline: what does not change
-    between its steps is computed once. Pipelines made of this one's components are accelerated in turn.
+    The weights are shared, not copied; `pipe.unet.join_projections()` trades that for fewer products. Other components
+    stay as they are, and so does the pipeline's record of its classes: `save_pretrained` writes a folder that diffusers
+    opens without us. Weights must not be trained during a call of the pipeline, because what does not change between
+    its steps is computed once. Accelerate a pipeline made of its components, too.
 
-    Raises TypeError if `pipe` is not a diffusers pipeline, ValueError for a UNet or first stage whose configuration we
-    cannot run, or that is compiled or offloaded already, and for a pipeline without either; nothing is replaced then.
+    Raises:
+        TypeError: `pipe` is not a diffusers pipeline.
+        ValueError: it has no UNet and no first stage, or one with a configuration that we cannot run, or one that is
+            compiled or offloaded already. Nothing is replaced then.
     """
     diffusers = require_diffusers()
     if not isinstance(pipe, diffusers.DiffusionPipeline):
@@ -58,12 +57,12 @@ def accelerate(pipe: Any) -> Any:
     for name, module in replaced.items():
         setattr(pipe, name, module)
         pipe.register_to_config(**{name: ("diffusers", type(module).__name__)})
-    pipe.__class__ = _with_fixed_weights(type(pipe))
+    pipe.__class__ = _with_fixed_weights(pipe.__class__)
     return pipe
 
 
 def _check_untouched(name: str, component: nn.Module) -> None:
-    """ValueError if something was put around the component, or a part of it, that its replacement would be without."""
+    """Raise ValueError if something is around the component, or a part of it, that its replacement would lack."""
     for module in component.modules():
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise ValueError(f"accelerate: {name} is compiled; accelerate the pipeline first, then compile {name}")
@@ -75,8 +74,8 @@ def _check_untouched(name: str, component: nn.Module) -> None:
 
 
 @functools.cache
-def _with_fixed_weights(pipeline: type) -> type:
-    """The pipeline's class under the same name, with every call in a scope of `fixed_weights`."""
+def _with_fixed_weights(pipeline: Any) -> Any:
+    """Return a subclass of a pipeline's class, under the same name, that runs every call inside `fixed_weights`."""
     if getattr(pipeline.__call__, "_fixes_weights", False):
         return pipeline
     call = fixed_weights()(pipeline.__call__)
