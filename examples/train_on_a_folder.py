@@ -47,9 +47,8 @@ if args.pictures is None:
 recipe = load_recipe(RECIPE)
 recipe = replace(recipe, data=replace(recipe.data, path=str(pictures)))
 if args.steps is not None:
-    first, second = (
-        replace(s, loop=replace(s.loop, steps=args.steps)) for s in (recipe.first_stage, recipe.second_stage)
-    )
+    stages = recipe.first_stage, recipe.second_stage
+    first, second = (replace(stage, loop=replace(stage.loop, steps=args.steps)) for stage in stages)
     recipe = replace(recipe, first_stage=first, second_stage=second)
 
 # Stop it when you like, even by kill -9: the same call goes on where it was, bit for bit.

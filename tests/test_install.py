@@ -180,11 +180,13 @@ def test_native_modules_of_another_version_are_reported_and_not_used(next_versio
 
 def test_a_source_distribution_holds_the_whole_checkout(tmp_path):
     """What builds, what runs and what tests it."""
-    source, folders = tmp_path / "source", ("ldm_fast", "kernels", "csrc", "tests", "benchmarks")
+    source, folders = tmp_path / "source", ("ldm_fast", "kernels", "csrc", "tests", "benchmarks", "docs", "examples")
     for name in folders:
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns(*BUILT))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "DESIGN.md", "CHANGELOG.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "mkdocs.yml", "MANIFEST.in", "LICENSE", "CITATION.cff"):
         shutil.copy(ROOT / name, source)
+    for path in ROOT.glob("*.md"):
+        shutil.copy(path, source)
     there = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
     done = subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
