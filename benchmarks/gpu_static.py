@@ -2,25 +2,25 @@
 
     python benchmarks/gpu_static.py [--arch 80 90 100] [--op attention group_norm_silu] [--dtype float16] [--quick]
 
-The shapes are those of `model_shapes.py`, each launch is the one that the op would make, compiled ahead of time with
-what Triton would know of its arguments; launches that compile to the same kernel are compiled once. Nothing here is run
+The shapes are those of `model_shapes.py`. Each launch is the one that the op would make, compiled ahead of time with
+what Triton would know about its arguments; launches that compile to the same kernel are compiled once. Nothing is run,
 and no time on a GPU is claimed. The last line is JSON.
 
-One table has a line for each compiled kernel and architecture. Counts are of instructions in the machine code: the body
-of a loop counts once. `matrix` is the matrix work that the instructions do, in units of what the tiles need: 1 where
-nothing is padded and nothing computed twice. On sm_100 the compiler sets the first turn of a loop apart and computes
-ahead, so that products stand there up to three times; `padded` counts instructions larger than a tile. `resident` are
-the programs that one multiprocessor can hold, `declared` those that the plan means it to. What is wrong with a kernel
-stands in brackets (see `faults`).
+One table has a line for each compiled kernel and architecture. It counts instructions in the machine code, the body of
+a loop once. `matrix` is the work of the matrix instructions divided by what the tiles need: it is 1 if nothing is
+padded and nothing computed twice. For sm_100 the compiler takes the first turn out of a loop and computes ahead, so
+that products appear up to three times; there `padded` counts instructions larger than a tile. `resident` is the number
+of programs that one multiprocessor can hold, `declared` the number that the plan means it to hold. What is wrong with a
+kernel stands in brackets (see `faults`).
 
-The other has a line for each shape and pass: bytes (every tensor once for each kernel that takes it; what is read again
-comes from a cache), floating-point operations of the work itself, of our tiles, and of the tiles that FlashAttention-2
-would compute, and modelled times: the larger of bytes / bandwidth and operations / peak, both as published. No launch,
-latency, cache or exponential is in them.
+The other table has a line for each shape and pass: bytes (every tensor once for each kernel that takes it; what is read
+again comes from a cache); floating-point operations of the work itself, of our tiles, and of the tiles that
+FlashAttention-2 would compute; and modelled times, the larger of bytes / bandwidth and operations / peak, both as
+published. The times contain no launch, latency, cache or exponential.
 
 FlashAttention-2's tiles (Dao, arXiv:2307.08691; `flash_fwd_launch_template.h` and `flash_bwd_launch_template.h`) are
-counted as whole tiles of its block sizes for A100, with the head padded to the next width it is built for; heads wider
-than 256 it does not take.
+counted as whole tiles of its block sizes for A100, with the head padded to the next width it is built for. It takes no
+heads wider than 256.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ FLASH = {
     256: ((128, 64), (64, 64)),
 }
 
-# The products of one turn of each attention kernel: rows, columns and what is summed over, of q(ueries), k(eys) and
-# d (a head's columns). "D" is summed over piece by piece where a head is wider than a program keeps.
+# The products of one turn of each attention kernel: the rows, the columns and what is summed over, each of them
+# q(ueries), k(eys) or d (a head's columns). "D" is summed piece by piece if a head is wider than a program keeps.
 PRODUCTS = {
     "forward_short": ("qkD", "qdk"),
     "forward_long": ("qkD", "qdk"),
@@ -100,8 +100,8 @@ PRODUCTS = {
 }
 
 
-# group_norm_silu's kernels that see all of x, and the tiles that they read and write in one turn. So bytes are minimal:
-# x once and y once where a group fits on chip, x twice and y once where it does not; with grad besides, backward.
+# Those kernels of group_norm_silu that see all of x, and how many tiles they read and write in one turn. These are the
+# fewest bytes possible: x once and y once if a group fits on chip, x twice and y once if not; backward, grad as well.
 TRAFFIC = {
     "forward_group": (1, 1),
     "stats": (1, 0),
@@ -115,7 +115,7 @@ LOADS = ("tt.load", "ttg.async_copy_global_to_local")
 
 @dataclass(frozen=True)
 class Static:
-    """One compiled kernel; `local` counts accesses to local memory, which is where spilled registers go."""
+    """One compiled kernel. `local` counts accesses to local memory, where spilled registers go."""
 
     kernel: str
     arch: int
@@ -124,21 +124,21 @@ class Static:
     shared: int
     tensor_memory: int
     resident: int  # programs that a multiprocessor can hold
-    declared: int  # that it is meant to hold
+    declared: int  # programs that it is meant to hold
     stack: int
     local: int
     tensor_core: int
-    matrix: float  # multiply-adds of the matrix instructions, of those that the tiles need
-    padded: int  # matrix instructions larger than a tile (sm_100; elsewhere `matrix` would tell)
+    matrix: float  # multiply-adds of the matrix instructions, divided by those that the tiles need
+    padded: int  # matrix instructions larger than a tile (sm_100; elsewhere `matrix` shows it)
     exp2: int
     atomics: int
     loads: int
     loads_128: int
-    tile_loads: int  # loads of 128 bits that a thread's part of the tiles comes to
+    tile_loads: int  # loads of 128 bits that a thread needs for its part of the tiles
     stores: int
     stores_128: int
     tile_stores: int
-    reads: int  # of a whole tile of group_norm_silu in one turn
+    reads: int  # of a whole tile of group_norm_silu, in one turn
     writes: int
     divisions: int  # of integers
     loop_divisions: int  # of integers, inside loops
@@ -150,9 +150,9 @@ class Static:
 def attention_launches(
     shape: AttentionShape | tuple[int, ...], dtype: torch.dtype, mask: torch.Tensor | None = None
 ) -> list[Launch]:
-    """Forward and backward of tensors as `ldm_fast.attention_layers` passes them, (B, N, H, D) in memory.
+    """Forward and backward of tensors as `ldm_fast.models.attention` passes them, (B, N, H, D) in memory.
 
-    Without gradients q, k and v (or k and v of a context) are views of one product, see `ldm_fast.reuse`.
+    Without gradients q, k and v (or k and v of a context) are views of one product; see `ldm_fast.models.joined`.
     """
     b, h, n, m, d = shape
 
@@ -171,7 +171,7 @@ def attention_launches(
 def group_norm_silu_launches(
     shape: GroupNormShape, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> list[Launch]:
-    """Forward with weights of x's dtype, backward with float32 ones, as training keeps them."""
+    """Forward with weights of x's dtype, backward with float32 weights, as training keeps them."""
     x, y, grad, dx = (torch.empty(shape[:4], dtype=dtype, device="meta", memory_format=memory_format) for _ in range(4))
     weight, bias, *of_training = (torch.empty(shape.C, dtype=d, device="meta") for d in (dtype,) * 2 + (None,) * 4)
     scale, shift, dscale, dshift = (
@@ -187,7 +187,7 @@ def group_norm_silu_launches(
 
 
 def works(ops: Iterable[str], dtype: torch.dtype, quick: bool = False) -> Iterator[tuple[str, list[Launch]]]:
-    """A label for people and the launches, of every shape; quick: of one for each op."""
+    """A label for people and the launches, for every shape. quick: for one shape of each op."""
     for op in ops:
         for shape in (QUICK[op],) if quick else SHAPES[op]:
             if op == "attention":
@@ -200,7 +200,7 @@ def works(ops: Iterable[str], dtype: torch.dtype, quick: bool = False) -> Iterat
 
 
 class Variant(NamedTuple):
-    """A kernel to be compiled, the first work that needs it, and how many others do."""
+    """A kernel to be compiled, the first work that needs it, and how many others need it, too."""
 
     launch: Launch
     label: str
@@ -208,7 +208,7 @@ class Variant(NamedTuple):
 
 
 def distinct(all_works: Iterable[tuple[str, list[Launch]]]) -> list[Variant]:
-    """What has to be compiled, each once."""
+    """The kernels that have to be compiled, each once."""
     found: dict[str, Variant] = {}
     for label, launches in all_works:
         for launch in launches:
@@ -223,7 +223,7 @@ def distinct(all_works: Iterable[tuple[str, list[Launch]]]) -> list[Variant]:
 
 
 def _source(launch: Launch) -> ASTSource:
-    """The source with what a launch tells the compiler: types, ones, and which arguments 16 divides."""
+    """The source, and what a launch tells the compiler: types, which arguments are one, and which 16 divides."""
     signature, constants, attributes = {}, {}, {}
     names = launch.kernel.arg_names
     for index, (name, value) in enumerate(zip(names, launch.args, strict=False)):
@@ -263,12 +263,13 @@ def compile_launch(launch: Launch, arch: int) -> Static:
     warps, tensor_memory = built.metadata.num_warps, getattr(built.metadata, "tmem_size", 0) or 0
     blackwell, tiles = _blackwell_products(built.asm["ptx"]), _product_tiles(launch)
     done = _matrix_work(names, warps) + sum(16 * rows * columns for rows, columns in blackwell)
+    # every warp computes a part of at least 16 × 8
     needed = sum(max(rows * columns, 16 * 8 * warps) * depth for rows, columns, depth in tiles)
     divisions, loop_divisions = _divisions(built.asm["ptx"])
     loaded, stored = _tiles(built.asm["ttgir"], *LOADS), _tiles(built.asm["ttgir"], "tt.store")
     whole = launch.options.get("CHANNELS", 0), launch.options.get("PIXELS", 0)
-    # asynchronous copies from global to shared memory (LDGSTS) are loads as well; atomics on shared memory (ATOMS) are
-    # how Blackwell hands out its tensor memory
+    # Asynchronous copies from global to shared memory (LDGSTS) are loads as well. Atomics on shared memory (ATOMS) do
+    # not count: Blackwell hands out its tensor memory with them.
     return Static(
         kernel=launch.kernel.__name__.lstrip("_"),
         arch=arch,
@@ -303,7 +304,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def _resident(arch: int, warps: int, registers: int, shared: int, tensor_memory: int) -> int:
-    """Programs that fit on one multiprocessor at a time; registers are given out 8 to a thread."""
+    """Programs that fit on one multiprocessor at a time; a thread is given registers by the eight."""
     fits = [REGISTERS // (32 * warps * (registers + 7 & ~7)), SHARED[arch] // (shared + 1024)]
     fits.append(THREADS[arch] // (32 * warps))
     if tensor_memory:
@@ -323,22 +324,22 @@ def _lengths(launch: Launch) -> dict[str, list[int]]:
 
 
 def _products(launch: Launch) -> tuple[str, ...]:
-    """The products of one turn; of dk and dv apart, of a turn of each."""
+    """The products of one turn; if dk and dv are apart, of a turn of each."""
     products = PRODUCTS.get(launch.kernel.__name__.lstrip("_"), ())
     return (*products, "kqD") if launch.options.get("APART") else products
 
 
 def _product_tiles(launch: Launch) -> list[tuple[int, int, int]]:
-    """Rows, columns and depth of the products of one turn. Every warp computes a part of 16 × 8 at least."""
+    """Rows, columns and depth of the products of one turn."""
     products = _products(launch)
     lengths = _lengths(launch) if products else {}
     return [(x, y, z) for a, b, c in products for x in lengths[a] for y in lengths[b] for z in lengths[c]]
 
 
 def _matrix_work(names: list[str], warps: int) -> int:
-    """Multiply-adds of a program's matrix instructions, each once.
+    """Multiply-adds of a program's matrix instructions, each counted once.
 
-    Ampere's are a warp's, Hopper's a group's of four warps; their names say how large they are.
+    One of Ampere's belongs to a warp, one of Hopper's to a group of four warps. Their names tell their size.
     """
     work = 0
     for name, count in Counter(names).items():
@@ -352,7 +353,7 @@ def _matrix_work(names: list[str], warps: int) -> int:
 def _blackwell_products(ptx: str) -> list[tuple[int, int]]:
     """Rows and columns of Blackwell's matrix instructions, 16 deep.
 
-    They are in a descriptor, a constant: rows / 16 from bit 24, columns / 8 from bit 17.
+    A descriptor, a constant, holds them: rows / 16 from bit 24 on, columns / 8 from bit 17 on.
     """
     constants = dict(re.findall(r"mov\.b32\s+(%r\d+), (-?\d+);", ptx))
     operands = r"\[ [^\]]+\], (?:%rd\d+|\[[^\]]+\]), %rd\d+, (%r\d+|\d+),"
@@ -361,7 +362,7 @@ def _blackwell_products(ptx: str) -> list[tuple[int, int]]:
 
 
 def _divisions(ptx: str) -> tuple[int, int]:
-    """Integer divisions and remainders in the PTX, and those of them inside loops."""
+    """How many integer divisions and remainders the PTX has, and how many of them are inside loops."""
     lines = ptx.splitlines()
     labels = {match[1]: number for number, line in enumerate(lines) if (match := re.match(r"(\$L\w+):", line))}
     inside = set()
@@ -379,7 +380,7 @@ def _tiles(ttgir: str, *operations: str) -> list[tuple[int, int, int]]:
 
 
 def _wide_accesses(tiles: list[tuple[int, int, int]], warps: int) -> int:
-    """How many of 128 bits a thread's part of these tiles comes to; parts smaller than that cannot have one."""
+    """How many accesses of 128 bits a thread needs for its part of these tiles; none if the part is smaller."""
     return sum(rows * columns * bits // (32 * warps * 128) for rows, columns, bits in tiles)
 
 
@@ -387,14 +388,14 @@ def _wide_accesses(tiles: list[tuple[int, int, int]], warps: int) -> int:
 
 
 def faults(static: Static, dtype: torch.dtype, aligned: bool = True) -> list[str]:
-    """What is wrong with a compiled kernel; aligned: rows are whole multiples of 16 bytes, and nothing is masked."""
+    """What is wrong with a compiled kernel. aligned: rows are whole multiples of 16 bytes, and nothing is masked."""
     product, stream = static.kernel in PRODUCTS, static.kernel in TRAFFIC
     half = dtype != torch.float32
     checks = {
         "spills": static.stack == static.local == 0,
         "atomics": static.atomics == 0,
         "occupancy": static.resident >= static.declared,
-        # products of float32 keep their precision, so they do not go through the tensor cores (tf32 would)
+        # products of float32 keep their precision, so they avoid the tensor cores, which would round to tf32
         "tensor cores": not product or (static.tensor_core > 0) == half,
         "matrix work": not product or not half or 1 <= static.matrix <= (3 if static.arch >= 100 else 1),
         "padded products": static.padded == 0,
@@ -408,7 +409,7 @@ def faults(static: Static, dtype: torch.dtype, aligned: bool = True) -> list[str
 
 
 def aligned(launch: Launch) -> bool:
-    """Whether rows are whole multiples of 16 bytes: not those of maps of 2 × 2 or 6 × 6 pixels."""
+    """Whether rows are whole multiples of 16 bytes; those of maps of 2 × 2 or 6 × 6 pixels are not."""
     size = next(x for x in launch.args if x is not None).element_size()
     return launch.options.get("UNIT", 1) * size == 16 and launch.options.get("D", 16) * size % 16 == 0
 
@@ -417,7 +418,7 @@ def aligned(launch: Launch) -> bool:
 
 
 class Work(NamedTuple):
-    """One pass of an op; operations of tiles include what is padded and what is computed again."""
+    """One pass of an op. Operations of tiles include what is padded and what is computed again."""
 
     label: str
     bytes: int
@@ -444,7 +445,7 @@ def attention_work(shape: AttentionShape, dtype: torch.dtype) -> list[Work]:
 
 
 def _attention_flops(launch: Launch, shape: AttentionShape) -> int:
-    """Of all turns of all programs."""
+    """Operations of all turns of all programs."""
     name, products = launch.kernel.__name__.lstrip("_"), _products(launch)
     if not products:
         return 0
@@ -469,7 +470,7 @@ def _flash_flops(shape: AttentionShape, backward: bool) -> int | None:
 
 
 def group_norm_silu_work(shape: GroupNormShape, dtype: torch.dtype, memory_format: torch.memory_format) -> list[Work]:
-    """The forward and the backward pass; their operations are nominal and far from any peak."""
+    """The forward and the backward pass. Their operations are nominal, and far from any peak."""
     launches = group_norm_silu_launches(shape, dtype, memory_format)
     names = [launch.kernel.__name__ for launch in launches]
     cut = next(i for i, name in enumerate(names) if "backward" in name or "grad" in name)
@@ -483,7 +484,7 @@ def group_norm_silu_work(shape: GroupNormShape, dtype: torch.dtype, memory_forma
 
 
 def _bytes(launches: Iterable[Launch]) -> int:
-    """Every tensor once for each kernel that takes it."""
+    """Bytes of every tensor, once for each kernel that takes it."""
     return sum(x.numel() * x.element_size() for launch in launches for x in launch.args if isinstance(x, torch.Tensor))
 
 
@@ -491,7 +492,7 @@ def _bytes(launches: Iterable[Launch]) -> int:
 
 
 def _print_kernels(variants: list[Variant], architectures: list[int], dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The table, line by line as the kernels are compiled, with what is wrong in front of what it is for."""
+    """Print the table line by line as the kernels are compiled; what is wrong stands before what a kernel is for."""
     columns = [field.name for field in fields(Static)]
     widths = [max(6, len(name)) for name in columns[1:]]
     print("  ".join([f"{'kernel':16}", *(f"{name:>{w}}" for name, w in zip(columns[1:], widths, strict=True)), "for"]))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-_OLDEST = (8, 0)  # compute capability: what Triton supports, and what the shared memory of a program is planned for
+_OLDEST = (8, 0)  # compute capability: Triton supports it, and a program's shared memory is planned for it
 
 
 class Launch(NamedTuple):
@@ -22,7 +22,7 @@ class Launch(NamedTuple):
     programs: int
     args: tuple[Any, ...]
     options: dict[str, Any]
-    resident: int = 1  # programs that one multiprocessor is meant to hold at a time: registers and memory allow it
+    resident: int = 1  # programs that one multiprocessor is meant to hold at a time, as registers and memory allow
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -30,6 +30,7 @@ class Launch(NamedTuple):
         return {"enable_fp_fusion": True, **self.options}
 
     def run(self) -> None:
+        """Launch on the device of the tensors."""
         device = next(arg.device for arg in self.args if isinstance(arg, torch.Tensor))
         # Triton launches on the current device, which need not be that of the tensors
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -47,14 +48,14 @@ def next_power_of_2(n: int) -> int:
 
 
 def interpreting() -> bool:
-    """Whether Triton decorates kernels for its CPU interpreter (it reads the same variable at the decoration)."""
+    """Whether Triton decorates kernels for its CPU interpreter; it reads the same variable when it decorates them."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def unavailable() -> str | None:
     """Why no Triton kernel can run here, in one line that says what would change it; None if they can."""
     if find_spec("triton") is None:
-        return "Triton is not installed: `pip install triton` (Linux) would bring it"
+        return "Triton is not installed: `pip install triton` (on Linux) brings it"
     if not interpreting() and not torch.cuda.is_available():
         return "PyTorch sees no CUDA GPU (TRITON_INTERPRET=1, set before the start, runs the kernels slowly on a CPU)"
     if not interpreting() and torch.version.cuda is None:

@@ -191,7 +191,8 @@ def apply_launch(norm: Norm, mean: Tensor, rstd: Tensor, y: Tensor) -> Launch:
     return split_launch(_apply, x, args, split_of(x).steps_apply, 32, SILU=silu)
 
 
-def _unsupported(norm: Norm) -> str | None:
+def group_norm_silu_unsupported(norm: Norm) -> str | None:
+    """Why these (checked) inputs cannot run, None if they can."""
     for name, vector in zip(("weight", "bias", "scale", "shift"), norm.vectors, strict=True):
         if vector is not None and vector.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"the Triton kernel takes a float16, bfloat16 or float32 {name}, not {vector.dtype}"
@@ -200,11 +201,6 @@ def _unsupported(norm: Norm) -> str | None:
     if norm.x.shape[1] > MOST_CHANNELS:
         return f"the Triton kernel takes at most {MOST_CHANNELS} channels, not {norm.x.shape[1]}"
     return refuse(norm.x)
-
-
-def group_norm_silu_unsupported(norm: Norm) -> str | None:
-    """Why these (checked) inputs cannot run, None if they can."""
-    return _unsupported(norm)
 
 
 def group_norm_silu(norm: Norm) -> tuple[Tensor, Tensor]:
@@ -219,7 +215,7 @@ def group_norm_silu(norm: Norm) -> tuple[Tensor, Tensor]:
 
 def group_norm_stats_unsupported(x: Tensor, num_groups: int) -> str | None:
     """Why this (checked) input cannot run, None if it can."""
-    return _unsupported(Norm(x, num_groups))
+    return group_norm_silu_unsupported(Norm(x, num_groups))
 
 
 def group_norm_stats(x: Tensor, num_groups: int) -> Tensor:
@@ -239,7 +235,7 @@ def group_norm_stats(x: Tensor, num_groups: int) -> Tensor:
 
 def group_norm_apply_unsupported(norm: Norm, stats: Tensor) -> str | None:
     """Why these (checked) inputs cannot run, None if they can."""
-    return _unsupported(norm)
+    return group_norm_silu_unsupported(norm)
 
 
 def group_norm_apply(norm: Norm, stats: Tensor) -> Tensor:
