@@ -27,7 +27,7 @@ from ldm_fast.files.tensors import CheckpointError
 from ldm_fast.interop.clip_names import with_text_model
 from ldm_fast.interop.names import UNET_PREFIX, Config, check_names, current_names, without_dots
 
-PARTS = ("unet", "first_stage", "cond_stage", "cond_stage_2")
+PARTS = ("unet", "first_stage", "cond_stage", "cond_stage_2")  # each is recognised with those before it at hand
 PREFIXES = {
     UNET_PREFIX: "unet",
     "first_stage_model.": "first_stage",
@@ -74,16 +74,17 @@ def inspect_tensors(
     """
     given = dict(given or {})
     groups, prefixes, ignored = _sort(tensors)
-    found, names, problems, elsewhere = Found(path, None, {}, ignored=ignored), "compvis", [], []
-    whole = any(groups[part] for part in PARTS) or not groups["rest"]
-    if not whole:
-        alone, names = _only_part(groups["rest"], given)
-        groups[alone] = groups["rest"] if names == "compvis" else current_names(groups["rest"])
-    elif groups["rest"]:
-        problems.append(f"{len(groups['rest'])} unexpected: {', '.join(groups['rest'])}")
+    found = Found(path, None, {}, ignored=ignored)
+    names, averaged = "compvis", "unet"  # whose names the parts have; which part the averages without its prefix are of
+    problems, elsewhere = [], []
+    rest = groups["rest"]
+    if rest and not any(groups[part] for part in PARTS):
+        averaged, names = _only_part(rest, given)
+        groups[averaged] = rest if names == "compvis" else current_names(rest)
+    elif rest:
+        problems.append(f"{len(rest)} unexpected: {', '.join(rest)}")
     for part in PARTS:
-        averaged_here = part == "unet" if whole else part == alone
-        averages = _pop_averages(groups[part], groups["ema"] if averaged_here else {})
+        averages = _pop_averages(groups[part], groups["ema"] if part == averaged else {})
         config = given.get(part)
         try:
             if averages and ema:
@@ -142,15 +143,16 @@ def _sort(
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in (*PARTS, "ema", "rest")}
     ignored: dict[str, list[str]] = {}
     found: dict[str, str] = {}
-    prefixes = {**PREFIXES, EMA: "ema", "": "rest"}
+    prefixes = {**PREFIXES, EMA: "ema"}
     for name, tensor in tensors.items():
         what = next((what for what, pattern in NO_WEIGHTS.items() if pattern.fullmatch(name)), None)
         if what is not None:
             ignored.setdefault(what, []).append(name)
             continue
-        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
-        groups[prefixes[prefix]][name.removeprefix(prefix)] = tensor
-        found[prefixes[prefix]] = prefix
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        group = prefixes.get(prefix, "rest")
+        groups[group][name.removeprefix(prefix)] = tensor
+        found[group] = prefix
     return groups, found, ignored
 
 

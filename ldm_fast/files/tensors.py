@@ -82,9 +82,8 @@ def read_tensors(path: str | Path) -> TensorFile:
         if path.suffix == ".safetensors":
             raise CheckpointError(f"{path} is not what its name says but a pickle of PyTorch; name it .ckpt to load it")
         return _read_pickle(path, zipped=start.startswith(b"PK"))
-    what = "its first bytes are those of neither safetensors nor a pickle" if start else "it is empty"
-    for mark, other in OTHER_FILES.items():
-        what = other if start.startswith(mark) else what
+    unknown = "its first bytes are those of neither safetensors nor a pickle" if start else "it is empty"
+    what = next((other for mark, other in OTHER_FILES.items() if start.startswith(mark)), unknown)
     raise CheckpointError(f"{path} is not a whole safetensors file or PyTorch checkpoint: {what}")
 
 
