@@ -350,6 +350,18 @@ def test_class_conditional_model():
         model.generate([4])
 
 
+def test_a_model_of_tokens():
+    """A text encoder's network without its tokenizer."""
+    model = text_model()
+    tokens = model.cond_stage.tokenizer(["red apple", "green tree"])
+    expected = model.generate(["red apple", "green tree"], negative="")
+    empty = model.cond_stage.tokenizer([""])
+    model.cond_stage = model.cond_stage.transformer
+    assert torch.equal(model.generate(tokens, negative=empty), expected)
+    with pytest.raises(ValueError, match="no unconditional input; give negative ones"):
+        model.generate(tokens)
+
+
 def test_unconditional_and_concat_models():
     model = text_model()
     model.unet, model.cond_stage = UNet(UNCONDITIONAL_UNET).eval(), None

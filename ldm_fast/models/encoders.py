@@ -146,6 +146,8 @@ class TransformerLayer(nn.Module):
 class TransformerEmbedder(nn.Module):
     """The BERT-style transformer that LDM trains along with its text-to-image UNet, tokens (B, L) → (B, L, width)."""
 
+    takes_text = has_unconditional = False
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
@@ -173,6 +175,10 @@ class TransformerEmbedder(nn.Module):
             x = layer(x)
         normed: Tensor = self.norm(x)
         return normed
+
+    def unconditional(self, batch: int) -> Tensor:
+        """ValueError: without a tokenizer nobody knows the tokens of the empty prompt."""
+        raise ValueError("TransformerEmbedder: tokens have no unconditional input; give negative ones, or guidance 1")
 
 
 class SpatialRescaler(nn.Module):
