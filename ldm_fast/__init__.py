@@ -14,6 +14,7 @@ from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
 from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.diffusion.schedule import NoiseSchedule
 from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.models.memory import fixed_weights
 from ldm_fast.models.unet import UNet
 from ldm_fast.ops.dispatch import use_impl
 from ldm_fast.ops.explain import explain
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "explain",
+    "fixed_weights",
     "inspect",
     "load",
     "ops",

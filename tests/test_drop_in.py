@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import ldm_fast
-from ldm_fast.models.memory import Memory
+from ldm_fast.models import attention
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -305,12 +305,14 @@ def test_keys_and_values_are_computed_once_for_each_call(monkeypatch):
     """Within a call they are kept; the next one, even of the same embeddings, may follow a write without a trace."""
     theirs, arguments = text_to_image()
     ours = ldm_fast.accelerate(copy.deepcopy(theirs))
-    computed, recall = [], Memory.recall
+    computed, linears = [], attention.linears
 
-    def counting(memory, source, layers, compute):
-        return recall(memory, source, layers, lambda: computed.append(layers) or compute())
+    def counting(x, layers):
+        if len(layers) == 2:  # self attention has three
+            computed.append(layers)
+        return linears(x, layers)
 
-    monkeypatch.setattr(Memory, "recall", counting)
+    monkeypatch.setattr(attention, "linears", counting)
     layers = sum(name.endswith("attn2") for name, _ in ours.unet.named_modules())
     embeddings = torch.randn(1, 16, 32), torch.randn(1, 16, 32)
     arguments = {**arguments, "prompt": None, "prompt_embeds": embeddings[0], "negative_prompt_embeds": embeddings[1]}
@@ -324,6 +326,24 @@ def test_keys_and_values_are_computed_once_for_each_call(monkeypatch):
         for _ in range(2):
             ours.unet(torch.ones(1, 4, 8, 8), 1, embeddings[0])
     assert len(computed) == 4 * layers
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "exchanged"])
+def test_a_callback_that_changes_the_prompt(in_place):
+    """Between two steps, by its embeddings in place or by others."""
+
+    def change(pipe, step, timestep, given):
+        embeddings = given["prompt_embeds"]
+        if step == 1:
+            embeddings = embeddings.mul_(-1) if in_place else -embeddings
+        return {"prompt_embeds": embeddings}
+
+    theirs, arguments = text_to_image()
+    ours = ldm_fast.accelerate(copy.deepcopy(theirs))
+    plain = run(ours, arguments)
+    arguments |= {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    changed = run(ours, arguments)
+    assert difference(plain, changed) > TOLERANCE and difference(run(theirs, arguments), changed) <= TOLERANCE
 
 
 def test_copies_and_pickles():

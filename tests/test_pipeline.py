@@ -22,9 +22,9 @@ from ldm_fast.diffusion.condition import Condition
 from ldm_fast.diffusion.samplers import SAMPLERS
 from ldm_fast.diffusion.schedule import NoiseSchedule
 from ldm_fast.files.tensors import tensors_digest
+from ldm_fast.models import attention
 from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
 from ldm_fast.models.encoders import ClassEmbedder, TextEncoder, WordTokenizer
-from ldm_fast.models.memory import Memory
 from ldm_fast.models.unet import UNet
 from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
 from ldm_fast.training import evaluate as evaluation
@@ -421,6 +421,8 @@ def test_file_holds_the_whole_model(tmp_path, kl):
         assert getattr(again, part).config == getattr(model, part).config
     assert (again.defaults, again.card, again.scaling_factor) == (model.defaults, model.card, 1.5)
     assert again.origin.startswith("m.safetensors sha256:") and not again.training
+    # Loaded for inference: projections are joined.
+    assert any(p.untyped_storage().nbytes() > p.nbytes for p in again.unet.parameters())
     assert torch.equal(again.generate("red apple"), model.generate("red apple"))
     again.save(tmp_path / "n.safetensors")
     assert (tmp_path / "n.safetensors").read_bytes() == path.read_bytes()
@@ -619,15 +621,10 @@ def test_evaluate_finds_the_true_images(model, monkeypatch):
 
 def test_what_does_not_change_between_steps_is_computed_once(monkeypatch):
     """The context's keys and values once per attention layer and prompt, the time embedding once per schedule."""
-    model, computed, embedded = text_model(), [], []
-    recall = Memory.recall
-
-    def counting(memory, source, layers, compute):
-        return recall(memory, source, layers, lambda: computed.append(layers) or compute())
-
-    monkeypatch.setattr(Memory, "recall", counting)
+    model, computed, embedded, linears = text_model(), [], [], attention.linears
+    monkeypatch.setattr(attention, "linears", lambda x, layers: computed.append(layers) or linears(x, layers))
     model.unet.time_embedding.register_forward_hook(lambda module, inputs, output: embedded.append(len(output)))
     model.generate(["red apple", "green tree"], steps=5, guidance=2.0)
     cross = [name for name, module in model.unet.named_modules() if name.endswith("attn2")]
-    assert len(cross) == len(computed) > 0
+    assert len(cross) == sum(len(layers) == 2 for layers in computed) > 0  # self attention has three
     assert embedded == [5]

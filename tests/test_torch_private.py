@@ -15,14 +15,13 @@ from ldm_fast.ops import torch_private
 
 # Each question, and the name it is asked by.
 QUESTIONS = {
-    "_C._is_tracing": torch_private.someone_may_watch,
+    "_C._is_tracing": lambda: torch_private.someone_may_watch() and torch_private.graph_may_be_made(),
     "_C._len_torch_dispatch_stack": torch_private.someone_may_watch,
     "_C._len_torch_function_stack": torch_private.someone_may_watch,
     "_C._functorch.peek_interpreter_stack": torch_private.someone_may_watch,
     "autograd._profiler_enabled": torch_private.someone_may_watch,
     "_C._is_any_autocast_enabled": torch_private.autocast_may_be_on,
     "autograd.forward_ad._current_level": torch_private.tangents_may_exist,
-    "_C._functorch.is_functorch_wrapped_tensor": lambda: torch_private.may_be_wrapped(torch.ones(1)),
     "nn.modules.module._global_forward_hooks": torch_private.global_hooks_may_exist,
     "nn.modules.module._global_forward_pre_hooks": torch_private.global_hooks_may_exist,
 }
@@ -68,19 +67,20 @@ def test_a_missing_name_is_answered_with_perhaps(name: str, without: Callable[[s
         assert torch.equal(got, right) and got.dtype == right.dtype
 
 
+@pytest.mark.filterwarnings("ignore")  # tracing is old
 def test_what_goes_on_is_seen() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch_private.autocast_may_be_on()
     with torch.autograd.forward_ad.dual_level():
         assert torch_private.tangents_may_exist()
-    wrapped: list[bool] = []
+    traced: list[bool] = []
 
     def look(x: Tensor) -> Tensor:
-        wrapped.append(torch_private.may_be_wrapped(x))
-        return x
+        traced.append(torch_private.graph_may_be_made())
+        return x + 1
 
-    torch.vmap(look)(torch.ones(2))
-    assert wrapped == [True]
+    torch.jit.trace(look, torch.ones(2), check_trace=False)
+    assert traced == [True]
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     assert torch_private.global_hooks_may_exist()
     handle.remove()

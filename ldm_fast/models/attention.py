@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm_fast import ops
 from ldm_fast.models.joined import join, linears, separate
-from ldm_fast.models.memory import Remembering
+from ldm_fast.models.memory import recall
 
 # Classes of diffusers that all compute attention as it is, each in its own way.
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
@@ -28,11 +28,11 @@ class AttnProcessor:
     """Attention as it is. Diffusers' loaders exchange such objects and go by the name of their class."""
 
 
-class Attention(Remembering):
+class Attention(nn.Module):
     """Multi-head attention from x to `context`, or to x itself where there is none.
 
-    Keys and values of a context are computed once for as long as it stays the same; after `join`, q, k and v of x (k
-    and v of a context) come from one product. Both only where the three are plain linear layers (see `ldm_fast.reuse`).
+    Inside `fixed_weights`, keys and values of a context are computed once. After `join`, q, k and v of x (k and v
+    of a context) come from one product. Both need plain linear layers (`joined.is_plain`).
     """
 
     _joined = False
@@ -62,7 +62,7 @@ class Attention(Remembering):
             q, k, v = linears(x, (self.to_q, self.to_k, self.to_v))
         else:
             layers = (self.to_k, self.to_v)
-            k, v = self._memory.recall(context, layers, lambda: linears(context, layers))
+            k, v = recall(context, layers, lambda: linears(context, layers))
             q = self.to_q(x)
         q = self._split(q)  # (B, H, N, D)
         out = ops.attention(q, self._split(k), self._split(v), mask=mask)  # (B, H, N, D)

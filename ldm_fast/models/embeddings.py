@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm_fast import ops
 from ldm_fast.configs.unet import UNetConfig
-from ldm_fast.models.memory import Remembering, TimeTable
+from ldm_fast.models.memory import open_scope
 
 
 def sinusoidal_embedding(t: Tensor, channels: int, max_period: float = 10000.0) -> Tensor:
@@ -32,7 +32,7 @@ class Timesteps(nn.Module):
         return sinusoidal_embedding(t, self.channels)
 
 
-class TimestepEmbedding(Remembering):
+class TimestepEmbedding(nn.Module):
     """A two-layer network on top of a sinusoidal embedding, or of any other vector, (B, in) → (B, out).
 
     `condition_channels`: width of a condition that is projected and added first (arXiv:2310.04378, the guidance scale).
@@ -44,7 +44,6 @@ class TimestepEmbedding(Remembering):
         self.linear_1 = nn.Linear(in_channels, out_channels)
         self.cond_proj = None if condition_channels is None else nn.Linear(condition_channels, in_channels, bias=False)
         self.linear_2 = nn.Linear(out_channels, out_channels)
-        self._memory = TimeTable()
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         if condition is not None:
@@ -53,12 +52,22 @@ class TimestepEmbedding(Remembering):
 
     @torch.no_grad()
     def remember(self, t: Tensor, x: Tensor) -> None:
-        """Keeps the embeddings of timesteps t (T,), whose vectors are x (T, in), until weights or layers change."""
-        self._memory.fill(t, (self.linear_1, self.linear_2), lambda: self(x))
+        """Keep the embeddings of timesteps t (T,), whose vectors are x (T, in), in this scope of `fixed_weights`."""
+        layers = (self.linear_1, self.linear_2)
+        if (scope := open_scope(x, layers)) is not None:
+            scope[layers] = dict(zip(t.float().tolist(), self(x), strict=True))
 
     def look_up(self, t: Tensor | float, like: Tensor) -> Tensor | None:
-        """The embeddings (1 or B, out) of timesteps that are remembered; None if they are not, or are on a GPU."""
-        return self._memory.look_up(t, (self.linear_1, self.linear_2), like)
+        """Return the embeddings (1 or B, out) of timesteps, as they are remembered in the dtype and on the device of
+        `like`. None if one is not, or if to look at its value is to wait for a GPU."""
+        layers = (self.linear_1, self.linear_2)
+        scope = open_scope(like, layers)
+        if scope is None or layers not in scope or (isinstance(t, Tensor) and not t.is_cpu):
+            return None
+        rows = [scope[layers].get(value) for value in torch.as_tensor(t).float().reshape(-1).tolist()]
+        if any(row is None or (row.dtype, row.device) != (like.dtype, like.device) for row in rows):
+            return None
+        return torch.stack(rows)
 
 
 class AttentionPooling(nn.Module):

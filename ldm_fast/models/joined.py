@@ -1,64 +1,51 @@
-"""Projections of one input in a single product."""
+"""Projections of one input in a single product, and what layers must be for that."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 
 from ldm_fast.ops.op import autocast_dtype
+from ldm_fast.ops.torch_private import global_hooks_may_exist, graph_may_be_made
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling the layer is F.linear with its weights: no adapter around it, no hook, not quantized."""
     return (
         type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter
-        and "forward" not in layer.__dict__  # replaced there by programs that keep weights elsewhere
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)  # on every module there is
+        and "forward" not in layer.__dict__  # programs that keep weights elsewhere replace it there
+        and not (layer._forward_hooks or layer._forward_pre_hooks or global_hooks_may_exist())
     )
 
 
-def _stands_alone(x: Tensor) -> bool:
-    """Whether nothing but this call's result matters: no gradient, no graph that would hold on to what it used."""
-    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing() or under_autocast(x))
-
-
-def under_autocast(x: Tensor) -> bool:
-    """Whether ops on x are cast by autocast."""
-    return autocast_dtype(x) is not None
-
-
-# ---- one product ----
+def stands_alone(x: Tensor) -> bool:
+    """Whether ops on x are for their values alone: nothing records gradients or makes a graph, and autocast is off."""
+    return not (graph_may_be_made() or torch.is_grad_enabled() or autocast_dtype(x) is not None)
 
 
 @torch.no_grad()
 def join(layers: Sequence[nn.Module]) -> None:
-    """Moves the weights (and biases) of linear layers one behind the other in memory, for `linears`.
+    """Move the weights (and biases) of plain linear layers one behind the other in memory, for `linears`.
 
-    The parameters stay the objects they are, with the values they have. Layers that are not plain stay where they are.
-    This is a layout for inference: programs that look at storages (accelerate, safetensors' `save_model`) take joined
-    weights for tied ones, and store only some of them.
+    The parameters stay the objects they are, with the values they have. This is a layout for inference: programs that
+    look at storages (accelerate, safetensors' `save_model`) take joined weights for tied ones and leave some out.
     """
-    if not all(is_plain(layer) for layer in layers):
-        return
-    for parameters in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
-        first = parameters[0]
-        if any(p is None or p.is_meta or (p.device, p.dtype) != (first.device, first.dtype) for p in parameters):
-            continue
-        if _one_behind_the_other(parameters) is None:
-            parts = torch.cat(parameters).split([len(p) for p in parameters])
-            for parameter, part in zip(parameters, parts, strict=True):
-                parameter.data = part
+    plain = [layer for layer in layers if is_plain(layer)]
+    for tensors in ([layer.weight for layer in plain], [layer.bias for layer in plain if layer.bias is not None]):
+        alike = len({(t.device, t.dtype) for t in tensors}) == 1 and not tensors[0].is_meta
+        if alike and len(tensors) == len(layers) and _stacked(tensors) is None:
+            for tensor, part in zip(tensors, torch.cat([*tensors]).split([len(t) for t in tensors]), strict=True):
+                tensor.data = part
 
 
 @torch.no_grad()
 def separate(layers: Sequence[nn.Module]) -> None:
-    """Undoes `join`: every weight in memory of its own, even if a layer was wrapped since. The objects stay."""
+    """Undo `join`: give every weight memory of its own, even if a layer was wrapped since. The objects stay."""
     for layer in layers:
         for parameter in layer.parameters():
             if type(parameter) is nn.Parameter and parameter.untyped_storage().nbytes() > parameter.nbytes:
@@ -66,25 +53,23 @@ def separate(layers: Sequence[nn.Module]) -> None:
 
 
 def linears(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """[layer(x) for layer in layers]; for plain layers that were joined, in one product without a copy."""
-    if _stands_alone(x) and all(is_plain(layer) for layer in layers):
-        weight = _one_behind_the_other([layer.weight for layer in layers])
-        bias = _one_behind_the_other([layer.bias for layer in layers])
-        if weight is not None and (bias is not None or all(layer.bias is None for layer in layers)):
-            return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+    """Return [layer(x) for layer in layers]; plain layers that were joined take one product, without a copy."""
+    plain = [layer for layer in layers if is_plain(layer)]
+    if len(plain) == len(layers) and stands_alone(x):
+        biases = [layer.bias for layer in plain if layer.bias is not None]
+        weight, bias = _stacked([layer.weight for layer in plain]), _stacked(biases) if biases else None
+        if weight is not None and (not biases or (bias is not None and len(biases) == len(plain))):
+            return torch.split(F.linear(x, weight, bias), [layer.out_features for layer in plain], dim=-1)
     return [layer(x) for layer in layers]
 
 
-def _one_behind_the_other(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """The tensors stacked along their first dimension, as a view; None if they do not lie like that in memory."""
-    if any(tensor is None for tensor in tensors):
-        return None
+def _stacked(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return the tensors one above the other, as a view; None if they do not lie like that in memory."""
     first = tensors[0]
     storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
     for tensor in tensors:
-        if not tensor.is_contiguous() or tensor.data_ptr() != end or tensor.dtype != first.dtype:
-            return None
-        if tensor.untyped_storage().data_ptr() != storage:
+        place = tensor.untyped_storage().data_ptr(), tensor.data_ptr()
+        if place != (storage, end) or tensor.dtype != first.dtype or not tensor.is_contiguous():
             return None
         end += tensor.nbytes
-    return first.as_strided((sum(len(t) for t in tensors), *first.shape[1:]), first.stride())
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())

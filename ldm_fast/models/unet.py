@@ -13,11 +13,11 @@ from ldm_fast.interop.compvis import unet_config_from_compvis
 from ldm_fast.interop.names import UNET_PREFIX
 from ldm_fast.models.attention import Attention, AttnProcessor, ImagePrompts, join_projections
 from ldm_fast.models.embeddings import TimestepEmbedding, Timesteps, add_embedding, class_embedding, class_label_shape
-from ldm_fast.models.joined import under_autocast
 from ldm_fast.models.layers import Conditions, GroupNorm, ResBlock, SelfAttention2d, SpatialTransformer
-from ldm_fast.models.memory import Remembering
+from ldm_fast.models.memory import recall
 from ldm_fast.models.pretrained import Pretrained
 from ldm_fast.models.unet_blocks import Block, DownBlock, MidBlock, UpBlock
+from ldm_fast.ops.op import autocast_dtype
 
 
 class UNetOutput(NamedTuple):
@@ -26,12 +26,12 @@ class UNetOutput(NamedTuple):
     sample: Tensor  # (B, out_channels, H, W)
 
 
-class UNet(Pretrained, Remembering):
+class UNet(Pretrained):
     """UNet(config)(sample, timestep, encoder_hidden_states) → prediction in the parameterisation it was trained in.
 
     Takes what diffusers' UNet2DConditionModel takes, ControlNet's and T2I-Adapter's residuals and IP-Adapters included.
-    A sampling loop of one's own runs in `torch.no_grad()` and, unless the weights need no gradient, in
-    `ldm_fast.reuse.fixed_weights()`: then keys and values of a context are computed once for all steps.
+    Run a sampling loop of your own in `torch.no_grad()` and `ldm_fast.fixed_weights()`: then the keys and values of a
+    context are computed once for all steps.
     Shapes in the comments are for the first-level size H × W; sizes that are not multiples of 2^levels work, since
     upsampling goes to the size of the skip connection.
     """
@@ -190,7 +190,7 @@ class UNet(Pretrained, Remembering):
             project_text = getattr(self, "text_encoder_hid_proj", None)  # where a loader puts what was here before
         if project_text is not None:
             given = context
-            context = self._memory.recall(given, (project_text,), lambda: project_text(given))
+            context = recall(given, (project_text,), lambda: project_text(given))
         self_mask, context_mask = masks
         area = attention_arguments.get("ip_adapter_masks")
         if isinstance(area, Tensor):  # (adapters, 1, height, width)
@@ -210,7 +210,7 @@ class UNet(Pretrained, Remembering):
         if sample.ndim != 4 or sample.shape[1] != config.in_channels:
             raise ValueError(f"UNet: sample must be (B, {config.in_channels}, H, W), got {tuple(sample.shape)}")
         plain = "forward" not in self.conv_in.__dict__ and not self.conv_in._forward_pre_hooks  # else these may convert
-        if plain and not under_autocast(sample):
+        if plain and autocast_dtype(sample) is None:
             inputs = {"sample": sample, "encoder_hidden_states": context, "timestep_cond": timestep_cond}
             for name, tensor in inputs.items():
                 if tensor is not None and tensor.dtype != self.dtype:
@@ -241,10 +241,9 @@ class UNet(Pretrained, Remembering):
             raise ValueError(f"UNet: timestep_cond must be {needed}, got {tuple(timestep_cond.shape)}")
 
     def precompute_time(self, timesteps: Tensor | Sequence[float]) -> None:
-        """Embeds a whole schedule (T,) at once; later calls find its timesteps by value, if numbers or on the CPU.
+        """Embed a whole schedule (T,) at once, for the calls in this scope of `fixed_weights`; no effect outside one.
 
-        Forgotten when the weights change; calls with `timestep_cond` do not use it. Weights that require a gradient
-        may be written to without a trace: for them this has an effect only inside `reuse.fixed_weights`.
+        Calls find their timesteps by value, if these are numbers or on the CPU. Calls with `timestep_cond` do not.
         """
         t = torch.as_tensor(timesteps, device=self.device).reshape(-1)
         self.time_embedding.remember(t, self.time_proj(t).to(self.dtype))
@@ -260,17 +259,6 @@ class UNet(Pretrained, Remembering):
         them for tied ones and leave some out of what they store: have them store models that are not joined.
         """
         join_projections(self)
-
-    def forget(self) -> None:
-        """Drops what was kept of earlier calls: keys and values of contexts, embeddings of timesteps.
-
-        Changed weights and contexts are noticed, but for writes of which PyTorch keeps no record, to tensors that
-        require no gradient (`reuse.Memory`).
-        """
-        super().forget()
-        for module in self.modules():
-            if module is not self and isinstance(module, Remembering):
-                module.forget()
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Training computes the inside of blocks twice instead of storing it; gradients are the same, bit for bit."""

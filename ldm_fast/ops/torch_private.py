@@ -12,7 +12,6 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
@@ -33,7 +32,6 @@ _count_function_modes = _question("_C._len_torch_function_stack")
 _innermost_transform = _question("_C._functorch.peek_interpreter_stack")
 _is_profiling = _question("autograd._profiler_enabled")
 _is_any_autocast_on = _question("_C._is_any_autocast_enabled")
-_is_wrapped = _question("_C._functorch.is_functorch_wrapped_tensor")
 
 
 def someone_may_watch() -> bool:
@@ -48,6 +46,11 @@ def someone_may_watch() -> bool:
     )
 
 
+def graph_may_be_made() -> bool:
+    """Whether a compiler or tracer may be recording the ops. If so, keep no result for another call."""
+    return bool(torch.compiler.is_compiling() or _is_tracing())
+
+
 def autocast_may_be_on() -> bool:
     """Whether autocast may be on for some device. If so, ask for the device (`op.autocast_dtype`)."""
     return bool(_is_any_autocast_on())
@@ -56,11 +59,6 @@ def autocast_may_be_on() -> bool:
 def tangents_may_exist() -> bool:
     """Whether forward-mode differentiation may be going on. If so, look at each tensor (`forward_ad.unpack_dual`)."""
     return bool(getattr(forward_ad, "_current_level", 0) >= 0)
-
-
-def may_be_wrapped(tensor: Tensor) -> bool:
-    """Whether `tensor` may stand for others, as inside `torch.vmap`. If so, do not take its values for its own."""
-    return bool(_is_wrapped(tensor))
 
 
 def global_hooks_may_exist() -> bool:

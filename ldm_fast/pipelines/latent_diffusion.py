@@ -271,7 +271,6 @@ class LatentDiffusion(nn.Module):
     # Sampling
 
     @torch.no_grad()
-    @fixed_weights()
     def generate(
         self,
         prompts: Prompts,
@@ -324,7 +323,6 @@ class LatentDiffusion(nn.Module):
         start = Start.prepare(count, size, init, strength, mask, factor=factor, encode=self.encode)
         timesteps = spaced_timesteps(self.schedule.num_train_timesteps, settings.steps, settings.spacing)
         timesteps = timesteps[len(timesteps) - max(1, round(start.strength * len(timesteps))) :]
-        self.unet.precompute_time(timesteps)
         total = math.ceil(count / batch_size) * len(timesteps)
         images: list[Tensor] = []
         for batch, first in enumerate(range(0, count, batch_size)):
@@ -369,6 +367,7 @@ class LatentDiffusion(nn.Module):
         without = None if uncondition is None else uncondition.to(unet.device, unet.dtype)
         return classifier_free_guidance(model, condition.to(unet.device, unet.dtype), without, guidance)
 
+    @fixed_weights()
     def _sample(
         self,
         denoise: Denoise,
@@ -379,6 +378,7 @@ class LatentDiffusion(nn.Module):
         report: Callable[[Step], None],
     ) -> Tensor:
         """Return z_0 of one batch, from noise or from the noised start."""
+        self.unet.precompute_time(timesteps)
         shape = (len(generators), self.first_stage.config.latent_channels, *start.latent_size)
         noise = noise_like(torch.empty(shape, device=self.unet.device), generators)
 
