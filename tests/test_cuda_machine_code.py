@@ -24,20 +24,19 @@ TYPES = ("float", "__half", "__nv_bfloat16")
 SHARED_BUDGET = {"nearest_tensor": 48 * 1024, "": 24 * 1024}
 REGISTER_BUDGET = {2: 255, 3: 168, 4: 128}
 BLOCKS = {"nearest_tensor": 2, "nearest_tiled": 3, "": 4}
-MERGES = ("false", "true")
 
 # The default run looks at the variants of the shipped model and of common codebooks, on one architecture.
 SELECTED = [
-    "nearest_chunk<3, false, float>",
-    "nearest_chunk<4, true, float>",
-    "nearest_chunk<4, false, __half>",
-    "nearest_chunk<16, false, float>",
+    "nearest_chunk<3, float>",
+    "nearest_chunk<4, float>",
+    "nearest_chunk<4, __half>",
+    "nearest_chunk<16, float>",
     "find_in_chunk<4, float>",
-    "nearest_tiled<false, float>",
+    "nearest_tiled<float>",
     "prepare_queries<float>",
     "prepare_codes<float>",
-    "nearest_tensor<false, float>",
-    "nearest_tensor<true, __nv_bfloat16>",
+    "nearest_tensor<float>",
+    "nearest_tensor<__nv_bfloat16>",
     "count_digits",
     "scan_digits",
     "scatter_digits",
@@ -49,10 +48,8 @@ STATS = ("locate_codes", "sum_pieces", "sum_codes")
 SORT = ("count_digits", "scan_digits", "scatter_digits")
 PREPARE = ("prepare_queries", "prepare_codes", "half_norms", "reset_keys", "keys_to_indices")
 ALL = [
-    *[f"nearest_chunk<{d}, {merge}, {t}>" for d in DIMS for merge in MERGES for t in TYPES],
-    *[f"find_in_chunk<{d}, {t}>" for d in DIMS for t in TYPES],
-    *[f"{name}<{merge}, {t}>" for name in ("nearest_tiled", "nearest_tensor") for merge in MERGES for t in TYPES],
-    *[f"{name}<{t}>" for name in (*PREPARE, *STATS) for t in TYPES],
+    *[f"{name}<{d}, {t}>" for name in ("nearest_chunk", "find_in_chunk") for d in DIMS for t in TYPES],
+    *[f"{name}<{t}>" for name in ("nearest_tiled", "nearest_tensor", *PREPARE, *STATS) for t in TYPES],
     *SORT,
 ]
 
@@ -105,11 +102,11 @@ def instantiation(variant: str) -> str:
 
 
 def mangled_start(variant: str) -> str:
-    """The mangled name as far as the template's arguments: _ZN8ldm_fast7nearest13nearest_chunkILi4ELb0EfEE."""
+    """The mangled name as far as the template's arguments: _ZN8ldm_fast7nearest13nearest_chunkILi4EfEE."""
     name, _, arguments = variant.rstrip(">").partition("<")
     if not arguments:
         return f"_ZN8ldm_fast7nearest{len(name)}{name}E"
-    types = {"float": "f", "__half": "6__half", "__nv_bfloat16": "13__nv_bfloat16", "false": "Lb0E", "true": "Lb1E"}
+    types = {"float": "f", "__half": "6__half", "__nv_bfloat16": "13__nv_bfloat16"}
     codes = (types.get(argument, f"Li{argument}E") for argument in arguments.split(", "))
     return f"_ZN8ldm_fast7nearest{len(name)}{name}I{''.join(codes)}EE"
 
@@ -186,14 +183,14 @@ def check_loads(name: str, kernel: Kernel) -> None:
 
 
 def check_atomics(name: str, kernel: Kernel) -> None:
-    """Only the kernels that merge ranges of codes touch global memory atomically, 64 bits at a time.
+    """Only the kernels that can merge ranges of codes touch global memory atomically, 64 bits at a time.
 
     In shared memory, 32 bits: the candidates of nearest_tensor and the counts of the sort.
     """
     atomics = [code for code in opcodes(kernel) if code.startswith(("ATOM", "RED")) and not code.startswith("REDUX")]
     in_shared = [code for code in atomics if code.startswith("ATOMS")]
     in_global = [code for code in atomics if code not in in_shared]
-    assert bool(in_global) == ("true" in name), (name, atomics)
+    assert bool(in_global) == name.startswith("nearest_"), (name, atomics)
     assert all(".64" in code and ".MIN" in code for code in in_global), (name, in_global)
     assert bool(in_shared) == name.startswith(("nearest_tensor", "count_digits")), (name, atomics)
     assert not any(".64" in code for code in in_shared), (name, in_shared)

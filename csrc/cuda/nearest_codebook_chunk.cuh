@@ -91,7 +91,7 @@ __device__ void load_query(const Problem<T>& problem, std::int64_t n, float (&va
     load_columns(queries.row(n), queries.column_stride, queries.vectors, n < queries.count ? problem.dim : 0, values);
 }
 
-template <int D, bool MERGE, class T>
+template <int D, class T>
 __global__ void __launch_bounds__(THREADS, chunk_blocks_per_sm(D)) nearest_chunk(Problem<T> problem) {
     constexpr int Q = queries_per_thread(D);
     ChunkTile<D>& tile = shared_memory<ChunkTile<D>>();
@@ -134,11 +134,7 @@ __global__ void __launch_bounds__(THREADS, chunk_blocks_per_sm(D)) nearest_chunk
         const std::int64_t n = first_query + q * THREADS;
         if (n >= problem.queries.count) continue;
         const Key key = make_key(best[q], winner[q]);
-        if constexpr (MERGE) {
-            atomicMin(&problem.out[n], key);
-        } else {
-            problem.out[n] = key;
-        }
+        put_result(problem, n, key, key);
     }
 }
 

@@ -208,13 +208,15 @@ __device__ inline float key_distance(Key key) { return from_ordered(static_cast<
 // A row of nothing but NaN has no key, and index 0.
 __device__ inline Key to_index(Key key) { return key == NO_KEY ? 0 : key & 0xffffffffu; }
 
-// The result of one range of codes: merged with the others as a key, or the index where it is the only one.
-template <bool MERGE>
-__device__ void put_result(Key* out, Key key) {
-    if constexpr (MERGE) {
-        atomicMin(out, key);
+// The result of one range of codes for query n: merged with those of the others as a key, or, if there is no other,
+// `alone`. All threads take the same branch. Compiled for each branch, the kernels were twice as many and needed as
+// many registers.
+template <class T>
+__device__ void put_result(const Problem<T>& problem, std::int64_t n, Key key, Key alone) {
+    if (problem.codes_per_block < problem.codes.count) {
+        atomicMin(&problem.out[n], key);
     } else {
-        *out = to_index(key);
+        problem.out[n] = alone;
     }
 }
 

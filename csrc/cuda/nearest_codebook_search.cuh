@@ -119,12 +119,8 @@ void enqueue_chunk(Problem<T> problem, int sm_count, Launch& launch) {
     codes.vectors = problem.dim == D && codes.row_stride == D && rows_in_vectors(codes.data, codes.column_stride, 0, 0);
     const Grid grid = plan_grid(count, codes.count, THREADS * queries_per_thread(D), TILE,
                                 std::int64_t{chunk_blocks_per_sm(D)} * sm_count, &problem.codes_per_block);
-    if (grid.y == 1) {
-        launch(nearest_chunk<D, false, T>, grid, problem);
-    } else {
-        launch(reset_keys<T>, Grid{divide_up(count, THREADS), 1}, problem);
-        launch(nearest_chunk<D, true, T>, grid, problem);
-    }
+    if (grid.y > 1) launch(reset_keys<T>, Grid{divide_up(count, THREADS), 1}, problem);
+    launch(nearest_chunk<D, T>, grid, problem);
     launch(find_in_chunk<D, T>, Grid{divide_up(count, THREADS / WARP * FIND_QUERIES), 1}, problem);
 }
 
@@ -135,13 +131,9 @@ void enqueue_tiled(Problem<T> problem, int sm_count, Launch& launch) {
                                 std::int64_t{TILED_BLOCKS_PER_SM} * sm_count, &problem.codes_per_block);
     const Grid outputs{divide_up(count, THREADS), 1};
     launch(half_norms<T>, Grid{divide_up(problem.codes.count, THREADS), 1}, problem);
-    if (grid.y == 1) {
-        launch(nearest_tiled<false, T>, grid, problem);
-    } else {
-        launch(reset_keys<T>, outputs, problem);
-        launch(nearest_tiled<true, T>, grid, problem);
-        launch(keys_to_indices<T>, outputs, problem);
-    }
+    if (grid.y > 1) launch(reset_keys<T>, outputs, problem);
+    launch(nearest_tiled<T>, grid, problem);
+    if (grid.y > 1) launch(keys_to_indices<T>, outputs, problem);
 }
 
 // The same memory serves one slab after the other: the stream keeps them apart.
@@ -158,7 +150,7 @@ void enqueue_tensor(Problem<T> problem, int sm_count, Launch& launch) {
         problem.operands.first_query = first;
         const std::int64_t blocks = divide_up(count - first < slab ? count - first : slab, TENSOR_ROWS);
         launch(prepare_queries<T>, Grid{blocks, 1}, problem);
-        launch(grid.y > 1 ? nearest_tensor<true, T> : nearest_tensor<false, T>, Grid{blocks, grid.y}, problem);
+        launch(nearest_tensor<T>, Grid{blocks, grid.y}, problem);
     }
     if (grid.y > 1) launch(keys_to_indices<T>, outputs, problem);
 }

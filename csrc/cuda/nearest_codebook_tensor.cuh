@@ -259,7 +259,7 @@ __device__ Key decide(const Problem<T>& problem, TensorTile& tile, const T* quer
     return best;
 }
 
-template <bool MERGE, class T>
+template <class T>
 __global__ void __launch_bounds__(THREADS, TENSOR_BLOCKS_PER_SM) nearest_tensor(Problem<T> problem) {
     TensorTile& tile = shared_memory<TensorTile>();
     const Operands& operands = problem.operands;
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(THREADS, TENSOR_BLOCKS_PER_SM) nearest_tensor(
         }
         turn ^= 1;
     }
-    if (inside) put_result<MERGE>(&problem.out[n], best);
+    if (inside) put_result(problem, n, best, to_index(best));
 }
 
 }  // namespace ldm_fast::nearest

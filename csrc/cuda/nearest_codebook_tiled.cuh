@@ -101,7 +101,7 @@ __device__ inline void multiply_columns(const DeepTile& tile, int query_group, i
     }
 }
 
-template <bool MERGE, class T>
+template <class T>
 __global__ void __launch_bounds__(THREADS, TILED_BLOCKS_PER_SM) nearest_tiled(Problem<T> problem) {
     DeepTile& tile = shared_memory<DeepTile>();
     const int code_group = threadIdx.x % 8;
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(THREADS, TILED_BLOCKS_PER_SM) nearest_tiled(Pr
     if (n >= problem.queries.count) return;
     Key least = NO_KEY;
     for (const Key key : tile.keys[threadIdx.x]) least = key < least ? key : least;
-    put_result<MERGE>(&problem.out[n], least);
+    put_result(problem, n, least, to_index(least));
 }
 
 }  // namespace ldm_fast::nearest

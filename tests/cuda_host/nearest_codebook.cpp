@@ -27,7 +27,7 @@ void forget_bounds(void (*)(Arguments), nearest::Grid, const Arguments&) {}
 
 template <class T>
 void forget_bounds(void (*kernel)(nearest::Problem<T>), nearest::Grid grid, const nearest::Problem<T>& problem) {
-    if (kernel != nearest::nearest_tensor<false, T> && kernel != nearest::nearest_tensor<true, T>) return;
+    if (kernel != nearest::nearest_tensor<T>) return;
     const std::int64_t code_tiles = nearest::divide_up(problem.codes.count, nearest::TENSOR_ROWS);
     std::fill_n(problem.operands.query_bounds, grid.x * nearest::TENSOR_ROWS, nearest::Bound{0, 0});
     std::fill_n(problem.operands.code_bounds, code_tiles * nearest::BOUNDS, nearest::Bound{0, 0});
