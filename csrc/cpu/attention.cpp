@@ -1,14 +1,14 @@
 // attention: softmax(q kᵀ · scale + mask) v and the log-sum-exp of each row, without the (N, M) matrix in memory.
 //
-// Keys and values of a head are packed once, as panels the tile loops (attention_tile.h) read from front to back. A
-// block of queries then meets the keys a chunk at a time: scores of a tile of queries, their weights in place of them,
-// the weighted sum of the values on top of what earlier chunks gave (online softmax, Milakov & Gimelshein,
-// arXiv:1805.02867, in base 2). The scores of a tile and a chunk stay in L1, the chunk's keys and values and the
-// block's sums in L2. If all keys fit one chunk, nothing is ever rescaled and a block is one tile; if the head is also
-// whole vectors wide, its weighted sums have columns in the lanes, and go to the result as they are.
+// Keys and values of a head are packed once, as panels that the tile loops (attention_tile.h) read from front to back.
+// A block of queries then meets the keys a chunk at a time: the scores of a tile of queries are computed, weights take
+// their place, and the weighted sum of the values is added to what earlier chunks gave (online softmax, Milakov &
+// Gimelshein, arXiv:1805.02867, in base 2). The scores of a tile and a chunk stay in L1, and the chunk's keys and
+// values and the block's sums in L2. If all keys fit into one chunk, nothing is ever rescaled, and a block is one tile.
+// If the head is also whole vectors wide, its weighted sums have columns in the lanes and go to the result as they are.
 //
-// Each query has a lane of its own and meets the keys in an order that only their number decides: the result depends
-// neither on the other queries nor on the number of threads.
+// Each query has a lane of its own and meets the keys in an order that depends on their number alone. So the result
+// depends neither on the other queries nor on the number of threads.
 #include "attention_pack.h"
 #include "attention_tile.h"
 #include "parallel.h"
@@ -41,8 +41,8 @@ struct Sizes {
         block_floats = block_rows * (width_cells + columns + 2) + TILE * smaller(round_up(a.keys, SIDE), CHUNK);
     }
 
-    // Where the packed values of a chunk start. Those of all columns stand together: panels over all keys would lie
-    // powers of two apart and fight for the same lines of the cache.
+    // Where the packed values of a chunk start. The values of all columns of a chunk stand together: panels over all
+    // keys would lie powers of two apart and compete for the same lines of the cache.
     int64_t values_of(int64_t first_key) const { return first_key / Cells::numbers * padded; }
 };
 
@@ -110,7 +110,7 @@ struct Block {
         for (int v = 0; v < V; ++v) {
             store(bases + row + v * W, base[v], Full{});
             store(sums + row + v * W, sum[v], Full{});
-            inverse[v] = sum[v] == 0.0f ? zero() : 1.0f / sum[v];  // 0: every key masked
+            inverse[v] = sum[v] == 0.0f ? zero() : 1.0f / sum[v];  // 0: every key is masked
         }
         const bool last = begin + n == a.keys;
         if (last) store_lse<V>(row);
@@ -172,8 +172,9 @@ bool run(const Attention& a) {
     const int64_t heads = a.batch * a.heads, blocks = (a.rows + sizes.block_rows - 1) / sizes.block_rows;
     const double useful = double(heads) * a.rows * a.keys * a.width / WORK_WORTH_A_THREAD;
     const int threads = useful < 1 ? 1 : useful < a.threads ? static_cast<int>(useful) : a.threads;
-    // Usually a thread packs and finishes one head after the other, if there are enough heads for everybody. If all
-    // heads' keys fit in the cache, going through the heads of one block of queries reads and writes whole rows.
+    // Usually a thread packs and finishes one head after another, if there are enough heads for all threads. But if the
+    // keys of all heads fit into the cache, going through the heads of one block of queries reads and writes whole
+    // rows.
     const bool few_keys = a.keys <= CHUNK;
     const bool by_row = few_keys && a.heads * (sizes.key_floats + sizes.value_floats) <= CACHED_FLOATS;
     const bool by_head = !by_row && (threads == 1 || heads >= 4 * threads || heads % threads == 0);
@@ -205,8 +206,8 @@ bool run(const Attention& a) {
         return Block<Cells, T>(a, sizes, head, number * sizes.block_rows, keys.data + at * sizes.key_floats,
                                values.data + at * sizes.value_floats, work.data + slot * sizes.block_floats);
     };
-    // What the thread that does block i will probably need next: the next block, and if that is another head's
-    // (by_head), the share of its keys and values that falls to this block.
+    // What the thread that does block i will probably need next: the next block and, if that belongs to another head
+    // (by_head), the share of that head's keys and values that falls to this block.
     const auto ahead_of = [&](int64_t i, int slot) {
         Ahead ahead;
         if (i + 1 == heads * blocks) return ahead;

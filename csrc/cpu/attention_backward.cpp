@@ -1,16 +1,16 @@
-// attention_backward: dq, dk and dv from dL/dout and what the forward pass kept (its result and its log-sum-exp).
+// attention_backward: dq, dk and dv from dL/dout and from what the forward pass kept (its result and its log-sum-exp).
 //
 // With P the probabilities: dV = Pᵀ dO, dP = dO Vᵀ, dS = scale · P ∘ (dP - rowsum(dO ∘ O)), dQ = dS K, dK = dSᵀ Q
 // (FlashAttention, arXiv:2205.14135, appendix B). A block of queries meets the keys a chunk at a time; P and dS of a
-// block and a chunk stay in L2, queries in the lanes as in the forward pass (attention_tile.h), so that scores, dP and
-// dQ are its loops. dK and dV are sums over queries: there the columns are in the lanes. All sums are float32.
+// block and a chunk stay in L2. Queries are in the lanes, as in the forward pass (attention_tile.h), so scores, dP and
+// dQ use its loops. dK and dV are sums over queries, and have columns in the lanes. All sums are float32.
 //
-// A thread finishes whole heads where there are enough of them. Else all threads work on one block of queries: each
+// A thread finishes whole heads if there are enough of them. Otherwise all threads work on one block of queries: each
 // chunk of keys gets its share of dk and dv and leaves its dS in memory, from which tiles of queries and panels of
-// columns then get dq. Both ways add in the same order: the result does not depend on the number of threads, nor on
+// columns then get dq. Both ways add in the same order, so the result depends neither on the number of threads nor on
 // the other heads.
 //
-// Where a cell is two bf16 numbers, P and dS are rounded to be operands: dS in pairs of keys for dQ, both in pairs of
+// If a cell is two bf16 numbers, P and dS are rounded to become operands: dS in pairs of keys for dQ, both in pairs of
 // queries for dK and dV.
 #include "attention_pack.h"
 #include "attention_tile.h"
@@ -106,8 +106,8 @@ struct Head {
     }
 };
 
-// One block of queries of one head, and where its intermediate results are: `block` those of all keys, `work` those of
-// one chunk. Those of a tile follow one another, at offsets in proportion to its first row.
+// One block of queries of one head, and where its intermediate results are: `block` holds those of all keys, `work`
+// those of one chunk. Those of a tile follow one another, at offsets proportional to its first row.
 template <class Cells, class T>
 struct Block {
     const Head<Cells, T>& h;
@@ -132,7 +132,7 @@ struct Block {
           p(work),
           ds_rows(p + BLOCK * CHUNK) {}
 
-    // A tile's operands.
+    // Packs the operands of a tile.
     template <int V>
     void begin(int64_t row) const {
         const int64_t count = smaller(V * W, rows - row);
@@ -149,7 +149,7 @@ struct Block {
                 product = fma(g, Single::cells(out + r * a.out_stride[2], c, a.width), product);
             }
             delta[row + r] = sum(product);
-            // With every key masked all scores are -inf; less infinity, and not less -inf, they give weights of 0.
+            // If every key is masked, all scores are -inf. Less infinity, and not less -inf, they give weights of 0.
             lse[row + r] = from_lse[row + r] == -infinity() ? infinity() : from_lse[row + r] * LOG2_E;
         }
         for (int64_t r = row + count; r < row + V * W; ++r) lse[r] = infinity(), delta[r] = 0.0f;
@@ -162,8 +162,8 @@ struct Block {
         return head_of(tensor, stride, h.batch, h.head) + (first_row + row) * stride[2];
     }
 
-    // P and dS of a tile. Where a cell is two numbers, dS is kept in cells of keys, and in cells of queries (ds_rows)
-    // like P.
+    // Computes P and dS of a tile. If a cell is two numbers, dS is kept in cells of keys and also, like P, in cells of
+    // queries (ds_rows).
     template <int V>
     void meet(int64_t row, int64_t first, int64_t n, float* ds) const {
         Ahead none;
@@ -208,7 +208,7 @@ struct Block {
         }
     }
 
-    // A tile's share of dq from dS of a chunk, for the columns from c on.
+    // Adds a tile's share of dq from dS of a chunk, for the columns from c on.
     template <int V>
     void add_dq(int64_t row, int64_t first, int64_t n, const float* ds, int64_t c, int64_t columns) const {
         Ahead none;
@@ -247,7 +247,7 @@ struct Block {
         }
     }
 
-    // P and dS of a chunk, and what the block adds to dk and dv of its keys.
+    // Computes P and dS of a chunk, and adds the block's part to dk and dv of the chunk's keys.
     void meet_chunk(int64_t first, float* ds) const {
         const int64_t n = smaller(CHUNK, a.keys - first);
         each_tile(rows, [&](int64_t row, auto tile) { meet<decltype(tile)::count>(row, first, n, ds); });
@@ -257,7 +257,7 @@ struct Block {
                      h.dk + first * sizes.padded);
     }
 
-    // Columns c .. c + W of a tile's dq, for good.
+    // Writes columns c .. c + W of a tile's dq, which are complete.
     template <int V>
     void end(int64_t row, int64_t c) const {
         T* const to = static_cast<T*>(h.b.dq) + ((h.batch * a.heads + h.head) * a.rows + first_row + row) * a.width;
@@ -307,7 +307,7 @@ bool run(const AttentionBackward& b) {
         return true;
     }
 
-    // dS of a block and all keys is kept for as many heads at once as there is memory for.
+    // dS of a block and all keys is kept, for as many heads at once as MOST_SLOPES allows.
     const int64_t one_head = sizes.head() + sizes.block + chunks * sizes.slopes;
     const int64_t together = smaller(heads, 1 + MOST_SLOPES / (chunks * sizes.slopes));
     Scratch<float> memory(together * one_head), work(threads * sizes.work);

@@ -1,6 +1,6 @@
-// What attention and its backward pass do around the tile loops (attention_tile.h): operands on their way from and to
-// memory (queries and keys are transposed, values are cut into panels, what has been summed is transposed back), masks,
-// and the tiles of a block. Whole vectors at a time.
+// Everything that attention and its backward pass do around the tile loops (attention_tile.h), whole vectors at a time:
+// moving operands from and to memory (queries and keys are transposed, values are cut into panels, sums are transposed
+// back), masks, and the tiles of a block.
 #pragma once
 
 #include "attention_tile.h"
@@ -8,7 +8,7 @@
 
 namespace ldm::LDM_ISA {
 
-// The parts of a vector that go to neighbouring panels.
+// Stores the parts of a vector in neighbouring panels.
 inline void store_sides(float* to, int64_t panel_stride, F v) {
 #if defined(__AVX512F__)
     _mm256_storeu_ps(to, _mm512_castps512_ps256((__m512)v));
@@ -49,8 +49,8 @@ inline void each_tile(int64_t rows, const Tile& tile) {
     for (int64_t number = 0; number < tiles_of(rows); ++number) one_tile(rows, number, tile);
 }
 
-// Calls put(i, vector) for each cell i of a row: the cells of W rows, of which the first `rows` exist. The others
-// repeat the last one, so that nothing but the caller has to know about them.
+// Calls put(i, vector) for each cell i of W rows. Only the first `rows` of them exist; the others repeat the last one,
+// so that nobody but the caller has to know how many there are.
 template <class Cells, class T, class Put>
 inline void transpose_rows(const T* from, int64_t stride, int64_t rows, int64_t width, const Put& put) {
     const int64_t cells = (width + Cells::numbers - 1) / Cells::numbers;
@@ -64,7 +64,7 @@ inline void transpose_rows(const T* from, int64_t stride, int64_t rows, int64_t 
     }
 }
 
-// A tile of queries, tile[cell][V * W]; negative if the scale is.
+// Packs a tile of queries as tile[cell][V * W], with their signs changed if `negative`.
 template <class Cells, int V, class T>
 inline void pack_queries(const T* q, int64_t stride, int64_t rows, int64_t width, bool negative, float* tile) {
     for (int v = 0; v < V && v * W < rows; ++v)
@@ -73,7 +73,7 @@ inline void pack_queries(const T* q, int64_t stride, int64_t rows, int64_t width
         });
 }
 
-// keys[panel][cell][SIDE], panels up to a multiple of W keys.
+// Packs keys as keys[panel][cell][SIDE], with panels up to a multiple of W keys.
 template <class Cells, class T>
 inline void pack_keys(const T* k, int64_t stride, int64_t rows, int64_t width, float* keys) {
     const int64_t panel = (width + Cells::numbers - 1) / Cells::numbers * SIDE;
@@ -84,8 +84,9 @@ inline void pack_keys(const T* k, int64_t stride, int64_t rows, int64_t width, f
     }
 }
 
-// values[panel of columns][cell of keys][SIDE], panels up to a multiple of W columns. A few rows at a time, so that
-// lines of a panel are filled while they are in the cache: panels lie powers of two apart and push one another out.
+// Packs values as values[panel of columns][cell of keys][SIDE], with panels up to a multiple of W columns. A few rows
+// are packed at a time, so that the lines of a panel are filled while they are in the cache: panels lie powers of two
+// apart and push one another out.
 template <class Cells, class T>
 inline void pack_values(const T* v, int64_t stride, int64_t rows, int64_t width, float* values) {
     constexpr int64_t GROUP = 4;  // cells
@@ -100,7 +101,7 @@ inline void pack_values(const T* v, int64_t stride, int64_t rows, int64_t width,
             }
 }
 
-// to[cell of rows][column], columns up to a multiple of W.
+// Packs rows as to[cell of rows][column], with columns up to a multiple of W.
 template <class Cells, class T>
 inline void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t width, float* to) {
     for (int64_t r = 0; r < rows; r += Cells::numbers, from += Cells::numbers * stride, to += round_up(width, W))
@@ -108,7 +109,7 @@ inline void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t width
             store(to + c, Cells::columns(from, r + 1 < rows ? from + stride : nullptr, c, width), Full{});
 }
 
-// Columns c .. c + W of the result's rows from sums[column][V * W], each row times its query's factor.
+// Writes columns c .. c + W of the result's rows from sums[column][V * W], each row times the factor of its query.
 template <int V, class T>
 inline void unpack_columns(const float* sums, const F (&factor)[V], int64_t rows, int64_t c, int64_t width, T* out,
                            int64_t stride) {
@@ -129,7 +130,8 @@ inline void unpack_columns(const float* sums, const F (&factor)[V], int64_t rows
 
 // ---- masks ----
 
-// log2(e) times an additive mask. What is finite stays so: a row of the lowest number alone is uniform, not masked.
+// log2(e) times an additive mask. Finite numbers stay finite: a row that holds nothing but the lowest number is
+// uniform, not masked.
 inline F in_bits(F mask) {
     const F product = mask * LOG2_E;
     return mask == set(-infinity()) ? product : max(set(LOWEST), product);
@@ -160,7 +162,7 @@ inline void add_mask(const T* mask, int64_t row_stride, int64_t key_stride, int6
         float* const at = scores + (k * V + v) * W;
         store(at, fma(load(at, Full{}), set(scale), what), Full{});
     };
-    if (row_stride == 0) {  // the same for all queries, like the padding of the keys
+    if (row_stride == 0) {  // the same for all queries, as for padded keys
         for (int64_t k = 0; k < n; ++k) {
             const F what = set(addend(mask + k * key_stride));
             for (int v = 0; v < V; ++v) add(k, v, what);
@@ -193,12 +195,12 @@ inline void add_mask_of(const Attention& a, int64_t batch, int64_t head, int64_t
     add_mask<V>(from + row * stride[2] + begin * stride[3], stride[2], stride[3], rows, n, scale, scores);
 }
 
-// Scales and masks the scores of queries row .. row + rows and keys begin .. begin + n, if there is a mask. Returns the
-// factor that is left to multiply them by.
+// Scales and masks the scores of queries row .. row + rows and keys begin .. begin + n if there is a mask. Returns the
+// factor by which they still have to be multiplied.
 template <int V>
 inline float mask_scores(const Attention& a, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t begin,
                          int64_t n, float* scores) {
-    const float scale = (a.scale < 0 ? -a.scale : a.scale) * LOG2_E;  // its sign went to the queries
+    const float scale = (a.scale < 0 ? -a.scale : a.scale) * LOG2_E;  // its sign is in the queries
     switch (a.mask_kind) {
         case MaskKind::none:
             return scale;

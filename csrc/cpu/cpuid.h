@@ -1,4 +1,5 @@
-// Which instruction sets this machine has. setup.py runs it, too, to choose what to compile.
+// Which instruction sets this machine has. setup.py also compiles it into a program of its own, to choose what to build
+// for.
 #pragma once
 
 #include <string>
@@ -6,8 +7,8 @@
 
 namespace ldm {
 
-// Widest last; those that the compiler knows (LDM_KNOWS_...). "portable" is what every machine has.
-// __builtin_cpu_supports also asks whether the operating system saves the wide registers.
+// Those that the compiler knows (LDM_KNOWS_...), widest last. Every machine has "portable". __builtin_cpu_supports also
+// asks whether the operating system saves the wide registers.
 inline std::vector<std::string> machine_isas() {
     std::vector<std::string> found{"portable"};
 #ifdef LDM_KNOWS_AVX2

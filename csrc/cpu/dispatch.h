@@ -1,4 +1,4 @@
-// The functions bindings.cpp exposes: arguments as plain numbers, checked by ldm_fast/cpu.py.
+// The functions that bindings.cpp exposes: arguments as plain numbers, checked by ldm_fast/ops/cpu.py.
 #pragma once
 
 #include <array>
@@ -9,7 +9,7 @@
 
 namespace ldm {
 
-// Instruction sets compiled in and known to this CPU, widest last.
+// Instruction sets that are compiled in and that this CPU has, widest last.
 std::vector<std::string> isas();
 
 // The one in use: the widest, or what set_isa chose (for tests). set_isa throws std::invalid_argument on an unknown
@@ -52,8 +52,8 @@ void nearest_codebook(int dtype, int search, std::array<int64_t, 4> shape, Addre
 // y[i] = the kernels' exp(x[i]), float32; for tests.
 void exp_array(Address x, Address y, int64_t n);
 
-// As many fused multiply-adds, on each of `threads` threads, as the machine can do at a time, for `rounds` rounds;
-// returns how many. result (threads) gets what came out; for benchmarks.
+// Runs `rounds` rounds of as many independent fused multiply-adds as the machine can do at a time, on each of `threads`
+// threads, and returns how many those were. result (threads) receives their sums; for benchmarks.
 int64_t fused_multiply_adds(int64_t rounds, float factor, Address result, int threads);
 
 }  // namespace ldm

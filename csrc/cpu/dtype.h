@@ -6,7 +6,7 @@
 
 namespace ldm {
 
-// The codes ldm_fast/cpu.py passes.
+// The codes that ldm_fast/ops/cpu.py passes.
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 enum class MaskKind : int { none = 0, boolean = 1, f32 = 2, bf16 = 3, f16 = 4 };
 

@@ -1,4 +1,4 @@
-// What benchmarks measure the machine by: fused multiply-adds that wait for nothing.
+// Fused multiply-adds that wait for nothing: what benchmarks measure the machine by.
 #include "kernels.h"
 #include "parallel.h"
 #include "simd/vec.h"
@@ -6,7 +6,7 @@
 namespace ldm::LDM_ISA {
 namespace {
 
-constexpr int CHAINS = 12;  // what hides the latency of two pipes, and fits into sixteen registers with two operands
+constexpr int CHAINS = 12;  // hides the latency of two pipes; fits into sixteen registers with two operands
 
 }  // namespace
 

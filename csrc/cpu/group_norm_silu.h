@@ -1,28 +1,30 @@
-// How group_norm_silu works on a CPU: what both memory layouts share.
+// How group_norm_silu works on a CPU: everything that both memory layouts share.
 //
-// A *unit* is what one set of statistics runs over: a group of a sample if x is contiguous (its channels lie one after
-// another), a whole sample, with all its groups, if x is channels_last. A unit is worked through in *slabs* of about 64
-// Ki elements, small enough that the second look at a slab comes from the L2 cache. Each direction has three phases:
+// A *unit* is what one set of statistics is taken over: if x is contiguous, one group of a sample (its channels lie one
+// after another); if x is channels_last, a whole sample with all its groups. A unit is worked through in *slabs* of
+// about 64 Ki elements, small enough for the second pass over a slab to find it in the L2 cache. Each direction has
+// three phases:
 //
 //   forward   measure each slab (shifted sums, also of squares) | bring them together | apply y = act(x̂ p + q)
 //   backward  add up dh and dh·x̂ per channel, for each slab      | add slabs in order     | apply dx
 //
-// with p = weight (1 + scale), q = bias (1 + scale) + shift, h = x̂ p + q. One thread takes a unit through all three
-// while its data is in its cache if there are units enough for everybody; otherwise each phase spreads the slabs over
-// the threads. The slabs are the same either way, so the result does not depend on the number of threads. Of groups
-// that are one slab, two overlap: while one is applied, which is arithmetic, the thread's next is measured, from
-// memory.
+// with p = weight (1 + scale), q = bias (1 + scale) + shift, h = x̂ p + q. If there are enough units for all threads,
+// one thread takes a unit through all three phases while the data is in its cache; otherwise each phase spreads the
+// slabs over the threads. The slabs are the same either way, so the result does not depend on the number of threads. If
+// a group is one slab, two groups overlap: while the thread applies one, which is arithmetic, it measures its next one,
+// which comes from memory.
 //
 // A result too large for the caches is streamed past them (simd/stream.h): its lines need not be read before they are
-// written, and x stays where the apply phase finds it. The lines of any other are prefetched: a store that waits for
-// its line holds up all those behind it.
+// written, and x stays in the cache for the apply phase. The lines of a smaller result are prefetched, because a store
+// that waits for its line holds up all stores after it.
 //
-// The split form is the first two phases of the forward pass (Phases::measure) or the last two (Phases::apply).
+// The split form of the op is the first two phases of the forward pass (Phases::measure) or the last two
+// (Phases::apply).
 //
-// dh = dL/dh needs a sigmoid, the dearest part of it all, so the first backward phase keeps dh for the last one where
-// that is nearer than computing it again, in the cache of the one thread that takes the unit through all phases:
-// float32 in the place of dx, narrower types in scratch memory of the thread. dx is then in the cache before the last
-// phase, which has little to compute, writes it; only a dx that is computed from scratch is streamed.
+// dh = dL/dh needs a sigmoid, the most expensive part of all. So the first backward phase keeps dh for the last one if
+// reading it back is cheaper than computing it again: in the cache of the one thread that takes the unit through all
+// phases, for float32 in the place of dx, for narrower types in scratch memory of the thread. The last phase, which
+// computes little, then finds dx in the cache when it writes it. Only a dx that is computed from scratch is streamed.
 #pragma once
 
 #include "huge_pages.h"
@@ -34,11 +36,11 @@
 namespace ldm::LDM_ISA {
 
 constexpr int64_t SLAB_ELEMENTS = 65536;
-constexpr int64_t CACHED_BYTES = int64_t{16} << 20;  // of all that is read and written; more is streamed
+constexpr int64_t CACHED_BYTES = int64_t{16} << 20;  // read and written in total; beyond that, the result is streamed
 constexpr int64_t KEPT_ELEMENTS = 131072;            // of dh in float32: 512 KiB, half an L2 cache
 constexpr int64_t ELEMENTS_WORTH_A_THREAD = 16384;   // starting a team costs a few microseconds
 
-// Chan, Golub & LeVeque (1979).
+// Merges two sets of numbers: Chan, Golub & LeVeque (1979).
 inline void merge(Moments& into, const Moments& other) {
     const double total = into.count + other.count, delta = other.mean - into.mean;
     into.mean += delta * (other.count / total);
@@ -46,14 +48,15 @@ inline void merge(Moments& into, const Moments& other) {
     into.count = total;
 }
 
-// From sums of d = x - shift. Any shift near the values does; the sums repair what it is off.
+// From sums of d = x - shift and of d². Any shift near the values will do; the sums correct for its distance from the
+// mean.
 inline Moments moments(double count, double shift, double sum, double sum_of_squares) {
     const double off = sum / count;
     return {count, shift + off, sum_of_squares - sum * off};
 }
 
-// What the apply phase needs of a group. `rest` is what rounding the mean to float32 loses, in standard deviations: it
-// goes into q. With mean 1e3 and std 1 that is 3e-5 of the result.
+// What the apply phase needs to know of a group. `rest` is what the mean loses when it is rounded to float32, in
+// standard deviations; it goes into q. With mean 1e3 and standard deviation 1 it makes 3e-5 of the result.
 struct Centre {
     float mean, rstd, rest;
 };
@@ -64,7 +67,8 @@ inline Centre centre(const Moments& m, float eps) {
     return {mean, rstd, static_cast<float>(m.mean - mean) * rstd};
 }
 
-// Of group i of all B * G, from its moments, measured or given; noted where they are wanted.
+// The centre of group i of all B * G from its moments, measured or given. Stores the moments or the statistics if they
+// are wanted.
 inline Centre conclude(const GroupNormSilu& a, int64_t i, const Moments& measured) {
     if (a.phases == Phases::measure) a.moments[i] = measured;
     const Centre c = centre(a.phases == Phases::apply ? a.moments[i] : measured, a.eps);
@@ -72,10 +76,11 @@ inline Centre conclude(const GroupNormSilu& a, int64_t i, const Moments& measure
     return c;
 }
 
-// What the apply phase multiplies p and q by, so that exp2 can take what they give, t = stretch h, as it is.
+// What the apply phase multiplies p and q by, so that exp2 can take the result, t = stretch h, as it is.
 constexpr float stretch(bool silu) { return silu ? -LOG2_E : 1.0f; }
 
-// Of n channels from `channel` on in one group: what the apply phase multiplies x - mean by and what it adds to it.
+// For n channels of one group, from `channel` on: the gains that the apply phase multiplies x - mean by, and the
+// offsets that it adds.
 template <class Args>
 inline void write_affine(const Args& a, int64_t batch, int64_t channel, int64_t n, Centre centre, float* gains,
                          float* offsets) {
@@ -91,7 +96,7 @@ inline void write_affine(const Args& a, int64_t batch, int64_t channel, int64_t 
     });
 }
 
-// How exactly a sigmoid has to be known whose result is rounded to T: the degree of the polynomial in exp2.
+// The degree of the polynomial in exp2: how exactly a sigmoid has to be known if its result is rounded to T.
 template <class T>
 constexpr int DEGREE = 5;
 template <>
@@ -99,8 +104,8 @@ constexpr int DEGREE<f16> = 4;
 template <>
 constexpr int DEGREE<bf16> = 3;
 
-// The activation of h = t / stretch, in place; SiLU is t / (stretch + stretch 2^t). A division takes less than a
-// reciprocal and what mends it.
+// Applies the activation to h = t / stretch, in place; SiLU is t / (stretch + stretch 2^t). A division takes less time
+// than a reciprocal and the steps that correct it.
 template <class T, bool silu, int n>
 [[gnu::always_inline]] inline void activate(F (&t)[n]) {
     if constexpr (silu) {
@@ -110,7 +115,7 @@ template <class T, bool silu, int n>
     }
 }
 
-// grad times the derivative of the activation at h = t / stretch, in place.
+// Multiplies grad by the derivative of the activation at h = t / stretch, in place.
 template <class T, bool silu, int n>
 [[gnu::always_inline]] inline void through_activation(F (&grad)[n], const F (&t)[n]) {
     if constexpr (silu) {
@@ -123,8 +128,8 @@ template <class T, bool silu, int n>
     }
 }
 
-// A condition that loops are compiled for. The phases around the loops are the same code whatever it is: choose() calls
-// body with the conditions as constants, once for a slab.
+// A condition that loops are compiled for. The phases around the loops are the same code for both of its values:
+// choose() calls body with the conditions as constants, once for a slab.
 template <bool condition>
 struct Known {
     static constexpr bool value = condition;
@@ -147,7 +152,7 @@ inline void choose(bool silu, bool streamed, const Body& body) {
     });
 }
 
-// With one pixel both layouts are the same memory, and vectors should run over channels.
+// With one pixel both layouts are the same memory; vectors should then run over channels.
 template <class Args>
 inline bool channels_innermost(const Args& a) {
     return a.channels_last || a.spatial == 1;
@@ -169,13 +174,13 @@ inline int team(const Args& a) {
     return useful < 1 ? 1 : useful < a.threads ? static_cast<int>(useful) : a.threads;
 }
 
-// One thread takes a unit through all phases.
+// Whether one thread takes a unit through all phases.
 inline bool unit_by_unit(int64_t units, int64_t slabs, int threads) {
     return slabs == 1 || threads == 1 || units >= 4 * threads || units % threads == 0;
 }
 
-// Runs the three phases: first(unit, slab, slot), then between(unit, slot), then last(unit, slab, slot), with the slot
-// of the thread (see parallel_for). The slabs come back in reverse order: those read last are the nearest.
+// Runs the three phases: first(unit, slab, slot), between(unit, slot) and last(unit, slab, slot), where slot belongs to
+// the thread (see parallel_for). The last phase takes the slabs in reverse order: those read last are the nearest.
 template <class First, class Between, class Last>
 inline void run_phases(int64_t units, int64_t slabs, int threads, const First& first, const Between& between,
                        const Last& last) {
@@ -196,7 +201,7 @@ inline void run_phases(int64_t units, int64_t slabs, int threads, const First& f
     });
 }
 
-// Where the first backward phase keeps dh for the last one, if a unit of it fits. at(unit, slot) is null where it is to
+// Where the first backward phase keeps dh for the last one, if a unit of it fits. at(unit, slot) is null if dh has to
 // be computed again.
 template <class T>
 struct Kept {
@@ -217,7 +222,8 @@ struct Kept {
     }
 };
 
-// The gradients of the parameters from dh and dh_x (B, C): per sample and channel, Σ dL/dh and Σ dL/dh · x̂.
+// Computes the gradients of the parameters from dh and dh_x (B, C), which are Σ dL/dh and Σ dL/dh · x̂ per sample and
+// channel.
 inline void parameter_gradients(const GroupNormSiluBackward& a, const float* dh, const float* dh_x) {
     const int64_t C = a.channels;
     const auto over_batch = [&](const float* terms, float* out) {

@@ -1,14 +1,14 @@
-// group_norm_silu for (B, S, C): a unit is one sample, a slab is some of its pixels, vectors run over channels.
+// group_norm_silu for (B, S, C): a unit is one sample, a slab is some of its pixels, and vectors run over channels.
 //
-// Everything that differs between channels or groups is first written out per channel, so that the inner loops know
-// neither groups nor their size: any C / G is equally fast.
+// Everything that differs between channels or groups is first written out per channel. So the inner loops know neither
+// groups nor their size, and any C / G is equally fast.
 #pragma once
 
 #include "group_norm_silu.h"
 
 namespace ldm::LDM_ISA::channels_last {
 
-constexpr int64_t SAMPLE = 8;  // pixels of a unit that say what the deviations of a group are from
+constexpr int64_t SAMPLE = 8;  // pixels of a unit, whose mean the deviations of a group are taken from
 
 struct Slabs {
     int64_t pixels, pixels_per_slab, per_unit;
@@ -30,10 +30,10 @@ struct Pixels {
     static constexpr int n = count;
 };
 
-// body(channel of the first lane, offset of the first pixel's vectors, pixels, offset of what comes next, vectors) for
-// n pixels, `at_once` at a time: the numbers per channel are loaded for all of them at once. That makes as many streams
-// of memory as pixels, which the processor does not foresee well; `next` grows in the order of memory, by its vectors
-// for each pixel, for the body to prefetch from.
+// Calls body(channel of the first lane, offset of the first pixel's vectors, pixels, offset of what comes next,
+// vectors) for n pixels, `at_once` at a time, so that the numbers per channel are loaded once for all of them. That
+// makes as many streams of memory as pixels, which the processor does not foresee well. For the body to prefetch,
+// `next` grows in the order of memory, by the body's vectors for each pixel.
 template <int at_once, class Body>
 inline void each_pixel(int64_t n, int64_t channels, const Body& body) {
     const auto go = [&](int64_t i, auto pixels) {
@@ -65,7 +65,7 @@ inline float total(const float* values, int64_t n) {
     return sum(s);
 }
 
-// Adds up the rows of n numbers, pair by pair, into the first of them.
+// Adds up rows of n numbers, pair by pair, into the first row.
 inline void add_rows(float* row, int64_t rows, int64_t n) {
     for (int64_t step = 1; step < rows; step *= 2)
         for (int64_t k = 0; k + step < rows; k += 2 * step)
@@ -75,8 +75,8 @@ inline void add_rows(float* row, int64_t rows, int64_t n) {
             });
 }
 
-// The first twelve bits of v. The digits of a shift beyond those of bf16 or f16 are the last ones of every deviation
-// from it: adding up would round them all in the same direction.
+// The first twelve bits of v. If a shift had more digits than bf16 or f16 have, its excess digits would be the last
+// ones of every deviation from it, and the sums would round them all in the same direction.
 inline float few_digits(float v) {
     uint32_t bits;
     memcpy(&bits, &v, sizeof v);
@@ -85,7 +85,7 @@ inline float few_digits(float v) {
     return v;
 }
 
-// shift[c]: near the mean of the group of c, from SAMPLE of the n pixels.
+// Sets shift[c] to a number near the mean of the group of c, from SAMPLE of the n pixels.
 template <class T>
 inline void near_means(const T* x, int64_t n, int64_t channels, int64_t groups, float* shift) {
     const int64_t per_group = channels / groups, count = n < SAMPLE ? n : SAMPLE;
@@ -100,7 +100,7 @@ inline void near_means(const T* x, int64_t n, int64_t channels, int64_t groups, 
         fill(shift + c, per_group, few_digits(total(shift + c, per_group) / static_cast<float>(count * per_group)));
 }
 
-// Sums of the deviations from `shift`, which is in the order of T, and of their squares over n pixels: (2, C).
+// Computes sums (2, C) over n pixels: of the deviations from `shift`, which is in the order of T, and of their squares.
 template <class T>
 inline void measure(const T* x, int64_t n, int64_t channels, const float* shift, float* sums) {
     float* const squares = sums + channels;
@@ -122,10 +122,10 @@ inline void measure(const T* x, int64_t n, int64_t channels, const float* shift,
     });
 }
 
-// Numbers per channel, one row of them each: what measuring needs, then what applying does.
+// Rows of numbers per channel: first what measuring needs, then what applying needs.
 enum ForwardRow { MEAN, GAIN, OFFSET, FORWARD_ROWS };
 
-// y of n pixels.
+// Computes y of n pixels.
 template <class T, bool silu, bool streamed>
 inline void apply(const T* x, T* y, int64_t n, int64_t C, const float* rows) {
     each_pixel<4>(n, C, [&](int64_t c, int64_t i, auto pixels, int64_t next, auto vectors) {
@@ -207,8 +207,8 @@ bool forward(const GroupNormSilu& a, bool streamed) {
     return true;
 }
 
-// The same for the backward pass; MEAN_G and MEAN_G_X are what dx takes away from rstd dL/dx̂, with the means of dL/dx̂
-// and of dL/dx̂ · x̂ in them: -(MEAN_G + MEAN_G_X (x - mean)).
+// The same for the backward pass. MEAN_G and MEAN_G_X hold the means of dL/dx̂ and of dL/dx̂ · x̂, so that dx is rstd
+// dL/dx̂ + MEAN_G + MEAN_G_X (x - mean).
 enum BackwardRow { MEAN_G = FORWARD_ROWS, MEAN_G_X, BACKWARD_ROWS };
 
 template <class T>
@@ -223,7 +223,7 @@ inline void write_coefficients(const GroupNormSiluBackward& a, int64_t unit, flo
     for (int row = 0; row < FORWARD_ROWS; ++row) to_order_of<T>(rows + row * C, C);
 }
 
-// The rows of means from the sums of dh and dh·x̂ over the pixels of each channel.
+// Computes the rows of means from the sums of dh and dh·x̂ over the pixels of each channel.
 template <class T>
 inline void write_means(const GroupNormSiluBackward& a, int64_t unit, const float* s, const float* t, float* rows) {
     const int64_t C = a.channels, per_group = C / a.groups;
@@ -264,7 +264,7 @@ inline void add_pixels(const T* x, const T* grad, int64_t n, int64_t C, const fl
     });
 }
 
-// dx of n pixels from dh, kept or computed again.
+// Computes dx of n pixels from dh, which is kept or computed again.
 template <class T, bool silu, bool streamed>
 inline void apply_pixels(const T* x, const T* grad, const float* kept, T* dx, int64_t n, int64_t C, const float* rows) {
     each_pixel<4>(n, C, [&](int64_t c, int64_t first, auto pixels, int64_t next, auto vectors) {

@@ -7,12 +7,12 @@
 namespace ldm::LDM_ISA::contiguous {
 
 constexpr int64_t CHUNK = 8192;   // numbers whose deviations are added up in float32
-constexpr int64_t SAMPLE = 16;    // vectors that say what the deviations are from
-constexpr int64_t ONCE = 64 * W;  // below this every number is sampled
-constexpr int64_t AHEAD = 256;    // so many numbers before it is measured beside another group, one is fetched
+constexpr int64_t SAMPLE = 16;    // vectors whose mean the deviations are taken from
+constexpr int64_t ONCE = 64 * W;  // with fewer numbers, all of them are sampled
+constexpr int64_t AHEAD = 256;    // how many numbers before it is measured, beside another group, a number is fetched
 constexpr int64_t AT_ONCE = 64;   // channels whose gains and offsets are written out before they are used
 
-// Near the mean of n numbers: the mean of all of them, or of SAMPLE vectors spread over them.
+// A number near the mean of n numbers: the mean of all of them, or of SAMPLE vectors spread over them.
 template <class T>
 inline float near_mean(const T* x, int64_t n) {
     F s = zero();
@@ -25,7 +25,7 @@ inline float near_mean(const T* x, int64_t n) {
     return sum(s) / static_cast<float>(SAMPLE * W);
 }
 
-// From `shift`, of numbers taken four vectors at a time: as many chains of additions.
+// Sums of deviations from `shift`, taken four vectors at a time: four chains of additions.
 struct Deviations {
     struct Sums {
         F sum, squares;
@@ -75,8 +75,8 @@ struct Slabs {
         channels_per_slab = SLAB_ELEMENTS / spatial < 1 ? 1 : SLAB_ELEMENTS / spatial;
         per_unit = (channels_per_group + channels_per_slab - 1) / channels_per_slab;
     }
-    // How far from a number of this group the same of the next one lies, which comes nearer while this one is computed.
-    // A large one would not stay in the cache.
+    // How far beyond a number of this group the same number of the next group lies, to be prefetched while this one is
+    // computed; 0 for large groups, which would not stay in the cache.
     int64_t ahead(int64_t spatial) const {
         return channels_per_group * spatial <= SLAB_ELEMENTS ? channels_per_group * spatial : 0;
     }
@@ -87,7 +87,7 @@ struct Slabs {
     }
 };
 
-// y of n pixels of one channel. `ahead`: how far from there what is needed next lies.
+// Computes y of n pixels of one channel. What is needed next lies `ahead` beyond x.
 template <class T, bool silu, bool streamed>
 inline void apply(const T* x, T* y, int64_t n, float mean, float gain, float offset, int64_t ahead) {
     const F m = set(mean), p = set(gain), q = set(offset);
@@ -105,8 +105,8 @@ inline void apply(const T* x, T* y, int64_t n, float mean, float gain, float off
     });
 }
 
-// y of the `channels` of a group and the moments of the next group, as measure(next, channels * spatial) finds them:
-// while one is computed, the other comes from memory. spatial is a multiple of 4 W.
+// Computes y of the `channels` of a group and the moments of the next group, as measure(next, channels * spatial) finds
+// them: while one is computed, the other comes from memory. spatial is a multiple of 4 W.
 template <class T, bool silu, bool streamed>
 inline Moments apply_and_measure(const T* x, T* y, int64_t channels, int64_t spatial, float mean, const float* gains,
                                  const float* offsets, const T* next) {
@@ -210,8 +210,8 @@ bool forward(const GroupNormSilu& a, bool streamed) {
     return true;
 }
 
-// Σ dh and Σ dh (x - mean) over n pixels of one channel; dh goes to `kept` if that is not null. What is needed next
-// lies `ahead` of x and grad, and at dx.
+// Computes Σ dh and Σ dh (x - mean) over n pixels of one channel; dh goes to `kept` if that is not null. What is needed
+// next lies `ahead` beyond x and grad, and at dx.
 template <class T, bool silu>
 inline void add_channel(const T* x, const T* grad, int64_t n, float mean, float gain, float offset, float* kept,
                         const T* dx, int64_t ahead, double* sums) {
@@ -227,7 +227,7 @@ inline void add_channel(const T* x, const T* grad, int64_t n, float mean, float 
             for (int v = 0; v < V; ++v) off[v] = only(off[v] - m, vectors.lanes), h[v] = fma(off[v], p, q);
             through_activation<T, silu>(d, h);
             for (int v = 0; v < V; ++v) {
-                d[v] = only(d[v], vectors.lanes);  // behind the end grad is 0, but 0 times an overflow would be NaN
+                d[v] = only(d[v], vectors.lanes);  // past the end grad is 0, but 0 times an overflow would be NaN
                 s += d[v];
                 t = fma(d[v], off[v], t);
                 if (kept) __builtin_prefetch(dx + i + v * W, 1, 2);
@@ -239,12 +239,12 @@ inline void add_channel(const T* x, const T* grad, int64_t n, float mean, float 
     }
 }
 
-// What dx takes away from rstd dL/dx̂: g + g_x (x - mean), with the means of dL/dx̂ and of dL/dx̂ · x̂ in them.
+// The means of dL/dx̂ and of dL/dx̂ · x̂ are in these: dx is rstd dL/dx̂ - (g + g_x (x - mean)).
 struct Means {
     float g, g_x;
 };
 
-// dx of n pixels of one channel from dh, kept or computed again.
+// Computes dx of n pixels of one channel from dh, which is kept or computed again.
 template <class T, bool silu, bool streamed>
 inline void apply_channel(const T* x, const T* grad, const float* kept, T* dx, int64_t n, float mean, float gain,
                           float offset, Means means) {
@@ -281,7 +281,7 @@ bool backward(const GroupNormSiluBackward& a, bool streamed) {
     Kept<T> kept(dx, per_group * S, unit_by_unit(units, slabs.per_unit, threads), threads);
     if (!dh.data || !dh_x.data || !means.data || !kept.scratch.data) return false;
 
-    // body(channel of the unit, channel of all B * C, gain, offset) for channels [begin, end) of a unit.
+    // Calls body(channel of the unit, channel of all B * C, gain, offset) for channels [begin, end) of a unit.
     const auto each_channel = [&](int64_t unit, int64_t begin, int64_t end, const auto& body) {
         const int64_t sample = unit / a.groups;
         float gains[AT_ONCE], offsets[AT_ONCE];

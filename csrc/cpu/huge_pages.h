@@ -1,5 +1,5 @@
-// Large results in large pages: the kernel of Linux clears fresh memory page by page as it is first written to, and in
-// pages of 4 KiB that takes several times as long as writing does.
+// Large pages for large results. Linux clears fresh memory page by page when it is first written to, and with pages of
+// 4 KiB that takes several times as long as the writing.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,11 @@
 
 namespace ldm::LDM_ISA {
 
-// malloc may have cut a block of this size from memory it keeps. The advice concerns the pages wholly inside the block,
-// and where they have been written to before nothing happens.
+// Even a block of this size may be cut from memory that malloc keeps. The advice concerns the pages that lie wholly
+// inside the block, and changes nothing for pages that have been written to.
 constexpr int64_t LARGE_BYTES = int64_t{4} << 20;
 
-// To be called before `data` is written. Advice: where the system has none of it, nothing happens.
+// Call this before `data` is written. It is advice: a system without large pages does nothing.
 inline void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t PAGE = uintptr_t{2} << 20;

@@ -1,9 +1,9 @@
 // What every instruction set provides: one struct of arguments and one function for each op.
 //
 // The kernel sources are compiled once per instruction set, each time in a namespace of its own (LDM_ISA = portable,
-// avx2, avx512, avx512bf16). dispatch.cpp picks one by cpuid. Nothing outside these namespaces may be compiled with the
-// wider instructions, or the linker could keep that copy of a shared inline function for every machine: kernels use no
-// templates of the standard library.
+// avx2, avx512, avx512bf16), and dispatch.cpp chooses one by cpuid. Nothing outside these namespaces may be compiled
+// with the wider instructions: the linker could keep that copy of a shared inline function for every machine. For the
+// same reason kernels use no templates of the standard library.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,8 @@ struct Moments {
     double count, mean, m2;
 };
 
-// The op in one go, or in two for an image in tiles: what the groups of each tile measure, then y from merged moments.
+// The op in one go, or in two for an image in tiles: first the groups of each tile are measured, then the merged
+// moments are applied.
 enum class Phases { whole, measure, apply };
 
 // The arguments that the norm ops share. x (B, C, S) is contiguous, or (B, S, C) if channels_last. weight and bias (C),
@@ -48,8 +49,8 @@ struct GroupNormSiluBackward : Norm {
     float *dweight, *dbias, *dscale, *dshift;
 };
 
-// q and out (B, H, N, D), k and v (B, H, M, D): strides in elements of the first three dimensions, the last one is 1.
-// mask (B, H, N, M) with four strides; lse (B, H, N) contiguous.
+// q and out (B, H, N, D), k and v (B, H, M, D). Their strides are in elements, for the first three dimensions; the last
+// stride is 1. mask (B, H, N, M) has four strides; lse (B, H, N) is contiguous.
 struct Attention {
     Dtype dtype;
     MaskKind mask_kind;
@@ -62,8 +63,8 @@ struct Attention {
     int threads;
 };
 
-// forward: its arguments, out and lse being what it gave. grad like out, with strides of its own; dq, dk, dv
-// contiguous.
+// `forward` holds the arguments of the forward pass, with its results in out and lse. grad is like out, with strides of
+// its own; dq, dk and dv are contiguous.
 struct AttentionBackward {
     Attention forward;
     const void* grad;
@@ -71,10 +72,10 @@ struct AttentionBackward {
     void *dq, *dk, *dv;
 };
 
-// How to search the codebook: `automatic` chooses among the others, which all find the same indices.
+// How to search the codebook. All ways find the same indices; `automatic` chooses one of them.
 enum class CodebookSearch : int { automatic = 0, brute_force = 1, pruned = 2, bf16_candidates = 3 };
 
-// z (B, S, d) and codebook (K, d) with any strides, index (B, S). counts (K) and sums (K, d) are null where not wanted.
+// z (B, S, d) and codebook (K, d) with any strides, index (B, S). counts (K) and sums (K, d) are null if not wanted.
 struct NearestCodebook {
     Dtype dtype;
     CodebookSearch search;

@@ -1,8 +1,9 @@
-// nearest_codebook: argmin over k of s(n, k) = ½‖e_k‖² - ⟨z_n, e_k⟩, and what the codes were chosen by.
+// nearest_codebook: argmin over k of s(n, k) = ½‖e_k‖² - ⟨z_n, e_k⟩, and counts and sums of the rows that chose each
+// code.
 //
-// Three searches find the same indices (nearest_codebook_codes.h says why they can): brute force; brute force without
-// the groups of codes that are too far away, for many narrow codes; and brute force over the candidates of a bfloat16
-// product, for wide ones. Rows are independent: blocks of them go to the threads.
+// Three searches find the same indices (nearest_codebook_codes.h says why): brute force; brute force that skips groups
+// of codes which are too far away, for many narrow codes; and brute force over the candidates of a bfloat16 product,
+// for wide codes. Rows are independent, and threads take blocks of them.
 #include "nearest_codebook_bf16.h"
 #include "nearest_codebook_pruned.h"
 #include "nearest_codebook_stats.h"
@@ -15,7 +16,7 @@ constexpr int64_t FEWEST_GROUPS = 4;
 // Sorting the codes into groups costs about what brute force takes for this many rows of one number.
 constexpr int64_t ROWS_WORTH_GROUPS = 36864;
 
-// Nothing but `load` depends on the dtype: all searches are compiled once.
+// Only `load` depends on the dtype, so all searches are compiled once.
 struct Searched {
     const NearestCodebook& args;
     const PackedCodes& codes;
@@ -24,7 +25,7 @@ struct Searched {
     Block (*load)(const NearestCodebook&, int64_t number, float* z);
 };
 
-// Calls fn(block, slot) for every block of rows; false if there was no memory.
+// Calls fn(block, slot) for every block of rows. Returns false if there was no memory.
 template <class Fn>
 bool each_block(const Searched& s, const Fn& fn) {
     Scratch<float> rows(s.threads * BLOCK_ROWS * s.args.width);
@@ -41,7 +42,7 @@ bool brute_force(const Searched& s) {
         s, [&](const Block& block, int) { search_by_brute_force(s.codes, block, 0, block.count, s.args.index); });
 }
 
-// As `search` says for each block that it is tried on, and by brute force for the others.
+// Runs `search` on each block that it is tried on, and brute force on the others.
 template <class Fn>
 bool with_patience(const Searched& s, const Fn& search) {
     Scratch<Patience> patience(s.threads);

@@ -1,9 +1,9 @@
 // Wide codes: a bfloat16 product picks candidates, exact distances decide. (AVX512-BF16 only.)
 //
-// One vdpbf16ps multiplies and adds twice what a float32 fused multiply-add does. So a first pass computes, for every
-// row and code, a number L that the float32 distance s of nearest_codebook_codes.h cannot be below, and, where L is
-// small, a number U it cannot exceed. With T = the smallest U so far, a code with L > T is not the nearest. The vectors
-// of codes that are left, about one a row, are decided by s itself: the result is that of brute force, bit for bit.
+// One vdpbf16ps does twice the work of a float32 fused multiply-add. So a first pass computes two bounds for every row
+// and code: a number L that the float32 distance s of nearest_codebook_codes.h cannot be below and, if L is small, a
+// number U that it cannot exceed. With T = the smallest U so far, a code with L > T is not the nearest. For the vectors
+// of codes that are left, about one per row, s itself decides: the result is that of brute force, bit for bit.
 //
 // The bound. Let ẑ, ê be z and e rounded to bfloat16 (subnormal numbers to zero, as the instruction reads them), δz = z
 // - ẑ and δe = e - ê, u = 2^-24, M = ½‖e‖² + ‖z‖‖e‖. In exact arithmetic, by Cauchy-Schwarz,
@@ -30,14 +30,14 @@ namespace {
 #if defined(__AVX512BF16__)
 
 constexpr int64_t NARROWEST_BF16 = 16, WIDEST_BF16 = 1 << 13;
-constexpr int64_t FEWEST_CODES_BF16 = 128, FEWEST_ROWS_BF16 = 32;  // with which it pays
+constexpr int64_t FEWEST_CODES_BF16 = 128, FEWEST_ROWS_BF16 = 32;  // the fewest with which it pays
 constexpr int BF16_ROWS = 8, BF16_VECTORS = 2;                     // of a tile
 constexpr int CANDIDATES = 32;                                     // vectors of codes remembered for a row
 constexpr int CHECKED_TOGETHER = 8;  // exact distances of as many (row, vector) pairs, to hide latency
 static_assert(BLOCK_ROWS % BF16_ROWS == 0 && STEP % (BF16_VECTORS * W) == 0);
 
-// pairs: coordinates 2p and 2p + 1 of the codes [k, k + W) at pairs + (k * half + p * W). For each code: base = ½‖e‖²
-// minus the part of b that is its own, own = that part, length = ‖e‖, error = ‖δe‖.
+// pairs: coordinates 2p and 2p + 1 of the codes [k, k + W), at pairs + (k * half + p * W). For each code, base is ½‖e‖²
+// minus the code's own part of b, own is that part, length is ‖e‖, and error is ‖δe‖.
 struct Bf16Codes {
     uint32_t* pairs;
     float *base, *own, *length, *error;
@@ -49,7 +49,7 @@ inline float bf16_absolute(int64_t width) { return static_cast<float>(width) * 0
 
 inline F square_root(F v) { return (F)_mm512_sqrt_ps((__m512)v); }
 
-// Rounds to bfloat16 (subnormal numbers to zero) and adds the square of what that changed to `error`.
+// Rounds to bfloat16 (subnormal numbers to zero) and adds the square of the change to `error`.
 inline __m256i rounded(F v, F& error) {
     const __m256i bits = (__m256i)_mm512_cvtneps_pbh((__m512)v);
     const F lost = v - widen_bf16(bits);
@@ -61,7 +61,7 @@ inline __m512i paired(__m256i first, __m256i second) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
 }
 
-// From packed float32 codes, `count` of them real.
+// Packs bfloat16 codes from packed float32 codes, of which `count` are real.
 inline void pack_bf16(const PackedCodes& codes, int64_t count, const Bf16Codes& out, int threads) {
     const F gamma = set(bf16_gamma(codes.width)), absolute = set(bf16_absolute(codes.width));
     parallel_for(codes.padded / W, 64, threads, [&](int64_t begin, int64_t end, int) {
@@ -95,7 +95,7 @@ struct Bf16Block {
     int found[BLOCK_ROWS];                                                       // candidates, or OVERFLOWN
     float low[BLOCK_ROWS][CANDIDATES];                                           // the smallest L of a candidate
     int32_t code[BLOCK_ROWS][CANDIDATES];                                        // its first code
-    int64_t alive;                                                               // rows that have not overflown
+    int64_t alive;                                                               // rows that have not overflowed
 };
 
 constexpr int OVERFLOWN = -1;  // of `found`: the row is left to brute force
@@ -133,7 +133,7 @@ inline void load_bf16(const Block& block, int64_t half, Bf16Block& b) {
     }
 }
 
-// Notes the vector of codes [k, k + W) with these L for row r, and lowers T.
+// Notes the vector of codes [k, k + W), whose bounds are these L, for row r, and lowers T.
 inline void note(const Bf16Codes& codes, Bf16Block& b, int64_t r, int64_t k, F low) {
     const F own = load(codes.own + k, Full{}), length = load(codes.length + k, Full{});
     const F width = fma(set(b.along_length[r]), length, fma(set(b.along_error[r]), load(codes.error + k, Full{}), own));
@@ -149,7 +149,7 @@ inline void note(const Bf16Codes& codes, Bf16Block& b, int64_t r, int64_t k, F l
     b.low[r][b.found[r]] = smallest(low), b.code[r][b.found[r]++] = static_cast<int32_t>(k);
 }
 
-// L of BF16_ROWS rows from r on, and BF16_VECTORS vectors of codes from k on.
+// Computes L of BF16_ROWS rows, from r on, and BF16_VECTORS vectors of codes, from k on.
 inline void pick_in_tile(const Bf16Codes& codes, Bf16Block& b, int64_t r, int64_t k) {
     __m512 s[BF16_ROWS][BF16_VECTORS];
     for (int v = 0; v < BF16_VECTORS; ++v) {
@@ -178,7 +178,7 @@ inline void pick_in_tile(const Bf16Codes& codes, Bf16Block& b, int64_t r, int64_
     }
 }
 
-// Exact distances of CHECKED_TOGETHER rows, each to a vector of codes of its own.
+// Computes exact distances of CHECKED_TOGETHER rows, each to a vector of codes of its own.
 inline void exact_together(const PackedCodes& codes, const float* const* z, const int64_t* k, F* s) {
     for (int c = 0; c < CHECKED_TOGETHER; ++c) s[c] = load(codes.norms + k[c], Full{});
     const float* e[CHECKED_TOGETHER];
@@ -187,7 +187,7 @@ inline void exact_together(const PackedCodes& codes, const float* const* z, cons
         for (int c = 0; c < CHECKED_TOGETHER; ++c) s[c] = fused(set(z[c][i * ROWS]), load(e[c] + i * W, Full{}), s[c]);
 }
 
-// Decides the candidates of a block; rows that have overflown are left out.
+// Decides between the candidates of a block; rows that have overflowed are left out.
 inline void decide(const PackedCodes& codes, const Block& block, const Bf16Block& b, int64_t* index) {
     float best[BLOCK_ROWS];
     const float* z[CHECKED_TOGETHER];
@@ -218,7 +218,7 @@ inline void decide(const PackedCodes& codes, const Block& block, const Bf16Block
     if (waiting) check();
 }
 
-// Returns whether that was worth while: false if too many rows had to be left to brute force.
+// Searches a block. Returns whether that paid: false if too many rows had to be left to brute force.
 inline bool search_by_candidates(const PackedCodes& codes, const Bf16Codes& bf16_codes, const Block& block,
                                  Bf16Block& b, int64_t* index) {
     load_bf16(block, bf16_codes.half, b);

@@ -1,10 +1,10 @@
 // Brute force: every row against every code.
 //
 // d fused multiply-adds and one minimum serve W pairs. A tile of ROWS rows × VECTORS vectors of codes stays in
-// registers; where rows are narrow enough, they stay there too and the codes stream by. The loop keeps no indices: it
-// knows the smallest distance of a whole chunk of codes, a row remembers the first chunk that holds its minimum, and in
-// the end that chunk is computed once more to find the first code that has it. NaN never wins a minimum; the codes that
-// fill up the last vectors have a NaN for their norm.
+// registers; narrow rows stay there too, while the codes stream by. The loop keeps no indices. It knows the smallest
+// distance of a whole chunk of codes, and a row remembers the first chunk that holds its minimum; at the end that chunk
+// is computed once more, to find the first code at that distance. NaN never wins a minimum, and the codes that fill up
+// the last vectors have NaN for their norms.
 #pragma once
 
 #include "nearest_codebook_codes.h"
@@ -19,14 +19,14 @@ constexpr int NARROW = W == 16 ? 4 : 2;            // coordinates of ROWS rows t
 constexpr int64_t CHUNK_BYTES = int64_t{1} << 14;  // of wide codes, to stay in the cache for all rows of a block
 static_assert(CHUNK % STEP == 0);
 
-// Codes to a chunk of this width.
+// Codes per chunk at this width.
 inline int64_t chunk_codes(int64_t width) {
     const int64_t fit = CHUNK_BYTES / (width * static_cast<int64_t>(sizeof(float))) / STEP * STEP;
     return fit < STEP ? STEP : fit < CHUNK ? fit : CHUNK;
 }
 
 // What a tile of rows knows after the chunks so far, lane by lane: the smallest distance, and the first chunk that held
-// it (-1: none did; so far nothing is below infinity).
+// it (-1 if none did, because nothing was below infinity so far).
 struct Lowest {
     F value[ROWS];
     I chunk[ROWS];
@@ -40,7 +40,7 @@ inline void lower(Lowest& lowest, const F* value, int64_t chunk) {
     }
 }
 
-// The codes [begin, end), a chunk, for a tile of rows whose coordinate i is at z[i * ROWS + r], negated.
+// Compares the codes [begin, end), a chunk, with a tile of rows whose coordinate i, negated, is at z[i * ROWS + r].
 template <int D>
 void search_chunk_narrow(const PackedCodes& codes, int64_t begin, int64_t end, const float* z, F* low) {
     F minus_z[ROWS][D];
@@ -118,7 +118,7 @@ inline int64_t find_lowest(const PackedCodes& codes, int64_t chunk_size, const f
     return find(codes, begin, end, z + r, value);
 }
 
-// Indices of the rows [begin, end) of a block, begin a multiple of ROWS.
+// Finds the indices of the rows [begin, end) of a block; begin is a multiple of ROWS.
 inline void search_by_brute_force(const PackedCodes& codes, const Block& block, int64_t begin, int64_t end,
                                   int64_t* index) {
     const int64_t chunk_size = chunk_codes(codes.width);

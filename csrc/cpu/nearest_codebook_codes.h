@@ -2,7 +2,7 @@
 //
 // s(n, k) = ½‖e_k‖² - ⟨z_n, e_k⟩ is float32 with fused multiply-adds in index order: norm = fma(e_i, e_i, norm) from 0,
 // s = norm / 2, then s = fma(-z_i, e_i, s). Every instruction set and every search computes the same bits for a pair
-// and returns the first code that has the smallest, so the answer depends on neither.
+// and returns the first code at the smallest distance, so the answer depends on neither.
 #pragma once
 
 #include "kernels.h"
@@ -17,14 +17,15 @@ constexpr int ROWS = 4;             // of a tile
 constexpr int64_t BLOCK_ROWS = 64;  // rows a thread works on at a time
 static_assert(BLOCK_ROWS % ROWS == 0);
 
-// Lanes are codes. Codes [k, k + W) as vectors: coordinate i at data + (k * width + i * W), halved norms at norms + k.
+// Lanes are codes. Of the codes [k, k + W), coordinate i is the vector at data + (k * width + i * W), and the halved
+// norms are at norms + k.
 struct PackedCodes {
     const float *data, *norms;
     int64_t padded, width;
 };
 
-// Rows [first, first + count) of all batch * rows as float32, negated: coordinate i of row r at row(r)[i * ROWS]. The
-// rows behind the last one, up to BLOCK_ROWS, are zeros.
+// Rows [first, first + count) of all batch * rows as float32, negated: coordinate i of row r is at row(r)[i * ROWS].
+// The rows after the last one, up to BLOCK_ROWS, are zeros.
 struct Block {
     int64_t first, count, width;
     const float* z;
@@ -32,7 +33,7 @@ struct Block {
     const float* row(int64_t r) const { return z + r / ROWS * ROWS * width + r % ROWS; }
 };
 
-// Steps through the rows, counted through the batch: where each begins in z.
+// Steps through the rows of all samples, and tells where each begins in z.
 struct Rows {
     const NearestCodebook& args;
     int64_t offset, left;  // left: rows up to the next sample
@@ -61,7 +62,8 @@ Block load_block(const NearestCodebook& a, int64_t number, float* z) {
     return {first, count, a.width, z};
 }
 
-// One vector of codes from number(j, i), coordinate i of lane j; the lanes behind `count` get `filler` for their norm.
+// Packs one vector of codes from number(j, i), which is coordinate i of lane j; lanes from `count` on get `filler` for
+// their norms.
 template <class GetRow>
 void pack_vector(int64_t width, int64_t count, float filler, const GetRow& number, float* data, float* norms) {
     F norm = zero();
@@ -97,7 +99,7 @@ inline int first_equal(F v, float value) {
 #endif
 }
 
-// Bit j is set where a[j] <= b[j].
+// Bit j is set if a[j] <= b[j].
 inline uint32_t at_most(F a, F b) {
 #if defined(__AVX512F__)
     return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
@@ -112,11 +114,11 @@ inline uint32_t at_most(F a, F b) {
 
 inline float smallest(F v) { return -largest(-v); }
 
-// The searches that skip codes rest on bounds that hold for vectors up to this long; a NaN is longer than that.
+// The searches that skip codes rely on bounds that hold for vectors up to this length; a NaN counts as longer.
 constexpr float LARGEST_SQUARE = 0x1p120f;
 
-// Length of a vector from the float32 sum of its d ≤ 2^13 squares, never below the true one: 2^-10 covers the rounding,
-// 2^-64 squares that vanish.
+// The length of a vector from the float32 sum of its d ≤ 2^13 squares, never below the true one: the factor 1 + 2^-10
+// covers the rounding, and 2^-64 the squares that vanish.
 inline float length_above(float square) { return __builtin_sqrtf(square) * (1.0f + 0x1p-10f) + 0x1p-64f; }
 
 inline bool bounds_hold(const PackedCodes& codes, int64_t count) {
@@ -125,7 +127,7 @@ inline bool bounds_hold(const PackedCodes& codes, int64_t count) {
     return hold;
 }
 
-// Searches that may turn out not to pay are tried on a few rows. After each failure they rest for longer.
+// Searches that may not pay are tried on a few rows. After each failure they pause for longer.
 struct Patience {
     int64_t rest = 0, next = 1;
 

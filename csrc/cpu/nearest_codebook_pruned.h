@@ -1,11 +1,11 @@
 // Narrow codes: groups of codes whose bounding box is too far away are skipped.
 //
-// The codes are put into groups of GROUP by splitting them again and again in two halves, at the median of the
-// coordinate that varies most. For a row, a lower bound of the distance to anything in a group's box costs about as
-// much as the distance to one code, and serves W groups at a time. The group with the smallest bound is searched first;
-// after that only groups whose bound is not above the best distance so far. On a codebook that follows its data most
-// groups are skipped. On one that does not (all codes near one point, seen from afar) none is: a block of rows tries a
-// few rows, and where more than half of the groups had to be searched, it goes on with brute force.
+// The codes are divided into groups of GROUP by halving them again and again, at the median of the coordinate that
+// varies most. For a row, a lower bound of the distance to anything in a group's box costs about as much as the
+// distance to one code, and W groups are done at a time. The group with the smallest bound is searched first, and after
+// that only groups whose bound is not above the best distance so far. If the codebook follows its data, most groups are
+// skipped. If it does not (all codes near one point, seen from afar), none are. So a few rows of each block are tried,
+// and if more than half of the groups had to be searched, the block goes on with brute force.
 //
 // The bound. On a box the exact distance ½‖e‖² - ⟨z, e⟩ = Σ ½e_i² - z_i e_i is smallest at c_i = z_i clamped to [lo_i,
 // hi_i]. Let R be the length of the box's farthest corner, u = 2^-24 and M = ½R² + ‖z‖R. The float32 distance s of a
@@ -17,8 +17,8 @@
 // covers what a CPU set to read subnormal numbers as zero loses: ‖z‖·2^-126 a term.) All this holds if nothing
 // overflows: no code may be longer than 2^60, and rows that are longer, or have a NaN, go to brute force.
 //
-// Of equal distances the lowest index must win, whatever the order of the groups: inside a group codes keep their
-// order, and between groups indices are compared.
+// Of equal distances the lowest index must win, whatever the order of the groups. So codes keep their order inside a
+// group, and between groups indices are compared.
 #pragma once
 
 #include "nearest_codebook_brute.h"
@@ -29,21 +29,21 @@ namespace {
 constexpr int64_t GROUP = 64, GROUP_VECTORS = GROUP / W;
 constexpr int64_t WIDEST_PRUNED = 8;
 
-// Codes in the order of their groups, `number` their places in the codebook. The box of group g spans boxes[g][i][0] to
-// boxes[g][i][1] in coordinate i; the start of its bound is -(γ½R² + A), the slope γR.
+// Codes in the order of their groups; `number` holds their places in the codebook. The box of group g spans
+// boxes[g][i][0] to boxes[g][i][1] in coordinate i; the start of its bound is -(γ½R² + A), the slope γR.
 struct Groups {
     int64_t count;
     float *data, *norms, *boxes, *start, *slope;
     int32_t* number;
 };
 
-// Codes on their way into groups: P coordinates each, zeros behind the last one, and numbers.
+// Codes while they are divided into groups: P coordinates each, zeros after the last one, and their numbers.
 struct Points {
     float* at;
     int32_t* number;
 };
 
-// The coordinates of one of them.
+// The coordinates of one code.
 template <int P>
 struct PointOf;
 template <>
@@ -57,13 +57,13 @@ struct PointOf<8> {
 template <int P>
 using Point = typename PointOf<P>::type;
 
-// The coordinate that varies most, its mean and standard deviation.
+// The coordinate that varies most, with its mean and standard deviation.
 struct Spread {
     int axis;
     float mean, deviation;
 };
 
-// Of n points, from a sample.
+// Finds it for n points, from a sample of them.
 template <int P>
 Spread widest(const float* at, int64_t n) {
     const int64_t step = n / 256 + 1;
@@ -88,9 +88,9 @@ Spread widest(const float* at, int64_t n) {
     return most;
 }
 
-// Puts about the `left` smallest of n points along the widest coordinate first, the others behind them; both keep their
-// order. About: by bins of a fiftieth of a deviation. (No quantile from 1/3 to 2/3 is farther than √2 deviations from
-// the mean; the bins reach to 2.5.)
+// Puts about the `left` smallest of n points along the widest coordinate first and the others after them; both keep
+// their order. "About", because points are sorted into bins of a fiftieth of a deviation. (No quantile from 1/3 to 2/3
+// is farther than √2 deviations from the mean; the bins reach to 2.5.)
 template <int P>
 void split(const Points& from, int64_t n, int64_t left, uint8_t* bin, const Points& to) {
     const Spread spread = widest<P>(from.at, n);
@@ -121,7 +121,7 @@ void split(const Points& from, int64_t n, int64_t left, uint8_t* bin, const Poin
     }
 }
 
-// Group range [begin, end) of node `node` of level `level`: halve the whole as the bits of `node` say.
+// The range of groups [begin, end) of node `node` of level `level`: the whole, halved as the bits of `node` say.
 inline void node_groups(int64_t groups, int level, int64_t node, int64_t& begin, int64_t& end) {
     begin = 0, end = groups;
     for (int bit = level - 1; bit >= 0; --bit) {
@@ -144,7 +144,7 @@ template <int P>
 void pack_group(const Points& points, int64_t codes, int64_t width, int64_t g, const Groups& groups) {
     const int64_t first = g * GROUP, count = codes - first < GROUP ? codes - first : GROUP;
     for (int64_t v = 0; v < GROUP; v += W) {
-        // the lanes behind the last code repeat the group's first one, so that they do not widen the box
+        // the lanes after the last code repeat the group's first one, so that they do not widen the box
         const auto number = [&](int64_t j, int64_t i) {
             return points.at[(first + (v + j < count ? v + j : 0)) * P + i];
         };
@@ -170,7 +170,7 @@ void pack_group(const Points& points, int64_t codes, int64_t width, int64_t g, c
     groups.slope[g] = gamma * length;
 }
 
-// Fills `groups` from packed codes. False if there was no memory.
+// Fills `groups` from packed codes. Returns false if there was no memory.
 template <int P>
 bool build_groups(const PackedCodes& codes, int64_t count, int threads, const Groups& groups) {
     Scratch<float> here(count * P), there(count * P);
@@ -206,7 +206,8 @@ bool build_groups(const PackedCodes& codes, int64_t count, int threads, const Gr
     return true;
 }
 
-// The rows of a block while they are searched: z[i][r] their coordinates, bounds[g * BLOCK_ROWS + r] of group g.
+// The rows of a block during the search: z[i][r] are their coordinates, bounds[g * BLOCK_ROWS + r] is the bound of
+// group g.
 template <int D>
 struct PrunedBlock {
     float z[D][BLOCK_ROWS], length[BLOCK_ROWS], best[BLOCK_ROWS];
@@ -214,7 +215,7 @@ struct PrunedBlock {
     float* bounds;
 };
 
-// Fills z and length; false if a row is too long for the bound.
+// Fills z and length. Returns false if a row is too long for the bound.
 template <int D>
 bool load_pruned(const Block& block, PrunedBlock<D>& b) {
     bool hold = true;
@@ -233,7 +234,7 @@ bool load_pruned(const Block& block, PrunedBlock<D>& b) {
     return hold;
 }
 
-// Bounds of all groups for all rows, and which is the smallest of each row. Lanes are rows here.
+// Computes the bounds of all groups for all rows, and which is the smallest for each row. Lanes are rows here.
 template <int D>
 void bound_groups(const Groups& groups, PrunedBlock<D>& b) {
     constexpr int TOGETHER = D <= 4 && W == 16 ? 4 : 2;  // vectors of rows
@@ -263,7 +264,7 @@ void bound_groups(const Groups& groups, PrunedBlock<D>& b) {
     }
 }
 
-// Row r against the codes of group g.
+// Compares row r with the codes of group g.
 template <int D>
 inline void search_group(const Groups& groups, int64_t g, PrunedBlock<D>& b, int64_t r) {
     const float* const data = groups.data + g * GROUP * D;
@@ -283,7 +284,7 @@ inline void search_group(const Groups& groups, int64_t g, PrunedBlock<D>& b, int
     if (distance < b.best[r] || number < b.number[r]) b.best[r] = distance, b.number[r] = number;
 }
 
-// Bit r is set where the bound of group g for row r is not above what the row has found.
+// Bit r is set if the bound of group g for row r is not above the best distance that the row has found.
 template <int D>
 uint64_t open_rows(const PrunedBlock<D>& b, int64_t g) {
     static_assert(BLOCK_ROWS == 64, "rows are bits of a word");
@@ -295,14 +296,14 @@ uint64_t open_rows(const PrunedBlock<D>& b, int64_t g) {
     return open;
 }
 
-// Searches all groups for the rows they are open to.
+// Searches all groups for the rows that they are open to.
 template <int D>
 void search_open(const Groups& groups, PrunedBlock<D>& b) {
     for (int64_t g = 0; g < groups.count; ++g)
         for (uint64_t open = open_rows(b, g); open; open &= open - 1) search_group(groups, g, b, __builtin_ctzll(open));
 }
 
-// Indices of a block. Returns whether that was worth while: false if most groups were open to most rows.
+// Finds the indices of a block. Returns whether that paid: false if most groups were open to most rows.
 template <int D>
 bool search_by_groups(const PackedCodes& codes, const Groups& groups, const Block& block, PrunedBlock<D>& b,
                       int64_t* index) {

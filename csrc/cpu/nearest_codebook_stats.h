@@ -1,7 +1,7 @@
 // How often each code was chosen, and the sums of the vectors that chose it.
 //
-// The rows are sorted by their codes, keeping their order (a counting sort over ranges of rows, one for each thread),
-// then the rows of a code are added up in float64 by one thread and rounded once. Neither the counts nor the sums
+// The rows are sorted by their codes, keeping their order (a counting sort over ranges of rows, one for each thread).
+// Then the rows of a code are added up in float64 by one thread and rounded once. Neither the counts nor the sums
 // depend on the number of threads.
 #pragma once
 
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t ROWS_WORTH_A_RANGE = 8192;
 
-// Fills a.counts and sorts the rows by code: `sorted` holds where they begin in z, those of code k up to ends[k].
+// Fills a.counts and sorts the rows by code: `sorted` holds where they begin in z, and those of code k end at ends[k].
 inline void sort_rows(const NearestCodebook& a, int64_t ranges, int64_t* next, int64_t* ends, int64_t* sorted) {
     const int64_t total = a.batch * a.rows;
     const auto each_range = [&](const auto& work) {
@@ -41,7 +41,7 @@ inline void sort_rows(const NearestCodebook& a, int64_t ranges, int64_t* next, i
     });
 }
 
-// Sums of L coordinates from z on, over the rows that begin at the offsets [begin, end).
+// Adds up L coordinates from z on, over the rows that begin at the offsets [begin, end).
 template <int L, class T>
 void add_rows(const T* z, int64_t stride, const int64_t* begin, const int64_t* end, float* out) {
     double sum[L] = {};
@@ -50,7 +50,7 @@ void add_rows(const T* z, int64_t stride, const int64_t* begin, const int64_t* e
     for (int i = 0; i < L; ++i) out[i] = static_cast<float>(sum[i]);
 }
 
-// Fills counts and sums from the indices. False if there was no memory.
+// Fills counts and sums from the indices. Returns false if there was no memory.
 template <class T>
 bool add_up(const NearestCodebook& a, int threads) {
     const int64_t total = a.batch * a.rows, worth = total / ROWS_WORTH_A_RANGE + 1;

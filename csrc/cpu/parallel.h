@@ -1,12 +1,12 @@
 // parallel_for over the OpenMP runtime that torch has already loaded.
 //
-// A second OpenMP runtime in the process would bring a second pool of threads that fights with the first for the same
-// cores. So nothing here is compiled with -fopenmp and nothing is linked: ldm_fast/cpu.py finds the runtime torch uses
-// and hands over the address of its GOMP_parallel (the entry point of GCC's ABI, which LLVM's and Intel's runtimes
-// export too). Until that has happened everything runs on the calling thread.
+// A second OpenMP runtime in the process would bring a second pool of threads that fights the first for the same cores.
+// So nothing here is compiled with -fopenmp, and nothing is linked: ldm_fast/ops/native.py finds the runtime that torch
+// uses and passes the address of its GOMP_parallel (the entry point of GCC's ABI, which LLVM's and Intel's runtimes
+// export too). Until then everything runs on the calling thread.
 //
-// Work is claimed piece by piece from a shared counter, so a core that something else keeps busy does not hold up the
-// others. Who computes a piece never changes what is computed.
+// Work is claimed piece by piece from a shared counter, so a core that is busy with something else does not hold up the
+// others. Which thread computes a piece never changes the result.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ void run_team(void (*body)(void*), void* data, int threads);
 #ifdef LDM_ISA
 namespace ldm::LDM_ISA {
 
-// Calls fn(begin, end, slot) for pieces of at most `grain` that cover [0, n). Pieces with one slot, 0 <= slot <
+// Calls fn(begin, end, slot) for pieces of at most `grain` that cover [0, n). Pieces with the same slot, 0 <= slot <
 // threads, never run at the same time, so a slot may own scratch memory. fn must not throw.
 template <class Fn>
 void parallel_for(int64_t n, int64_t grain, int threads, const Fn& fn) {
@@ -49,10 +49,10 @@ void parallel_for(int64_t n, int64_t grain, int threads, const Fn& fn) {
     run_team(body, &shared, threads);
 }
 
-// Calls fn(claim, slot) on each thread, slots as above. claim() is the next i of [0, n) for this thread, or -1 when all
-// are taken: it has to be done then, by this thread, but not at once. Each thread gets a share of its own first, front
-// to back, and then what others have left: neighbouring pieces, which may write to neighbouring memory or need the same
-// operands, mostly go to one thread.
+// Calls fn(claim, slot) on each thread, with slots as above. claim() returns the next i of [0, n) for this thread, or
+// -1 if all are taken. The thread that claimed i has to do it before it returns, but not at once. Each thread first
+// gets a share of its own, front to back, and then what the others have left. So neighbouring pieces, which may write
+// to neighbouring memory or need the same operands, mostly go to one thread.
 template <class Fn>
 void parallel_claims(int64_t n, int threads, const Fn& fn) {
     constexpr int MOST = 64;

@@ -78,7 +78,7 @@ void nearest_codebook(std::uintptr_t z, const std::array<std::int64_t, 3>& z_sha
 
 BuildInfo build_info() {
     BuildInfo info{CUDART_VERSION, 0, {}};
-    // Without a driver the version stays 0, which says it: no error.
+    // Without a driver the version stays 0, which says so; it is no error.
     if (cudaDriverGetVersion(&info.driver_version) != cudaSuccess) cudaGetLastError();
     for (const int architecture : {__CUDA_ARCH_LIST__}) info.architectures.push_back(architecture / 10);
     return info;

@@ -12,15 +12,15 @@
 //
 // nearest_codebook_stats.cuh adds counts and sums of the rows that chose each code, on the same stream.
 //
-// When the queries alone are too few to fill the GPU, blockIdx.y divides the codes into ranges, and the blocks of one
-// query merge by a 64-bit atomicMin of their keys in the output itself, which reset_keys prepares: the distance is
-// above the index in the key, in bits that keep its order.
+// If the queries alone are too few to fill the GPU, blockIdx.y divides the codes into ranges. The blocks of one query
+// then merge their keys by a 64-bit atomicMin in the output itself, which reset_keys prepares. In a key the distance
+// stands above the index, in bits that keep its order.
 //
-// Nothing of size N * K exists. The workspace is one piece of memory, divided here and nowhere else: for d > 16 a float
-// per code; on the tensor cores the codes as bfloat16 too, and the queries of one slab, as many as fill the GPU
-// SLAB_WAVES times; for the stats 16 bytes per row and the sums of the pieces.
+// Nothing of size N * K exists. The workspace is one piece of memory, divided by take_search and take_stats alone: for
+// d > 16 a float per code; on the tensor cores also the codes as bfloat16, and the queries of one slab, which is as
+// many as fill the GPU SLAB_WAVES times; for the stats 16 bytes per row and the sums of the pieces.
 //
-// Free of torch and of the runtime's API: the tests compile these headers for the CPU (tests/cuda_host).
+// These headers use neither torch nor the runtime's API: the tests compile them for the CPU (tests/cuda_host).
 #pragma once
 
 #include "nearest_codebook_search.cuh"
@@ -46,7 +46,8 @@ SortMemory take_stats(Memory& workspace, Stats<T>& stats) {
     return memory;
 }
 
-// Bytes of the workspace, to begin at a multiple of 256. The stats come after the search and use the same memory.
+// Bytes of the workspace, which has to begin at a multiple of 256. The stats come after the search and use the same
+// memory.
 inline std::int64_t workspace_size(std::int64_t queries, std::int64_t codes, std::int64_t dim, int sm_count,
                                    bool with_stats) {
     Problem<float> problem{};
@@ -65,7 +66,7 @@ inline std::int64_t workspace_size(std::int64_t queries, std::int64_t codes, std
     return search.size() > after.size() ? search.size() : after.size();
 }
 
-// Counts and sums, after the search. `problem.out` holds the indices by then.
+// Enqueues the counts and sums, after the search: by then `problem.out` holds the indices.
 template <class T, class Memory, class Launch>
 void enqueue_stats(const Problem<T>& problem, Memory& workspace, std::int64_t* counts, float* sums, Launch& launch) {
     const std::int64_t count = problem.queries.count;

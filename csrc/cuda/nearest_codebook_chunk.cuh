@@ -1,12 +1,12 @@
 // nearest_codebook for d <= 16: nearest_chunk, then find_in_chunk.
 //
 // A block of nearest_chunk owns THREADS * Q queries, Q of them in the registers of each thread, and one range of codes.
-// It stages TILE codes with their norms in shared memory, in the order they have in global memory; all threads then
-// read the same four codes at once, by d + 1 loads of 128 bits that are broadcasts. A pair costs d FFMA and one FMNMX:
-// only the minimum of each CHUNK of codes is looked at. Past the last code the norm is NaN, so the inner loop needs no
-// bounds. It leaves one key per query, the best distance and the chunk that holds it; find_in_chunk computes that chunk
-// again, one code per lane, for the index. A d between the compiled sizes is filled up with zeros, which leave every
-// distance as it is.
+// It stages TILE codes with their norms in shared memory, in the order that they have in global memory. Then all
+// threads read the same four codes at once, by d + 1 loads of 128 bits that are broadcasts. A pair costs d FFMA and one
+// FMNMX, because only the minimum of each CHUNK of codes is compared. Past the last code the norm is NaN, so the inner
+// loop needs no bounds. The kernel leaves one key per query, the best distance and the chunk that holds it.
+// find_in_chunk computes that chunk again, one code per lane, to find the index. A d between the compiled sizes is
+// filled up with zeros, which leave every distance as it is.
 //
 // Bytes: every block reads its queries and its range of codes once; the codes come from L2 for all blocks but the
 // first. A key is written to the output and read again, 16 bytes per query.
@@ -17,12 +17,12 @@
 namespace ldm_fast::nearest {
 
 constexpr int TILE = 256;    // codes staged at once
-constexpr int CHUNK = WARP;  // codes between two looks at the minimum; one per lane in find_in_chunk
+constexpr int CHUNK = WARP;  // codes between two comparisons of the minimum; one per lane in find_in_chunk
 constexpr int MAX_CHUNK_DIM = 16;
 constexpr int FIND_QUERIES = 8;  // per warp of find_in_chunk
 constexpr int FIND_BLOCKS_PER_SM = 4;
 
-// More queries per thread make more of every code that is read, as far as the registers reach without spilling.
+// More queries per thread make more use of every code that is read, as far as the registers reach without spilling.
 __host__ __device__ constexpr int queries_per_thread(int dim) { return dim <= 6 ? 8 : dim <= 12 ? 6 : 4; }
 __host__ __device__ constexpr int chunk_blocks_per_sm(int dim) { return dim <= 8 ? 4 : 3; }
 
@@ -32,7 +32,8 @@ struct ChunkTile {
     alignas(16) float norms[TILE];
 };
 
-// Codes first .. first + count - 1 to shared memory, in whole vectors as far as they go; the rest of the tile is zero.
+// Stages codes first .. first + count - 1 in shared memory, in whole vectors as far as possible; the rest of the tile
+// is zero.
 template <int D, class T>
 __device__ void stage_codes(ChunkTile<D>& tile, const Problem<T>& problem, std::int64_t first, int count) {
     constexpr int SIZE = Vector<T>::SIZE;
@@ -56,7 +57,7 @@ __device__ void stage_codes(ChunkTile<D>& tile, const Problem<T>& problem, std::
     }
 }
 
-// Past the last code the norm is NaN, and with it the distance: fminf passes over it.
+// Past the last code the norm is NaN, and with it the distance: fminf ignores it.
 template <int D>
 __device__ void stage_norms(ChunkTile<D>& tile, int count) {
 #pragma unroll 1
@@ -64,7 +65,7 @@ __device__ void stage_norms(ChunkTile<D>& tile, int count) {
         tile.norms[i] = i < count ? half_norm<D>(&tile.codes[i * D]) : NAN;
 }
 
-// The minimum over one chunk for each of the thread's queries: the loop in which all the time goes.
+// The minimum over one chunk for each of the thread's queries: the loop that takes all the time.
 template <int D, int Q>
 __device__ void scan_chunk(const ChunkTile<D>& tile, int first, const float (&queries)[Q][D], float (&low)[Q]) {
 #pragma unroll
@@ -84,7 +85,7 @@ __device__ void scan_chunk(const ChunkTile<D>& tile, int first, const float (&qu
     }
 }
 
-// Query n, or zeros where there is none.
+// Loads query n, or zeros if there is none.
 template <int D, class T>
 __device__ void load_query(const Problem<T>& problem, std::int64_t n, float (&values)[D]) {
     const Queries<T>& queries = problem.queries;
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(THREADS, chunk_blocks_per_sm(D)) nearest_chunk
     const std::int64_t first_query = std::int64_t{blockIdx.x} * (THREADS * Q) + threadIdx.x;
 
     float queries[Q][D];
-    float best[Q];  // NaN: no distance yet but NaN
+    float best[Q];  // NaN: no other distance yet
     int winner[Q];  // the first code of the chunk that holds it
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
@@ -138,14 +139,14 @@ __global__ void __launch_bounds__(THREADS, chunk_blocks_per_sm(D)) nearest_chunk
     }
 }
 
-// Keys of chunks to indices: the lowest index in the chunk whose distance is the one in the key.
+// Replaces keys of chunks by indices: the lowest index in the chunk whose distance is that of the key.
 template <int D, class T>
 __global__ void __launch_bounds__(THREADS, FIND_BLOCKS_PER_SM) find_in_chunk(Problem<T> problem) {
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
     const Codes<T>& codes = problem.codes;
     const std::int64_t first_query = (std::int64_t{blockIdx.x} * (THREADS / WARP) + warp) * FIND_QUERIES;
-    std::int64_t index = 0;  // of the query with the number of the lane
+    std::int64_t index = 0;  // of the query whose number is the lane's
 #pragma unroll(D <= 4 ? 4 : 2)
     for (int q = 0; q < FIND_QUERIES; ++q) {
         const std::int64_t n = first_query + q;

@@ -25,19 +25,19 @@ struct Grid {
 
 __host__ __device__ constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// The vectors to look for, strides in elements. In a channel-first map (B, d, S) the rows of one batch follow each
-// other, and the next batch begins a batch_stride further.
+// The vectors to find codes for, with strides in elements. In a channel-first map (B, d, S) the rows of one batch
+// follow each other, and the next batch begins a batch_stride further on.
 template <class T>
 struct Queries {
     const T* data;
     std::int64_t count;
-    std::int64_t per_batch;  // count where one row stride reaches them all
+    std::int64_t per_batch;  // equal to count if one row stride reaches them all
     std::int64_t batch_stride;
     std::int64_t row_stride;
     std::int64_t column_stride;
     bool vectors;  // every row can be read 16 bytes at a time
 
-    // Where n has 32 bits: dividing 64 costs several times as much.
+    // If n has 32 bits: dividing 64 takes several times as long.
     __device__ const T* row(std::uint32_t n) const {
         if (per_batch >= count) return data + n * row_stride;
         const std::uint32_t batch = n / static_cast<std::uint32_t>(per_batch);
@@ -63,18 +63,18 @@ struct Codes {
     __device__ const T* row(std::int64_t k) const { return data + k * row_stride; }
 };
 
-// How long a row is and how far its bfloat16 form is off, both from above.
+// How long a row is, and how far its bfloat16 form is from it, both rounded up.
 struct alignas(8) Bound {
     float size;
     float error;
 };
 
-// Eight bfloat16 of one row, neighbours in the vector.
+// Eight neighbouring bfloat16 of one row.
 struct alignas(16) Eight {
     std::uint32_t pairs[4];
 };
 
-// What nearest_tensor works on: queries of one slab and codes as bfloat16, in the order it reads them.
+// What nearest_tensor works on: the queries of one slab and the codes as bfloat16, in the order in which it reads them.
 struct Operands {
     Eight* queries;
     Eight* codes;
@@ -150,7 +150,7 @@ __device__ inline void store_four(float* to, const float* from) {
     *reinterpret_cast<Vector<float>*>(to) = {from[0], from[1], from[2], from[3]};
 }
 
-// COUNT numbers of a row of which `left` are still to come; zeros after them.
+// Loads COUNT numbers of a row that has `left` more; after these, zeros.
 template <int COUNT, class T>
 __device__ void load_columns(const T* from, std::int64_t stride, bool vectors, int left, float (&values)[COUNT]) {
     constexpr int SIZE = Vector<T>::SIZE;
@@ -186,9 +186,9 @@ __device__ inline bool is_nan(float value) { return value != value; }
 
 // ---- the key: smaller distance, smaller key; equal distances, the lower index
 
-// Bits in the order of the numbers, for everything but NaN.
+// Bits in the order of the numbers, except for NaN.
 __device__ inline std::uint32_t to_ordered(float value) {
-    const std::uint32_t bits = __float_as_uint(value + 0.0f);  // adding zero makes -0 into +0
+    const std::uint32_t bits = __float_as_uint(value + 0.0f);  // adding zero turns -0 into +0
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 

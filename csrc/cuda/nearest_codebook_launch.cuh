@@ -1,5 +1,5 @@
-// Launches the kernels of nearest_codebook. The search is compiled in a source of its own for each dtype, so that the
-// three compile side by side.
+// Launches the kernels of nearest_codebook. The search has a source of its own for each dtype, so that the three
+// compile side by side.
 #pragma once
 
 #include <limits>
@@ -15,7 +15,7 @@ inline void require(bool holds, const std::string& needed) {
     if (!holds) throw std::invalid_argument(std::string(NEAREST_CODEBOOK) + ": " + needed);
 }
 
-// Kernel after kernel on one stream; a refused launch is an exception, nothing waits for the GPU.
+// Launches kernel after kernel on one stream. A refused launch is an exception; nothing waits for the GPU.
 struct Launcher {
     cudaStream_t stream;
 

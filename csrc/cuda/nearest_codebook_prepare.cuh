@@ -1,14 +1,15 @@
-// nearest_codebook for d >= 32: queries and codes as bfloat16, in the order in which nearest_tensor reads them, with
-// what its bound needs to know of each row. The codes also get their halved norms, with the bits of the formula.
+// nearest_codebook for d >= 32: writes queries and codes as bfloat16, in the order in which nearest_tensor reads them,
+// and what its bound needs to know of each row. The codes also get their halved norms, with the bits of the formula.
 //
 // One thread per row goes through it once, in index order. A block prepares TENSOR_ROWS rows, one tile of
-// nearest_tensor: slice after slice of SLICE dimensions. A slice of codes is row after row, 64 bytes each. A slice of
-// queries holds what a thread of nearest_tensor wants in its registers, 16 bytes in a row, for 16 queries and 16
-// dimensions at a time: two pairs of a query and of the one eight rows below it, in turns. Rows and dimensions that
-// fill up a tile are zeros. Neighbouring threads read neighbouring numbers of a channel-first map, and whole vectors of
-// a row that lies in one piece.
+// nearest_tensor, in slices of SLICE dimensions. A slice of codes is row after row, 64 bytes each. A slice of queries
+// holds what a thread of nearest_tensor wants in its registers, 16 bytes in a row, for 16 queries and 16 dimensions at
+// a time: in turns, two pairs of a query and two of the query eight rows below it. Rows and dimensions that fill up a
+// tile are zeros. Neighbouring threads read neighbouring numbers of a channel-first map, and whole vectors of a row
+// that lies in one piece.
 //
-// A subnormal bfloat16 becomes zero here, and counts as rounding: what the tensor cores make of one is not documented.
+// A subnormal bfloat16 becomes zero here, which counts as rounding: what the tensor cores do with one is not
+// documented.
 #pragma once
 
 #include "nearest_codebook_common.cuh"
@@ -20,13 +21,13 @@ constexpr int SLICE = 32;         // dimensions staged at once
 constexpr int EIGHTS = SLICE / 8;
 static_assert(TENSOR_ROWS == THREADS, "a thread prepares one row, and sees to one query");
 
-// Sizes are no smaller than they are: 1.001 covers the rounding of up to 4096 fused multiply-adds and of the root, and
-// what underflows in them is less than LOST. Beyond HUGE_SIZE sums of products could overflow: that is, no bound.
+// Sizes are never too small: 1.001 covers the rounding of up to 4096 fused multiply-adds and of the root, and LOST
+// covers what underflows in them. Beyond HUGE_SIZE sums of products could overflow, so there is no bound.
 constexpr float FROM_ABOVE = 1.001f;
 constexpr float LOST = 0x1p-68f;
 constexpr float HUGE_SIZE = 0x1p50f;
 
-// Rounded to nearest, ties to even, in the upper half of the bits; a subnormal gives zero, a NaN anything.
+// Rounds to nearest, ties to even, in the upper half of the bits; a subnormal gives zero, a NaN anything.
 __device__ inline std::uint32_t round_to_bfloat16(float value) {
     const std::uint32_t bits = __float_as_uint(value);
     if ((bits & 0x7f800000u) == 0) return 0;
@@ -35,10 +36,10 @@ __device__ inline std::uint32_t round_to_bfloat16(float value) {
 
 struct Measured {
     float squares;        // of the row, the chain of the formula
-    float error_squares;  // of what the rounding takes away
+    float error_squares;  // of what rounding takes away
 };
 
-// Eight numbers to bfloat16, of which the lower one of each pair comes first.
+// Converts eight numbers to bfloat16; the lower one of each pair comes first.
 __device__ inline Eight round_eight(const float (&values)[8], std::uint32_t sign, Measured& measured) {
     std::uint32_t rounded[8];
 #pragma unroll
@@ -54,7 +55,7 @@ __device__ inline Eight round_eight(const float (&values)[8], std::uint32_t sign
     return eight;
 }
 
-// Goes through the row of this thread, with put(slice, i, eight) for every eight of it.
+// Goes through the row of this thread and calls put(slice, i, eight) for every eight numbers of it.
 template <class T, class Put>
 __device__ Measured prepare_row(const T* from, std::int64_t stride, bool vectors, int dim, std::uint32_t sign,
                                 int slices, const Put& put) {
@@ -72,12 +73,12 @@ __device__ Measured prepare_row(const T* from, std::int64_t stride, bool vectors
     return measured;
 }
 
-// Where the 16 bytes of a lane are in a slice of queries: of group m of 16 queries, for the first or second 16
+// Where the 16 bytes of a lane are in a slice of queries, for group m of 16 queries and the first or second 16
 // dimensions, as nearest_tensor counts them.
 __device__ inline int query_place(int m, int half, int lane) { return (m * 2 + half) * WARP + lane; }
 
-// Eight number i of this thread's query, and of the query eight lanes away, into their places: the upper one of the two
-// sees to the first pairs of both, the lower one to the last.
+// Puts eight number i of this thread's query, and of the query eight lanes away, into their places: the upper of the
+// two threads handles the first pairs of both queries, the lower one the last pairs.
 __device__ inline void put_query(Eight* slice, int i, const Eight& mine) {
     const int row = threadIdx.x % 16;
     const bool lower = row >= 8;
@@ -87,14 +88,14 @@ __device__ inline void put_query(Eight* slice, int i, const Eight& mine) {
         lower ? Eight{first, mine.pairs[2], second, mine.pairs[3]} : Eight{mine.pairs[0], first, mine.pairs[1], second};
 }
 
-// Infinite where there is no bound, for NaN too.
+// Infinite if there is no bound, also for NaN.
 __device__ inline Bound bound_of(const Measured& measured) {
     const float error = sqrtf(measured.error_squares) * FROM_ABOVE + LOST;
     const float size = sqrtf(measured.squares) * FROM_ABOVE + LOST + error;
     return size <= HUGE_SIZE ? Bound{size, error} : Bound{INFINITY, INFINITY};
 }
 
-// The queries of a slab, negated.
+// Prepares the queries of a slab, negated.
 template <class T>
 __global__ void __launch_bounds__(THREADS) prepare_queries(Problem<T> problem) {
     const Operands& operands = problem.operands;
@@ -111,8 +112,8 @@ __global__ void __launch_bounds__(THREADS) prepare_queries(Problem<T> problem) {
     operands.query_bounds[in_slab] = {bound.size, fmaf(operands.slack, bound.size, bound.error)};
 }
 
-// A code of NaN never wins and a code past the last one does not exist: a norm of NaN, no size, so that neither widens
-// the bound of its neighbours.
+// Prepares the codes. A code with a NaN never wins, and a code past the last one does not exist: both get a NaN for
+// their norm and no size, so that neither widens the bound of its neighbours.
 template <class T>
 __global__ void __launch_bounds__(THREADS) prepare_codes(Problem<T> problem) {
     const Operands& operands = problem.operands;

@@ -20,8 +20,8 @@ inline Method choose_method(std::int64_t queries, std::int64_t codes, std::int64
     return worth_it && dim >= MIN_TENSOR_DIM && dim <= MAX_TENSOR_DIM ? Method::tensor : Method::tiled;
 }
 
-// Hands out pieces of one stretch of memory; from address 0, to learn how much it takes. (The tests hand out pieces
-// that lie apart.)
+// Hands out pieces of one stretch of memory. Started at address 0, it tells how much that takes. (The tests hand out
+// separate pieces.)
 class Workspace {
   public:
     explicit Workspace(std::uintptr_t start) : start_(start), end_(start) {}
@@ -45,7 +45,7 @@ inline std::int64_t slab_size(std::int64_t queries, int sm_count) {
     return (all < slab ? all : slab) * TENSOR_ROWS;
 }
 
-// Fills in what the method needs.
+// Takes the memory that the method needs.
 template <class T, class Memory>
 void take_search(Memory& workspace, Problem<T>& problem, int sm_count) {
     const std::int64_t queries = problem.queries.count;
@@ -72,8 +72,7 @@ void take_search(Memory& workspace, Problem<T>& problem, int sm_count) {
     problem.half_norms = workspace.template take<float>(all_codes);
 }
 
-// As many ranges of codes as blocks fit on the GPU beyond those that the queries give, in whole tiles, none of them
-// empty.
+// Divides the codes into as many ranges as let all blocks be on the GPU at once, in whole tiles, none of them empty.
 inline Grid plan_grid(std::int64_t queries, std::int64_t codes, int block_queries, int tile,
                       std::int64_t resident_blocks, std::int64_t* codes_per_block) {
     const std::int64_t tiles = divide_up(codes, tile);
@@ -109,7 +108,7 @@ Codes<T> make_codes(const T* data, std::int64_t count, std::int64_t row_stride, 
     return {data, count, row_stride, column_stride, rows_in_vectors(data, column_stride, row_stride, 0)};
 }
 
-// launch(kernel, grid, arguments) for each kernel in turn; all have THREADS threads per block.
+// Calls launch(kernel, grid, arguments) for each kernel in turn; all have THREADS threads per block.
 template <int D, class T, class Launch>
 void enqueue_chunk(Problem<T> problem, int sm_count, Launch& launch) {
     const std::int64_t count = problem.queries.count;
@@ -136,7 +135,7 @@ void enqueue_tiled(Problem<T> problem, int sm_count, Launch& launch) {
     if (grid.y > 1) launch(keys_to_indices<T>, outputs, problem);
 }
 
-// The same memory serves one slab after the other: the stream keeps them apart.
+// All slabs use the same memory, one after the other: the stream keeps them apart.
 template <class T, class Launch>
 void enqueue_tensor(Problem<T> problem, int sm_count, Launch& launch) {
     const std::int64_t count = problem.queries.count;
@@ -155,7 +154,8 @@ void enqueue_tensor(Problem<T> problem, int sm_count, Launch& launch) {
     if (grid.y > 1) launch(keys_to_indices<T>, outputs, problem);
 }
 
-// The whole search. The compiled sizes: every d up to 8, where the codebooks of VQ models mostly are, and two above.
+// Enqueues the whole search. The compiled sizes are every d up to 8, which most codebooks of VQ models have, and two
+// above.
 template <class T, class Memory, class Launch>
 void enqueue(Problem<T> problem, Memory& workspace, int sm_count, Launch& launch) {
     if (problem.queries.count == 0) return;

@@ -1,11 +1,11 @@
-// The rows of nearest_codebook_stats in the order of their codes, those of one code in the order they came in: a radix
-// sort from the lowest digit of the code to the highest, RADIX values to a digit. Stable, so the result is the one
-// there is, whatever runs first.
+// Sorts the rows of nearest_codebook_stats by their codes, those of one code in their original order: a radix sort from
+// the lowest digit of the code to the highest, with RADIX values to a digit. It is stable, so there is only one result,
+// whatever runs first.
 //
-// A pass over one digit is three kernels. count_digits: how often each value occurs in each block's BLOCK_ITEMS
-// entries. scan_digits: for each value, how many there are in the blocks before. scatter_digits: every entry to its
-// place, the number of smaller digits, plus equal ones in earlier blocks, in earlier warps, in earlier rounds of the
-// warp and in lower lanes.
+// A pass over one digit is three kernels. count_digits counts how often each value occurs in each block's BLOCK_ITEMS
+// entries. scan_digits finds, for each value, how many there are in the blocks before. scatter_digits moves every entry
+// to its place: the number of smaller digits, plus the equal ones in earlier blocks, in earlier warps, in earlier
+// rounds of the warp and in lower lanes.
 //
 // Bytes: 16 per entry and pass read, 8 written; a codebook of up to 65536 codes takes two passes.
 #pragma once
@@ -20,7 +20,7 @@ constexpr int WARPS = THREADS / WARP;
 constexpr int ROUNDS = 16;  // entries per lane
 constexpr int BLOCK_ITEMS = THREADS * ROUNDS;
 
-// An entry is a code above the number of a row: a Key, with the code where the distance was.
+// An entry is a Key with a code in the place of the distance and the number of a row in that of the index.
 struct Sort {
     const Key* indices;  // code of each row; the entries of the first pass
     const Key* from;     // entries after another pass, null in the first one
@@ -65,7 +65,7 @@ __device__ inline unsigned scan_warp(unsigned value) {
     return value;
 }
 
-// A warp per value of the digit.
+// One warp per value of the digit.
 __global__ void __launch_bounds__(THREADS) scan_digits(Sort sort) {
     const int lane = threadIdx.x % WARP;
     const int digit = blockIdx.x * WARPS + threadIdx.x / WARP;
@@ -83,10 +83,10 @@ __global__ void __launch_bounds__(THREADS) scan_digits(Sort sort) {
 
 struct ScatterTile {
     unsigned smaller[RADIX];            // entries with a smaller digit, anywhere
-    unsigned counts[WARPS][RADIX + 1];  // of each warp, then where its first one goes; the last one for no entry
+    unsigned counts[WARPS][RADIX + 1];  // of each warp, then where its first entry goes; the last one is for no entry
 };
 
-// One warp: for every digit the entries with a smaller one.
+// One warp counts, for every digit, the entries with a smaller one.
 __device__ inline void count_smaller(const Sort& sort, ScatterTile& tile) {
     constexpr int PER_LANE = RADIX / WARP;
     unsigned totals[PER_LANE];

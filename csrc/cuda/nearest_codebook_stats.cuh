@@ -1,10 +1,11 @@
-// nearest_codebook_stats: how many rows chose each code, and their sum, from the indices. No atomics in global memory
-// and a fixed order of additions, so the sums are the same bits on every run and every GPU.
+// nearest_codebook_stats: how many rows chose each code, and their sum, from the indices. There are no atomics in
+// global memory, and the order of additions is fixed, so the sums are the same bits on every run and every GPU.
 //
 // The rows are sorted by code (nearest_codebook_sort.cuh). locate_codes finds where each code's rows begin and end.
-// sum_pieces adds up each PIECE consecutive places that belong to one code alone, so that a code with very many rows
+// sum_pieces adds up each PIECE consecutive places that belong to a single code, so that a code with very many rows
 // does not wait for one thread. sum_codes adds, for every code and column, the rows before the first whole piece, the
-// pieces, and the rows after the last. All in the order of the rows, in float64, rounded to float32 once.
+// pieces, and the rows after the last one. All of that is in the order of the rows, in float64, rounded to float32
+// once.
 //
 // Bytes: every row is read once, its place in the order twice.
 #pragma once
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(THREADS) locate_codes(Stats<T> stats) {
     stats.counts[k] = lower_bound(stats.sorted, stats.queries.count, k + 1) - first;
 }
 
-// sum + column `column` of the rows in places first .. end - 1.
+// Adds column `column` of the rows in places first .. end - 1 to `sum`.
 template <class T>
 __device__ double add_rows(const Stats<T>& stats, std::int64_t first, std::int64_t end, int column, double sum) {
     const std::int64_t offset = column * stats.queries.column_stride;
@@ -62,7 +63,7 @@ __device__ double add_rows(const Stats<T>& stats, std::int64_t first, std::int64
     return sum;
 }
 
-// A thread per piece and column.
+// One thread per piece and column.
 template <class T>
 __global__ void __launch_bounds__(THREADS) sum_pieces(Stats<T> stats) {
     const std::int64_t i = std::int64_t{blockIdx.x} * THREADS + threadIdx.x;
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(THREADS) sum_pieces(Stats<T> stats) {
     stats.piece_sums[i] = add_rows(stats, first, first + PIECE, static_cast<int>(i % stats.dim), 0.0);
 }
 
-// A thread per code and column.
+// One thread per code and column.
 template <class T>
 __global__ void __launch_bounds__(THREADS) sum_codes(Stats<T> stats) {
     const std::int64_t i = std::int64_t{blockIdx.x} * THREADS + threadIdx.x;

@@ -1,11 +1,12 @@
-// nearest_codebook for d >= 32: the tensor cores find, in bfloat16, which codes can be nearest at all; float32 decides
-// between these, by the same fused multiply-adds as everywhere. The index is that of the float32 kernels, bit for bit.
+// nearest_codebook for d >= 32: the tensor cores find, in bfloat16, which codes can be the nearest at all; float32
+// decides between these, by the same fused multiply-adds as everywhere. The index is that of the float32 kernels, bit
+// for bit.
 //
 // ---- The bound
 //
-// Of a query z and a code e, with their bfloat16 forms z' and e', h the float32 number that stands for |e|^2 / 2, u =
-// 2^-24, and | | the Euclidean norm, this kernel knows  t = h - <z', e'>  as the tensor cores compute it, and wants the
-// float32 distance s, which is  h - <z, e>  computed by d fused multiply-adds. Claim: |s - t| <= E with
+// For a query z and a code e, let z' and e' be their bfloat16 forms, h the float32 number that stands for |e|^2 / 2, u
+// = 2^-24, and | | the Euclidean norm. This kernel knows t = h - <z', e'> as the tensor cores compute it, and wants the
+// float32 distance s, which is h - <z, e> computed by d fused multiply-adds. Claim: |s - t| <= E with
 //
 //   E = R (P + g R) + Q S + f,   P = |z - z'| + g Q,   g = (d' + 16) 2^-21,   f = d' 2^-123,   d <= d' <= 4096,
 //   Q >= max(|z|, |z'|),  R >= max(|e|, |e'|),  S >= |e - e'|,  all of them at most 2^50, and d' = d in whole slices.
@@ -14,10 +15,9 @@
 //  1. Rounding of the operands. <z, e> - <z', e'> = <z - z', e> + <z', e - e'>, at most |z - z'| R + Q S by Cauchy and
 //     Schwarz. The norms are those of the actual rounding errors: 0 where the input is bfloat16 already.
 //  2. Rounding of s: a chain of d roundings, ((1 + u)^d - 1) X <= 1.001 d u X, and 2^-150 each where numbers underflow.
-//  3. Rounding of t. NVIDIA promises products as they are, sums with at least the precision of float32, in any order
-//  and
-//     with any rounding (PTX ISA, mma). Taken for granted here: one instruction, 16 products p and an accumulator c,
-//     ends no further from the exact sum than 17 * 2^-22 (|c| + sum |p|), plus 33 * 2^-126 for what underflows. That is
+//  3. Rounding of t. NVIDIA promises exact products, and sums with at least the precision of float32, in any order and
+//     with any rounding (PTX ISA, mma). Assumed here: one instruction, with 16 products p and an accumulator c, ends no
+//     further from the exact sum than 17 * 2^-22 (|c| + sum |p|), plus 33 * 2^-126 for what underflows. That is
 //     twice what truncation at every step could do, and more than what measurements found, where terms are cut off
 //     below the last bit of the largest (Fasi, Higham, Mikaitis, Pranesh 2021, doi 10.7717/peerj-cs.330): 18 * 2^-23.
 //     With m = d' / 16 instructions the errors grow to at most 17 * 2^-22 (m + 1) X / (1 - 17 * 2^-22 m) <= 1.07 (d' +
@@ -26,29 +26,29 @@
 //  4. Rounding of E itself, a handful of operations: P, Q, R, S are larger than they must be by a factor of 1.0008 at
 //     least (nearest_codebook_prepare.cuh).
 //
-// Where a size is not at most 2^50, E is infinite or NaN: no bound. Otherwise no sum overflows, and t is a number
-// unless the code contains NaN.
+// If a size is not at most 2^50, E is infinite or NaN: no bound. Otherwise no sum overflows, and t is a number unless
+// the code contains NaN.
 //
-// Let T be any number that the least s of the query does not exceed: t + E of any code, as t + E rounds, since s is a
-// float32 number and rounding keeps order; or s of any code. A code with s <= T has t <= s + E <= T + E, and t, a
-// float32 number too, does not exceed T + E as it rounds. So a code with t > T + E is not nearest, nor as near as the
-// nearest: everything else is a candidate, and all codes with the least s are among them.
+// Let T be any number that the least s of the query does not exceed: t + E of any code, as t + E rounds (s is a float32
+// number, and rounding keeps order), or s of any code. A code with s <= T has t <= s + E <= T + E, and t, a float32
+// number too, does not exceed T + E as it rounds. So a code with t > T + E is not the nearest, nor as near as the
+// nearest. Everything else is a candidate, and all codes with the least s are among the candidates.
 //
 // ---- The work
 //
 // A block owns TENSOR_ROWS queries and one range of codes, in tiles of TENSOR_ROWS; each of its four warps multiplies
-// 64 queries by 64 codes. SLICE dimensions at a time go through shared memory, the next ones on their way meanwhile.
-// The sums start from h. A thread reads 16 bytes of a code at once, eight dimensions, and takes them for the four pairs
-// of rows that two instructions want of it: which dimension is which does not matter, as long as it is the same for
-// queries and codes. The queries lie in shared memory as the registers want them. Whatever a quarter of a warp reads is
-// 128 neighbouring bytes, so there are no bank conflicts.
+// 64 queries by 64 codes. SLICE dimensions at a time go through shared memory, while the next ones are on their way.
+// The sums start from h. A thread reads 16 bytes of a code at once, eight dimensions, and uses them as the four pairs
+// of rows that two instructions want: which dimension is which does not matter, as long as it is the same for queries
+// and codes. The queries lie in shared memory as the registers want them. A quarter of a warp always reads 128
+// neighbouring bytes, so there are no bank conflicts.
 //
-// After a tile each quad of threads has the least t of its rows in 64 codes, and with it lowers T. Codes with t <= T +
-// E go to the list of their query. T falls fast: over all tiles of a random codebook a query lists some ten codes, and
-// one to three are left under the final T. The thread that owns the query computes their distances, from z and e as
-// they came, when the list is half full and in the end. More candidates in one tile than the list holds (norms far
-// above the distances, huge numbers, everything equal): then the thread computes the distances of the whole tile. That
-// is as right, and as slow as if there were no tensor cores.
+// After a tile each quad of threads has the least t of its rows in 64 codes, and lowers T with it. Codes with t <= T +
+// E go to the list of their query. T falls fast: over all tiles of a random codebook a query lists about ten codes, and
+// one to three are left under the final T. The thread that owns the query computes their distances, from the original z
+// and e, when the list is half full and at the end. If one tile has more candidates than the list holds (norms far
+// above the distances, huge numbers, everything equal), the thread computes the distances of the whole tile. That is
+// just as right, and as slow as if there were no tensor cores.
 //
 // Bytes: per tile a block reads 64 bytes per slice of each of its queries and of each code of the tile, from L2.
 #pragma once
@@ -60,22 +60,22 @@
 namespace ldm_fast::nearest {
 
 constexpr int MIN_TENSOR_DIM = 32;
-constexpr int MAX_TENSOR_DIM = 4096;  // the proof
+constexpr int MAX_TENSOR_DIM = 4096;  // as in the proof
 constexpr int TENSOR_BLOCKS_PER_SM = 2;
 constexpr int WARP_ROWS = 64;  // queries of a warp, and codes
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int N_TILES = WARP_ROWS / 8;
 constexpr int BOUNDS = TENSOR_ROWS / WARP;  // of the codes of a tile
 constexpr unsigned LIST = 12;               // candidates that a query can have waiting
-constexpr unsigned DECIDE_AT = 6;           // more than these do not wait
-constexpr unsigned WHOLE_TILE = 1u << 16;   // added to their number where there is no bound: all codes of the tile
+constexpr unsigned DECIDE_AT = 6;           // more than this many do not wait
+constexpr unsigned WHOLE_TILE = 1u << 16;   // added to their number if there is no bound: all codes of the tile
 using Sums = float[M_TILES][N_TILES][4];
 
 inline float tensor_slack(int slices) { return static_cast<float>(slices * SLICE + 16) * 0x1p-21f; }
 inline float tensor_floor(int slices) { return static_cast<float>(slices * SLICE) * 0x1p-123f; }
 
 struct Candidate {
-    float least;  // what its distance is not below
+    float least;  // its distance is not below this
     int code;
 };
 
@@ -90,8 +90,8 @@ struct TensorTile {
     unsigned ceiling[TENSOR_ROWS];  // T, in ordered bits
 };
 
-// One slice of the queries and of the codes first .. first + TENSOR_ROWS - 1; with the first one their norms and
-// bounds.
+// Copies one slice of the queries and of the codes first .. first + TENSOR_ROWS - 1, and with the first slice the norms
+// and bounds of the codes.
 __device__ inline void copy_slice(TensorTile& tile, const Operands& operands, const float* half_norms, int stage,
                                   int turn, std::int64_t first, int slice) {
     constexpr int SIZE = TENSOR_ROWS * EIGHTS;
@@ -128,7 +128,7 @@ __device__ inline void start_sums(const float* norms, Sums& sums) {
     }
 }
 
-// sums - queries codes over one slice, of the warp's rows from `first_row` and `first_code` on.
+// sums -= queries · codes over one slice, for the warp's rows from `first_row` and `first_code` on.
 __device__ inline void multiply_slice(const Eight* queries, const Eight* codes, int first_row, int first_code,
                                       Sums& sums) {
     const int lane = threadIdx.x % WARP;
@@ -150,8 +150,8 @@ __device__ inline void multiply_slice(const Eight* queries, const Eight* codes, 
     }
 }
 
-// Numbers `half` and half + 1 of sums[m][n], for all n: one row of the warp, 16 of its 64 codes. `row` and `code` are
-// those of the block's first row and of the tile's first code that belong to them.
+// Lists the candidates among numbers `half` and half + 1 of sums[m][n], for all n: one row of the warp, 16 of its 64
+// codes. `row` is the row of the block, and `code` the first of the codes.
 __device__ inline void collect_row(TensorTile& tile, const Operands& operands, const float (&sums)[N_TILES][4],
                                    int half, int row, int code, Bound codes) {
     float low = fminf(sums[0][half], sums[0][half + 1]);
@@ -164,7 +164,7 @@ __device__ inline void collect_row(TensorTile& tile, const Operands& operands, c
     const float error =
         fmaf(codes.size, fmaf(operands.slack, codes.size, query.error), fmaf(query.size, codes.error, operands.floor));
     const bool bounded = error < INFINITY;
-    // NaN: nothing in these codes that could be nearest, or no bound.
+    // NaN: no code here can be the nearest, or there is no bound.
     unsigned ceiling = to_ordered(fminf(low + error, INFINITY));
     if (threadIdx.x % 4 == 0) {
         if (!bounded) atomicAdd(&tile.listed[row], WHOLE_TILE);
@@ -220,7 +220,8 @@ __device__ void exact_distances(const Problem<T>& problem, const T* query, const
     }
 }
 
-// The least key of what waits in the list of this thread's query and, if there was more, of the tile from `first` on.
+// The least key of the codes that wait in the list of this thread's query and, if there were more, of the tile from
+// `first` on.
 template <class T>
 __device__ Key decide(const Problem<T>& problem, TensorTile& tile, const T* query, std::int64_t first, Key best) {
     const int row = threadIdx.x;

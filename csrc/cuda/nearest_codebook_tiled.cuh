@@ -1,5 +1,5 @@
 // nearest_codebook for every d, in float32 throughout: a matrix product in tiles that keeps only the minimum of each
-// row. It runs where the tensor cores are no use, between d = 17 and 31 and for a handful of queries.
+// row. It runs where the tensor cores are of no use, between d = 17 and 31 and for a handful of queries.
 //
 // A block owns TILED_QUERIES queries and one range of codes, in tiles of TILED_CODES; a thread owns eight queries by
 // eight codes. DEPTH dimensions at a time go through shared memory, transposed, so that a thread reads its eight
@@ -24,7 +24,7 @@ static_assert(TILED_QUERIES == THREADS, "a thread sees to one query");
 struct DeepTile {
     alignas(16) float queries[DEPTH][TILED_QUERIES + PADDING];
     alignas(16) float codes[DEPTH][TILED_CODES + PADDING];
-    std::int64_t starts[TILED_QUERIES];  // of the queries in memory: a division each
+    std::int64_t starts[TILED_QUERIES];  // of the queries in memory; each takes a division to find
     Key keys[TILED_QUERIES][TILED_CODES / 8];
 };
 
@@ -43,9 +43,9 @@ __global__ void __launch_bounds__(THREADS) half_norms(Problem<T> problem) {
     problem.half_norms[k] = 0.5f * norm;
 }
 
-// DEPTH columns of COUNT rows, transposed; zero outside the matrix, which leaves every distance as it is. start(row) is
-// where the columns of a row begin. Neighbouring threads take neighbouring rows: they write without bank conflicts, and
-// read neighbouring numbers of a channel-first map.
+// Stages DEPTH columns of COUNT rows, transposed. Outside the matrix there are zeros, which leave every distance as it
+// is. start(row) is where the columns of a row begin. Neighbouring threads take neighbouring rows: they write without
+// bank conflicts, and read neighbouring numbers of a channel-first map.
 template <int COUNT, class T, class Start>
 __device__ void stage_columns(float (&tile)[DEPTH][COUNT + PADDING], std::int64_t rows, int columns, const Start& start,
                               std::int64_t column_stride, bool vectors) {
@@ -77,7 +77,7 @@ __device__ void stage_tile(DeepTile& tile, const Problem<T>& problem, std::int64
         [&](int row) { return code_columns + row * codes.row_stride; }, codes.column_stride, codes.vectors);
 }
 
-// Where number i of a thread's eight lies: in two groups of four, so that neighbours read neighbouring vectors.
+// Where number i of a thread's eight is: in two groups of four, so that neighbours read neighbouring vectors.
 template <int COUNT>
 __device__ int tile_row(int group, int i) {
     return (i / 4) * (COUNT / 2) + group * 4 + i % 4;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(THREADS, TILED_BLOCKS_PER_SM) nearest_tiled(Pr
     const Range range = code_range(problem);
     tile.starts[threadIdx.x] = n < problem.queries.count ? problem.queries.row(n) - problem.queries.data : 0;
 
-    float best[8];  // NaN: no distance yet but NaN
+    float best[8];  // NaN: no other distance yet
     int winner[8];
 #pragma unroll
     for (int q = 0; q < 8; ++q) {

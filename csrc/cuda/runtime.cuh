@@ -11,13 +11,13 @@ namespace ldm_fast {
 // Throws std::runtime_error with the runtime's own message; `op` and `call` say where.
 inline void check(cudaError_t error, const char* op, const char* call) {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // an error that can be forgotten must not come up again in somebody else's call
+    cudaGetLastError();  // or this error would come up again in somebody else's call
     throw std::runtime_error(std::string(op) + ": " + call + ": " + cudaGetErrorString(error) + " (" +
                              cudaGetErrorName(error) + ")");
 }
 
-// Makes `device` current for a scope. The static runtime has a current device of its own: the caller's does not count
-// here.
+// Makes `device` current for a scope. The static runtime has a current device of its own: that of the caller does not
+// count here.
 class DeviceGuard {
   public:
     DeviceGuard(int device, const char* op) {

@@ -1,5 +1,5 @@
-// The instructions that C++ has no words for: one product on the tensor cores, copies that run beside the arithmetic.
-// sm_80 and newer. tests/cuda_host has a twin of each for the CPU.
+// The instructions that C++ cannot express: one product on the tensor cores, and copies that run beside the arithmetic.
+// They need sm_80 or newer. tests/cuda_host has a twin of each for the CPU.
 #pragma once
 
 #ifdef __CUDACC__
@@ -18,7 +18,8 @@ __device__ inline void multiply_add(float (&sums)[4], const std::uint32_t (&a)[4
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// 16 bytes from global to shared memory, there after wait_for_copies by this thread and a barrier for the others.
+// Copies 16 bytes from global to shared memory. They are there after wait_for_copies for this thread, and after a
+// barrier for the others.
 __device__ inline void copy_async(void* shared, const void* global) {
     asm volatile(
         "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(shared))),
@@ -26,7 +27,7 @@ __device__ inline void copy_async(void* shared, const void* global) {
         : "memory");
 }
 
-// All copies that this thread has begun.
+// Waits for all copies that this thread has begun.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace ldm_fast

@@ -1,8 +1,9 @@
 // Two vectors at a time, 2 W neighbours in whatever order costs least, for loops that treat all elements alike. With
-// AVX-512, bf16 comes apart into the elements with even and with odd numbers: half the work of widening both halves.
+// AVX-512, bf16 comes apart into the elements with even and with odd numbers, which is half the work of widening both
+// halves.
 //
-// each_pair goes over a range so: it calls its body with Pairs<at_once> as long as it can, then with Pairs<1> and at
-// last with One. These tell how many vectors they are, n, and load and store arrays of as many.
+// each_pair covers a range: it calls its body with Pairs<at_once> as often as it can, then with Pairs<1>, and at the
+// end with One. Each of these has a number of vectors, n, and loads and stores arrays of n vectors.
 #pragma once
 
 #include "stream.h"
@@ -49,7 +50,7 @@ inline void store(T* p, const F (&v)[1], One<Lanes> one) {
     store_or_stream<streamed>(p, v[0], one.lanes);
 }
 
-// Puts the pairs of a row of float32 into the order that pairs of T come in, so that they meet lane by lane; and back.
+// Puts the pairs of a row of float32 into the order in which pairs of T come, so that they meet lane by lane; and back.
 template <class T>
 inline void to_order_of(float*, int64_t) {}
 template <class T>

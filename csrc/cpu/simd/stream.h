@@ -1,5 +1,5 @@
-// Stores that go past the caches: a line that is written as a whole need not be read first, and what is in the caches
-// stays there. For results that are larger than what the caches would keep of them.
+// Stores that go past the caches: a line that is written as a whole need not be read first, and the caches keep what
+// they hold. For results larger than what the caches would keep of them.
 #pragma once
 
 #include "vec.h"
@@ -19,7 +19,7 @@ inline bool streamable(const T* p, int64_t row) {
     return STREAMS && reinterpret_cast<uintptr_t>(p) % LINE == 0 && static_cast<uintptr_t>(row) * sizeof(T) % LINE == 0;
 }
 
-// finish_streaming() goes between the last of these stores and whatever tells another thread about them.
+// Call finish_streaming() between the last of these stores and whatever tells another thread about them.
 template <class T>
 inline void stream(T* p, F v, Part part) {
     store(p, v, part);

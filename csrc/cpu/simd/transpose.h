@@ -20,7 +20,7 @@ inline void transpose(F (&rows)[W]) {
             b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
         }
     }
-    // b[i + c] holds column c of each quarter of rows i .. i + 3; what is left is to exchange quarters.
+    // b[i + c] holds column c of each quarter of rows i .. i + 3; it remains to exchange quarters.
     for (int c = 0; c < 4; ++c) {
         const __m512 even = _mm512_shuffle_f32x4(b[c], b[c + 4], 0x88),
                      odd = _mm512_shuffle_f32x4(b[c], b[c + 4], 0xdd);

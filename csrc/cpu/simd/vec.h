@@ -2,8 +2,8 @@
 // vectors).
 //
 // load and store convert bf16 and f16 on the way. They take the number of lanes as Full or as Part{n}, 0 < n < W: a
-// Part touches no memory behind its n elements, and load fills the other lanes with zeros. Loops over ranges of any
-// length go through each_vector, which calls its body with Full as long as it can and once with Part for the rest.
+// Part touches no memory past its n elements, and load fills the other lanes with zeros. Loops over ranges of any
+// length use each_vector, which calls its body with Full as often as it can and once with Part for the rest.
 //
 // min and max return the second argument if either is NaN, as the x86 instructions do.
 #pragma once
@@ -173,7 +173,7 @@ inline F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (_
 inline F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 inline F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
 #else
-// Fused where the machine can do it at the price of a multiplication; elsewhere the rounding in between is harmless.
+// Fused if the machine can do that at the price of a multiplication; otherwise the rounding in between does no harm.
 inline F fma(F a, F b, F c) {
 #if defined(__FP_FAST_FMAF) || defined(__aarch64__)
     for (int i = 0; i < W; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
@@ -212,8 +212,8 @@ inline float largest(F v) {
 
 inline F only(F v, Full) { return v; }
 
-// a b + c rounded once. The product is exact in float64; a sum that is not gets an odd last digit (rounding to odd), so
-// that it cannot pose as the middle between two float32.
+// a b + c rounded once. The product is exact in float64. If the sum is not, it gets an odd last digit (rounding to
+// odd), so that it cannot be taken for the midpoint of two float32.
 inline float fused_lane(float a, float b, float c) {
     const double product = static_cast<double>(a) * b, sum = product + c, part = sum - product;
     const double lost = (product - (sum - part)) + (c - part);  // exact; NaN for an infinite sum
@@ -226,7 +226,7 @@ inline float fused_lane(float a, float b, float c) {
     return static_cast<float>(odd);
 }
 
-// a b + c rounded once, whatever it costs: for results that must not depend on the instruction set.
+// a b + c rounded once, at any price: for results that must not depend on the instruction set.
 inline F fused(F a, F b, F c) {
 #if defined(__AVX2__) || defined(__FP_FAST_FMAF) || defined(__aarch64__)
     return fma(a, b, c);
@@ -244,7 +244,7 @@ constexpr float EXP2_POLYNOMIALS[4][7] = {
     {2.161291512e-4f, 1.246784639e-3f, 9.675451574e-3f, 5.548528061e-2f, 2.402293056e-1f, 6.931470444e-1f, 1.0f},
 };
 
-// t = whole + fraction; `whole` is for times_power_of_2 alone.
+// t = whole + fraction; only times_power_of_2 needs `whole`.
 inline void split(F t, F& whole, F& fraction) {
 #if defined(__AVX512F__)
     whole = t;
@@ -263,7 +263,7 @@ inline void split(F t, F& whole, F& fraction) {
 
 inline F times_power_of_2(F p, F whole) {
 #if defined(__AVX512F__)
-    return (F)_mm512_scalef_ps((__m512)p, (__m512)whole);  // takes the floor itself
+    return (F)_mm512_scalef_ps((__m512)p, (__m512)whole);  // which takes the floor itself
 #else
     // 2^n in two factors, so that results below the smallest normal number come out right.
     const I n = __builtin_convertvector(whole, I), half = n >> 1;
@@ -281,13 +281,13 @@ alignas(64) constexpr float EXP2_TABLE[32] = {
     0x1.d58190p+0f, 0x1.dfc974p+0f, 0x1.ea4afcp+0f, 0x1.f50768p+0f,
 };
 
-// factor 2^t + addend by a table of two registers and a short polynomial: t = whole + i/32 + f.
+// factor 2^t + addend, by a table in two registers and a short polynomial: t = whole + i/32 + f.
 template <int n>
 [[gnu::always_inline]] inline void exp2_by_table(const F (&t)[n], F (&result)[n], float factor, float addend) {
     constexpr float C1 = 0.69311655f, C2 = 0.2428406f;
     const __m512 low = _mm512_load_ps(EXP2_TABLE), high = _mm512_load_ps(EXP2_TABLE + 16);
     F f[n];
-    __m512i i[n];  // in the lowest bits, where a sum of this size has its thirty-seconds
+    __m512i i[n];  // in the lowest bits: a sum of this size has its thirty-seconds there
     for (int k = 0; k < n; ++k)
         f[k] = (F)_mm512_reduce_ps((__m512)t[k], 5 << 4 | _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     for (int k = 0; k < n; ++k)
@@ -299,9 +299,10 @@ template <int n>
 }
 #endif
 
-// factor 2^t + addend of n vectors, step by step for all of them, so that one fills the time another waits for its step
-// before. For every float: addend at -inf, inf from 128 on, NaN at NaN; relative error of 2^t below 1.2e-7 with degree
-// 6 and below 2e-7 with 5. With t = whole + f, 2^f is a polynomial, so that a constant factor costs nothing.
+// factor 2^t + addend of n vectors, step by step for all of them, so that one vector is computed while another waits
+// for its previous step. For every float: addend at -inf, inf from 128 on, NaN at NaN; the relative error of 2^t is
+// below 1.2e-7 with degree 6 and below 2e-7 with 5. With t = whole + f, 2^f is a polynomial, so a constant factor costs
+// nothing.
 template <int degree, int n>
 [[gnu::always_inline]] inline void exp2(const F (&t)[n], F (&result)[n], float factor, float addend) {
 #if defined(__AVX512F__)
