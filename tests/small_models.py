@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from ldm_fast.checkpoints.catalogue import layout
 from ldm_fast.configs.encoders import ClassEmbedderConfig
 from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
 from ldm_fast.configs.unet import UNetConfig
+from ldm_fast.interop import names
+from ldm_fast.interop.names import Config
 
 UNET = UNetConfig(
     sample_size=8,
@@ -36,6 +40,14 @@ def compvis(config, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
     if device == "meta":
         return {prefix + e.theirs: torch.empty(e.their_shape, device=device) for e in layout(config)}
     return {prefix + e.theirs: torch.randn(e.their_shape, generator=generator) for e in layout(config)}
+
+
+def compvis_to_ours(state_dict: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    return names.from_compvis(state_dict, layout(config), type(config).__name__)
+
+
+def ours_to_compvis(state_dict: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    return names.to_compvis(state_dict, layout(config), type(config).__name__)
 
 
 def same(model: torch.nn.Module, tensors: dict[str, Tensor]) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import golden
 import pytest
 import torch
+from small_models import compvis_to_ours
 from torch import Tensor
 
 import ldm_fast
-from ldm_fast.checkpoints.catalogue import compvis_to_ours
 from ldm_fast.configs.diffusion import DiffusionConfig
 from ldm_fast.diffusion.condition import classifier_free_guidance
 from ldm_fast.diffusion.samplers import SAMPLERS, spaced_timesteps

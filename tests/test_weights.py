@@ -8,9 +8,10 @@ from dataclasses import replace
 import golden
 import pytest
 import torch
+from small_models import compvis_to_ours, ours_to_compvis
 from torch import Tensor
 
-from ldm_fast.checkpoints.catalogue import compvis_to_ours, layout, ours_to_compvis
+from ldm_fast.checkpoints.catalogue import layout
 from ldm_fast.checkpoints.published import SD1, SD2, UPSCALER, XL, XL_REFINER
 from ldm_fast.configs.encoders import ClassEmbedderConfig, SpatialRescalerConfig, TransformerConfig
 from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ldm_fast.checkpoints.clip_skeleton import CLIPSkeleton
 from ldm_fast.configs.encoders import ClassEmbedderConfig, CLIPShape, SpatialRescalerConfig, TransformerConfig
 from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
 from ldm_fast.configs.unet import UNetConfig
-from ldm_fast.interop import names
 from ldm_fast.interop.names import Config, Entry
 from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
 from ldm_fast.models.encoders import ClassEmbedder, SpatialRescaler, TransformerEmbedder
@@ -35,13 +34,3 @@ def layout(config: Config) -> tuple[Entry, ...]:
         raise TypeError(f"layout: no model for {type(config).__name__}; known: {[c.__name__ for c in MODELS]}")
     build: Callable[[Any], nn.Module] = MODELS[type(config)]
     return layout_of(build, config)
-
-
-def compvis_to_ours(state_dict: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Return the state dict of our model; see `names.from_compvis`."""
-    return names.from_compvis(state_dict, layout(config), type(config).__name__)
-
-
-def ours_to_compvis(state_dict: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Return the state dict of the original's model; see `names.to_compvis`."""
-    return names.to_compvis(state_dict, layout(config), type(config).__name__)

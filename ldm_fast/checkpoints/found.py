@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_fast.checkpoints.catalogue import compvis_to_ours, layout
+from ldm_fast.checkpoints.catalogue import layout
 from ldm_fast.checkpoints.clip_skeleton import CLIPSkeleton, as_transformers
 from ldm_fast.configs.diffusion import Defaults, DiffusionConfig
 from ldm_fast.diffusion.schedule import NoiseSchedule
-from ldm_fast.interop.names import check_names
+from ldm_fast.interop.names import check_names, from_compvis
 from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
 from ldm_fast.models.pretrained import assemble
 from ldm_fast.models.unet import UNet
@@ -51,7 +51,9 @@ class Part:
         """Build the model around the tensors as they are in memory, or cast to `dtype`. CheckpointError if they do not
         fit.
         """
-        ours = compvis_to_ours(self.tensors, self.config) if self.layout == "compvis" else self.tensors
+        ours = self.tensors
+        if self.layout == "compvis":
+            ours = from_compvis(ours, layout(self.config), type(self.config).__name__)
         model = assemble(self.build, self.config, ours, dtype, self.where, mixed=self.layout == "ldm_fast")
         return as_transformers(model) if isinstance(model, CLIPSkeleton) else model
 

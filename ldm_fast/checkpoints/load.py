@@ -93,7 +93,7 @@ def inspect(
             return _inspect_pipeline(path, given, parts, variant)
         return _inspect_folder(path, given, variant)
     file = read_tensors(path)
-    if model_file.is_ours(file):
+    if model_file.METADATA in file.metadata:
         if config is not None:
             raise ValueError(f"load: {path} is a model of ldm_fast; leave config out")
         return model_file.inspect(file)

@@ -32,6 +32,7 @@ from ldm_fast.models.unet import UNet
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "emoji.safetensors"
 FORMAT = 1
+METADATA = "ldm_fast"  # the entry of a safetensors file that makes it a model file of ours
 
 # (class, its configuration) by the name written into the file.
 CLASSES: dict[str, dict[str, tuple[type[nn.Module], type]]] = {
@@ -45,11 +46,6 @@ CLASSES: dict[str, dict[str, tuple[type[nn.Module], type]]] = {
         "SpatialRescaler": (SpatialRescaler, SpatialRescalerConfig),
     },
 }
-
-
-def is_ours(file: TensorFile) -> bool:
-    """Whether a file of tensors is a model file of ours."""
-    return "ldm_fast" in file.metadata
 
 
 # Writing
@@ -92,7 +88,7 @@ def save(
         "card": dict(card),
     }
     about["sha256"] = tensors_digest(tensors, _description(about))
-    write_tensors(Path(path), tensors, {"ldm_fast": json.dumps(about)})
+    write_tensors(Path(path), tensors, {METADATA: json.dumps(about)})
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -133,7 +129,7 @@ def inspect(file: TensorFile) -> Found:
     Raises CheckpointError if the file does not describe a model.
     """
     try:
-        about = json.loads(file.metadata["ldm_fast"])
+        about = json.loads(file.metadata[METADATA])
     except ValueError as error:
         raise CheckpointError(f"{file.path}: the model description is not JSON: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:

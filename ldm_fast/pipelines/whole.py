@@ -18,12 +18,8 @@ OPEN_CLIP_LAYERS = 24  # of Stable Diffusion 2.x's text encoder; that of 1.x has
 
 def whole_parts(checkpoint: Checkpoint, cond_stage: Any) -> tuple[UNet, AutoencoderKL | VQModel, NoiseSchedule]:
     """Return UNet, first stage and schedule. ValueError unless they and `cond_stage` are a model for `generate`."""
-    found, unet, first_stage, schedule = (
-        checkpoint.found,
-        checkpoint.unet,
-        checkpoint.first_stage,
-        checkpoint.schedule,
-    )
+    found, schedule = checkpoint.found, checkpoint.schedule
+    unet, first_stage = checkpoint.unet, checkpoint.first_stage
     if unet is None or first_stage is None or schedule is None:
         parts = {"unet": unet, "first_stage": first_stage, "schedule": schedule}
         missing = ", ".join(name for name, part in parts.items() if part is None)
