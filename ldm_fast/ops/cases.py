@@ -4,7 +4,7 @@
         inputs = make_inputs("attention", case, torch.float32)
         ops.attention(**inputs)
 
-`TOLERANCE`, `bytes_moved`, `flops` and `wrong_codes` say what is expected of the result and what it costs.
+`TOLERANCE` and `wrong_codes` judge the result; `bytes_moved` and `flops` say what it costs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_fast import ops
+from ldm_fast.ops.codebook_op import nearest_codebook_stats
 
-# Error of an op relative to the largest element of the exact result: what rounding it and the sums inside it may
-# cost. The tests add twice the error of eager PyTorch in the same dtype, which grows with the condition of the data.
+# Error allowed to an op, relative to the largest element of the exact result, for rounding that result and the sums in
+# it. The tests add twice the error of eager PyTorch in the same dtype, which grows with the condition of the data.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
-# A group of at most this many bytes is read once; a larger one no longer lies in a core's cache when it is normalised.
+# A group of at most this many bytes is read once; a larger one has left the core's cache when it is normalised.
 GROUP_ON_CHIP = 1 << 20
 
 
@@ -82,9 +82,7 @@ class NearestCodebook:
     d: int
     map: tuple[int, int, int] | None = None
     layout: str = "rows"  # or columns (transposed), wide (a slice of wider rows), channels_last (of a map)
-    data: str = (
-        "normal"  # or lattice, duplicates, offset, huge, denormal, trained (vectors near codes), kmeans (learned codes)
-    )
+    data: str = "normal"  # or lattice, duplicates, offset, huge, denormal, trained (near codes), kmeans (learned codes)
     acceptance: bool = False
 
     def __str__(self) -> str:
@@ -97,14 +95,14 @@ _ORDINARY = ("none", "heads_first", "normal", "contiguous", "affine", "silu", "r
 
 
 def _id(shape: tuple[int, ...], *parts: str, **numbers: float | None) -> str:
-    """Like 2x8x64x77x40-bool: the shape and whatever is out of the ordinary."""
+    """Return the shape and whatever is out of the ordinary, as in 2x8x64x77x40-bool."""
     words = ["x".join(map(str, shape))] if shape else []
     words += [part for part in parts if part not in _ORDINARY]
     return "-".join(words + [f"{name}{value}" for name, value in numbers.items() if value is not None])
 
 
 def _sd_attention() -> list[Attention]:
-    """Attention of Stable Diffusion 1.x, XL and a first stage at 512², batch 2: what the benchmarks time."""
+    """Return the attention of Stable Diffusion 1.x, XL and a first stage at 512², batch 2, for the benchmarks."""
     shapes = [
         *((2, 8, 4096, 77, 40), (2, 8, 1024, 77, 80), (2, 8, 256, 77, 160), (2, 10, 4096, 77, 64)),
         *((2, 8, 4096, 4096, 40), (2, 8, 1024, 1024, 80), (2, 20, 1024, 1024, 64), (1, 1, 4096, 4096, 512)),
@@ -190,7 +188,8 @@ CASES: dict[str, tuple[Any, ...]] = {
         *(GroupNormSilu((2, C, s, s), 32, acceptance=True) for C, s in ((640, 32), (1280, 16), (2560, 8))),
         GroupNormSilu((1, 128, 512, 512), 32, acceptance=True),
     ),
-    # The two halves of group_norm_silu: every layout, slab and rest of a vector; the rest they share with the whole.
+    # The two halves of group_norm_silu: every layout, slab and rest of a vector. Everything else they share with the
+    # whole.
     "group_norm_stats": _SPLIT,
     "group_norm_apply": _SPLIT,
     "nearest_codebook": (
@@ -227,7 +226,7 @@ CASES["nearest_codebook_stats"] = CASES["nearest_codebook"]
 def make_inputs(
     op: str, case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> dict[str, Any]:
-    """The op's keyword arguments for a case; `ops.<op>(**make_inputs(...))` runs it.
+    """Return the op's keyword arguments for a case; `ops.<op>(**make_inputs(...))` runs it.
 
     The numbers are drawn in float32 on the CPU and then rounded, so every dtype and device gets the same ones.
     """
@@ -347,7 +346,7 @@ def _group_norm_stats_inputs(
 def _group_norm_apply_inputs(
     case: GroupNormSilu, normal: Callable[..., Tensor], finish: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
-    """The statistics are those of an image of which x is a third, with another mean."""
+    """The statistics are those of an image three times as large as x, with another mean."""
     inputs = _group_norm_silu_inputs(case, normal, finish)
     x = inputs.pop("x")
     groups = x.double().reshape(x.shape[0], case.groups, -1) if x.numel() else x.new_zeros(x.shape[0], case.groups, 1)
@@ -393,15 +392,15 @@ def _nearest_codebook_inputs(
 
 
 def _kmeans(samples: Tensor, codebook: Tensor, rounds: int = 6) -> Tensor:
-    """Codes moved to the means of the samples nearest to them: a codebook that follows its data, as trained ones do."""
+    """Return a codebook that follows its data, as trained ones do: codes are the means of the samples next to them."""
     for _ in range(rounds):
-        _, counts, sums = ops.nearest_codebook_stats(samples, codebook)
+        _, counts, sums = nearest_codebook_stats(samples, codebook)
         codebook = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codebook)
     return codebook
 
 
 def _nearest_codebook_data(case: NearestCodebook, x: Tensor) -> Tensor:
-    if case.data == "lattice":  # small integers: distances are exact, and equal ones abound
+    if case.data == "lattice":  # small integers: distances are exact, and many are equal
         return (2 * x).round().clamp(-4, 4)
     if case.data == "offset":
         return x + 1e4
@@ -409,11 +408,11 @@ def _nearest_codebook_data(case: NearestCodebook, x: Tensor) -> Tensor:
 
 
 def wrong_codes(z: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
-    """Which rows of z (N, d) got an index that the documented float32 distance does not allow: bool (N,). Finite input.
+    """Return which rows of z (N, d), finite, got an index that the documented float32 distance does not allow: (N,).
 
     Judged in float64. The float32 value of ½‖e‖² - ⟨z, e⟩ is off by at most u · (d + 1) · (½‖e‖² + Σ|z_i e_i|) with
     u = 2^-24 (and by d + 1 roundings among the denormals), so a code may exceed the smallest value by its own bound and
-    that of the winner, no more. Of equal codes only the first is right.
+    that of the winner, no more. Only the first of equal codes is right.
     """
     z, codebook = z.detach().double(), codebook.detach().double()
     codes = codebook.shape[0]
@@ -431,7 +430,7 @@ def wrong_codes(z: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
 
 
 def _first_of_equals(codebook: Tensor) -> Tensor:
-    """For each code the lowest index of a code equal to it: (K,)."""
+    """Return, for each code, the lowest index of a code equal to it: (K,)."""
     numbers = torch.arange(codebook.shape[0], device=codebook.device)
     kind = torch.unique(codebook, dim=0, return_inverse=True)[1]
     return torch.full_like(numbers, codebook.shape[0]).scatter_reduce_(0, kind, numbers, "amin")[kind]
@@ -456,30 +455,30 @@ _MAKERS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def bytes_moved(op: str, case: Case, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes the forward pass cannot avoid: every input read once, every output written once.
+    """Return the bytes the forward pass cannot avoid moving: every input is read once, every output written once.
 
-    A group of group_norm_silu larger than GROUP_ON_CHIP is read twice, for the statistics and to be normalised.
+    group_norm_silu reads a group larger than GROUP_ON_CHIP twice, for the statistics and to normalise it.
     """
     size = dtype.itemsize
-    if op == "attention":
+    if isinstance(case, Attention):
         return 2 * case.B * case.H * (case.N + case.M) * case.D * size
-    if op == "group_norm_silu":
-        elements = math.prod(case.shape)
-        group = elements // max(1, case.shape[0] * case.groups) * size
-        return elements * size * (2 if group <= GROUP_ON_CHIP else 3)
-    if op in ("group_norm_stats", "group_norm_apply"):
-        return math.prod(case.shape) * size * (1 if op == "group_norm_stats" else 2)
+    if isinstance(case, GroupNormSilu):
+        whole = math.prod(case.shape) * size
+        passes = {"group_norm_stats": 1, "group_norm_apply": 2}
+        in_cache = whole <= GROUP_ON_CHIP * case.shape[0] * case.groups
+        return whole * passes.get(op, 2 if in_cache else 3)
     statistics = case.K * (8 + 4 * case.d) if op == "nearest_codebook_stats" else 0
     return (case.N + case.K) * case.d * size + case.N * 8 + statistics
 
 
 def flops(op: str, case: Case) -> int:
-    """Floating-point operations of the forward pass: those of the products; group_norm_silu has a nominal 8 a number.
+    """Return the floating-point operations of the forward pass: those of the products.
 
-    The 8 are 3 for the statistics, 2 for the affine map and 3 for the SiLU, its exponential counted as one.
+    group_norm_silu has a nominal 8 for each number: 3 for the statistics, 2 for the affine map and 3 for the SiLU,
+    whose exponential counts as one.
     """
-    if op == "attention":
+    if isinstance(case, Attention):
         return 4 * case.B * case.H * case.N * case.M * case.D
-    if op in ("group_norm_silu", "group_norm_stats", "group_norm_apply"):
+    if isinstance(case, GroupNormSilu):
         return {"group_norm_silu": 8, "group_norm_stats": 3, "group_norm_apply": 5}[op] * math.prod(case.shape)
     return 2 * case.N * case.K * case.d

@@ -8,7 +8,6 @@ the public road: the dispatcher, a look at each tensor, or the call of a layer. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 import torch
@@ -22,7 +21,9 @@ def _perhaps(*_: object) -> bool:
 
 def _question(name: str) -> Callable[..., Any]:
     """The function `torch.<name>`, or `_perhaps` if there is none."""
-    found: Any = reduce(lambda part, word: getattr(part, word, None), name.split("."), torch)
+    found: Any = torch
+    for word in name.split("."):
+        found = getattr(found, word, None)
     return found or _perhaps
 
 
