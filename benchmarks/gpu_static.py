@@ -178,7 +178,7 @@ def group_norm_silu_launches(
         torch.empty(shape[:2], dtype=dtype, device="meta") if shape.modulated else None for _ in range(4)
     )
     statistics = torch.empty(2, shape.B, GROUPS, device="meta")
-    silu = "silu" if shape.silu else ""
+    silu = "silu" if shape.silu else None
     norm = Norm(x, GROUPS, weight, bias, 1e-5, silu, scale, shift)
     forward = group_norm_silu.forward_launches(norm, y, statistics)
     weight, bias, dweight, dbias = of_training

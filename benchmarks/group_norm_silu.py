@@ -18,6 +18,7 @@ from _harness import OURS, Bench, add_impl_option, implementation, judge, larges
 from torch import Tensor
 
 from ldm_fast import ops
+from ldm_fast.ops.arguments import Norm
 from ldm_fast.ops.cases import TOLERANCE, GroupNormSilu, bytes_moved, flops, make_inputs
 
 TINY = (GroupNormSilu((2, 64, 7, 7), 32), GroupNormSilu((2, 64, 7, 7), 32, "channels_last"))
@@ -69,7 +70,7 @@ def forward_row(bench: Bench, case: GroupNormSilu, dtype: torch.dtype) -> None:
         str(dtype).removeprefix("torch."),
         {name: lambda function=function: function(**inputs) for name, function in functions(bench).items()},
         verify,
-        implementation=implementation("group_norm_silu", bench.options.impl, *inputs.values()),
+        implementation=implementation("group_norm_silu", bench.options.impl, Norm(**inputs)),
         flops=flops("group_norm_silu", case),
         moved=bytes_moved("group_norm_silu", case, dtype),
     )
@@ -95,7 +96,7 @@ def backward_row(bench: Bench, case: GroupNormSilu, dtype: torch.dtype) -> None:
     def verify(name: str, gradients: tuple[Tensor, ...]) -> object:
         return judge(errors(gradients), allowed if name == OURS else PEER_SLACK * TOLERANCE[dtype])
 
-    who = implementation("group_norm_silu", bench.options.impl, *inputs.values())
+    who = implementation("group_norm_silu", bench.options.impl, Norm(**inputs))
     bench.row(
         f"{case} backward",
         str(dtype).removeprefix("torch."),

@@ -25,13 +25,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm_fast import ops, use_impl
-from ldm_fast.ops import attention_op, codebook_op, cpu, dispatch, group_norm_op
+from ldm_fast.ops import codebook_op, cpu, dispatch
 from ldm_fast.ops.arguments import Norm
 from ldm_fast.ops.cases import CASES, TOLERANCE, Attention, GroupNormSilu, NearestCodebook, make_inputs, wrong_codes
 from ldm_fast.ops.explain import explain
+from ldm_fast.ops.op import OPS
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-OP_FILES = (attention_op, group_norm_op, codebook_op)
 DIFFERENTIABLE = ("attention", "group_norm_silu")
 ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"  # the Triton interpreter takes CPU tensors
 FORMATS = {
@@ -85,7 +85,7 @@ def positional(op: str, inputs: dict[str, Any]) -> tuple[Any, ...]:
         values["scale"] = values["scale"] or q.shape[-1] ** -0.5
     if op in ("group_norm_silu", "group_norm_apply"):
         stats = [values.pop("stats")] if "stats" in values else []
-        return Norm(**{**values, "activation": values["activation"] or ""}), *stats
+        return Norm(**values), *stats
     return tuple(values.values())
 
 
@@ -686,7 +686,7 @@ def test_whoever_watches_sees_the_op(op: str, monkeypatch: pytest.MonkeyPatch) -
     key, first = next((key, value) for key, value in inputs.items() if isinstance(value, Tensor))
     call = functools.partial(getattr(ops, op), **inputs)
     dispatched: list[str] = []
-    operator = next(vars(file)[f"_{op}_op"] for file in OP_FILES if f"_{op}_op" in vars(file))
+    operator = OPS[op]
     registered = operator._dispatched
     monkeypatch.setattr(operator, "_dispatched", lambda *args: dispatched.append(op) or registered(*args))
 

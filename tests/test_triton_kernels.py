@@ -90,8 +90,7 @@ def arguments(op: str, case: Any, dtype: torch.dtype, device: str = DEVICE) -> l
     values = [value.to(device) if isinstance(value, torch.Tensor) else value for value in inputs.values()]
     if op == "attention":
         return values
-    norm = Norm(*values)
-    return [norm._replace(activation=norm.activation or "")]
+    return [Norm(*values)]
 
 
 def launches(op: str, case: Any, dtype: torch.dtype) -> list[kernels.Launch]:

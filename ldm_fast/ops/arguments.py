@@ -1,11 +1,11 @@
 """The arguments that several ops share, as one record: a new argument is a new field here.
 
-The record goes from the public function through the registered op, as fields in this order, to every implementation.
+The public functions fill it, the registered op takes its fields, and every implementation gets it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_type_hints
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,24 +18,16 @@ class Norm(NamedTuple):
     weight: Tensor | None = None  # (C,)
     bias: Tensor | None = None  # (C,)
     eps: float = 1e-5
-    activation: str = ""  # "silu" or "" for none
+    activation: str | None = None  # "silu"
     scale: Tensor | None = None  # (B, C)
     shift: Tensor | None = None  # (B, C)
 
     @property
     def width(self) -> int:
-        """The channels of a group."""
+        """Return the channels of a group."""
         return self.x.shape[1] // self.num_groups
 
     @property
     def vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """weight, bias, scale and shift."""
+        """Return weight, bias, scale and shift."""
         return self.weight, self.bias, self.scale, self.shift
-
-
-_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", str: "str"}
-
-
-def schema(record: type[tuple[object, ...]]) -> str:
-    """Return the fields of a record as `torch.library` writes the arguments of an op."""
-    return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(record).items())

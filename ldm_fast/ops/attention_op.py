@@ -1,8 +1,6 @@
-"""The public ops: check the arguments, then leave the rest to whoever `ldm_fast.dispatch` chooses."""
+"""attention: what it takes, how it is registered, its gradient."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +12,9 @@ from ldm_fast.ops.op import (
     autocast_dtype,
     check_floating,
     check_no_tangent,
-    no_gradient,
     statistics_dtype,
 )
 from ldm_fast.ops.torch_private import autocast_may_be_on, tangents_may_exist
-
-# ---- attention -------------------------------------------------------------------------------------------------------
 
 
 def attention(
@@ -50,7 +45,7 @@ def attention(
         TypeError: an argument is not a floating-point tensor, or dtypes differ.
         ValueError: shapes or devices do not fit, or the implementation named cannot run these inputs.
     """
-    impl = check_impl("attention", impl)
+    check_impl("attention", impl)
     if not _plain(q, k, v):
         q, k, v = _check_kinds(q, k, v)
     shape, keys, values = q.shape, k.shape, v.shape
@@ -117,20 +112,25 @@ def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return mask.expand(shape)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, impl: str):
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, impl: str | None
+) -> tuple[Tensor, Tensor]:
     if 0 in q.shape or 0 in k.shape:
-        out, lse = _attention_fake(q, k, v, mask, scale, impl)
+        out, lse = _forward_fake(q, k, v, mask, scale, impl)
         return out.zero_(), lse.fill_(float("-inf"))
-    return run("attention", impl, (q, k, v, mask, scale))
+    out, lse = run("attention", impl, (q, k, v, mask, scale))
+    return out, lse
 
 
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, impl: str):
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, impl: str | None
+) -> tuple[Tensor, Tensor]:
     batch, heads, rows, width = q.shape
     out = q.new_empty((batch, rows, heads, width)).transpose(1, 2)
     return out, q.new_empty((batch, heads, rows), dtype=statistics_dtype(q))
 
 
-def _attention_backward(
+def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -139,43 +139,36 @@ def _attention_backward(
     scale: float,
     out: Tensor,
     lse: Tensor,
-    impl: str,
-):
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     # torch.compile lays out what forward saved as it likes
     grad, q, k, v, out = (t if t.stride(-1) == 1 else t.contiguous() for t in (grad, q, k, v, out))
-    gradients = run_backward("attention", impl, (q, k, v, mask, scale), (grad, q, k, v, mask, scale, out, lse))
-    return tuple(gradient.contiguous() for gradient in gradients)
+    dq, dk, dv = run_backward("attention", impl, (q, k, v, mask, scale), (grad, q, k, v, mask, scale, out, lse))
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-def _attention_backward_fake(grad, q, k, v, mask, scale, out, lse, impl):
-    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+def _backward_fake(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, ctx.scale, ctx.impl = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, mask, *output)
-
-
-def _attention_autograd(ctx: Any, grad: Tensor, _grad_lse: Tensor):
-    q, k, v, mask, out, lse = ctx.saved_tensors
-    gradients = _attention_backward_op(grad, q, k, v, mask, ctx.scale, out, lse, ctx.impl)
-    return (*gradients, None, None, None)
-
-
+_backward_op = Op("attention_backward", _backward, _backward_fake, backward=NO_SECOND_DERIVATIVE.format("attention"))
 _attention_op = Op(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str impl) -> (Tensor, Tensor)",
-    _attention,
-    _attention_fake,
-    backward=_attention_autograd,
-    setup=_attention_setup,
-)
-_attention_backward_op = Op(
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, Tensor out, Tensor lse, "
-    "str impl) -> (Tensor, Tensor, Tensor)",
-    _attention_backward,
-    _attention_backward_fake,
-    backward=no_gradient(NO_SECOND_DERIVATIVE.format("attention")),
+    "attention",
+    _forward,
+    _forward_fake,
+    backward=_backward_op,
+    keep=(0, 1),
+    ordinary=lambda zeros: (zeros(1, 2, 16, 40), zeros(1, 2, 77, 40), zeros(1, 2, 77, 40), None, 40**-0.5),
 )

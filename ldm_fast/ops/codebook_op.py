@@ -1,6 +1,8 @@
-"""nearest_codebook and nearest_codebook_stats: arguments, schema, fakes."""
+"""nearest_codebook and nearest_codebook_stats: what they take, how they are registered."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ def nearest_codebook(z: Tensor, codebook: Tensor, *, impl: str | None = None) ->
         TypeError: an argument is not a floating-point tensor, or dtypes differ.
         ValueError: shapes or devices do not fit, or the implementation named cannot run these inputs.
     """
-    impl = _check_codebook_search("nearest_codebook", z, codebook, impl)
+    _check("nearest_codebook", z, codebook, impl)
     index = _nearest_codebook_op(_vectors(z), codebook.detach(), impl)
     return index.view(_index_shape(z))
 
@@ -60,13 +62,13 @@ def nearest_codebook_stats(z: Tensor, codebook: Tensor, *, impl: str | None = No
     Raises:
         TypeError, ValueError: as `nearest_codebook`.
     """
-    impl = _check_codebook_search("nearest_codebook_stats", z, codebook, impl)
+    _check("nearest_codebook_stats", z, codebook, impl)
     index, counts, sums = _nearest_codebook_stats_op(_vectors(z), codebook.detach(), impl)
     return index.view(_index_shape(z)), counts, sums
 
 
-def _check_codebook_search(op: str, z: Tensor, codebook: Tensor, impl: str | None) -> str:
-    impl = check_impl(op, impl)
+def _check(op: str, z: Tensor, codebook: Tensor, impl: str | None) -> None:
+    check_impl(op, impl)
     check_floating(op, "z", z)
     check_floating(op, "codebook", codebook)
     if z.ndim not in (2, 4):
@@ -83,7 +85,6 @@ def _check_codebook_search(op: str, z: Tensor, codebook: Tensor, impl: str | Non
         raise TypeError(f"{op}: z and codebook must have one dtype, got {z.dtype} and {codebook.dtype}")
     if z.device != codebook.device:
         raise ValueError(f"{op}: z and codebook must be on one device: {z.device}, {codebook.device}")
-    return impl
 
 
 def _vectors(z: Tensor) -> Tensor:
@@ -96,34 +97,34 @@ def _index_shape(z: Tensor) -> tuple[int, ...]:
     return (z.shape[0], *z.shape[2:])
 
 
-def _nearest_codebook(z: Tensor, codebook: Tensor, impl: str) -> Tensor:
+def _search(z: Tensor, codebook: Tensor, impl: str | None) -> Tensor:
     if z.numel() == 0:
-        return _nearest_codebook_fake(z, codebook, impl)
-    return run("nearest_codebook", impl, (z, codebook))
+        return _search_fake(z, codebook, impl)
+    index: Tensor = run("nearest_codebook", impl, (z, codebook))
+    return index
 
 
-def _nearest_codebook_fake(z: Tensor, codebook: Tensor, impl: str) -> Tensor:
+def _search_fake(z: Tensor, codebook: Tensor, impl: str | None) -> Tensor:
     return z.new_empty(z.shape[:2], dtype=torch.int64)
 
 
-def _nearest_codebook_stats(z: Tensor, codebook: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+def _stats(z: Tensor, codebook: Tensor, impl: str | None) -> tuple[Tensor, Tensor, Tensor]:
     if z.numel() == 0:
-        index, counts, sums = _nearest_codebook_stats_fake(z, codebook, impl)
+        index, counts, sums = _stats_fake(z, codebook, impl)
         return index, counts.zero_(), sums.zero_()
-    return run("nearest_codebook_stats", impl, (z, codebook))
+    index, counts, sums = run("nearest_codebook_stats", impl, (z, codebook))
+    return index, counts, sums
 
 
-def _nearest_codebook_stats_fake(z: Tensor, codebook: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+def _stats_fake(z: Tensor, codebook: Tensor, impl: str | None) -> tuple[Tensor, Tensor, Tensor]:
     counts = z.new_empty(codebook.shape[:1], dtype=torch.int64)
     sums = z.new_empty(codebook.shape, dtype=statistics_dtype(z))
-    return _nearest_codebook_fake(z, codebook, impl), counts, sums
+    return _search_fake(z, codebook, impl), counts, sums
 
 
-_nearest_codebook_op = Op(
-    "nearest_codebook(Tensor z, Tensor codebook, str impl) -> Tensor", _nearest_codebook, _nearest_codebook_fake
-)
-_nearest_codebook_stats_op = Op(
-    "nearest_codebook_stats(Tensor z, Tensor codebook, str impl) -> (Tensor, Tensor, Tensor)",
-    _nearest_codebook_stats,
-    _nearest_codebook_stats_fake,
-)
+def _ordinary(zeros: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    return zeros(1, 16, 4), zeros(32, 4)
+
+
+_nearest_codebook_op = Op("nearest_codebook", _search, _search_fake, ordinary=_ordinary)
+_nearest_codebook_stats_op = Op("nearest_codebook_stats", _stats, _stats_fake, ordinary=_ordinary)

@@ -6,7 +6,6 @@ whichever is the widest this CPU has, on the threads of the OpenMP runtime that 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -106,31 +105,32 @@ def group_norm_silu_unsupported(norm: Norm) -> str | None:
 
 
 def _record(norm: Norm) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
-    """NormRecord of csrc/cpu/dispatch.h, and the vectors that it holds addresses of."""
+    """Return NormRecord of csrc/cpu/dispatch.h, and the vectors that it holds addresses of."""
     x, groups, weight, bias, eps, activation, scale, shift = norm
-    batch, channels, *spatial = x.shape
-    weight, bias, scale, shift = _vector(weight), _vector(bias), _vector(scale), _vector(shift)
+    shape = x.shape
+    batch, channels = shape[0], shape[1]
+    weight, bias, scale, shift = vectors = _vector(weight), _vector(bias), _vector(scale), _vector(shift)
     record = (
         _DTYPES[x.dtype],
         not x.is_contiguous(),
         activation == "silu",
         batch,
         channels,
-        math.prod(spatial),
+        x.numel() // (batch * channels),
         groups,
         x.data_ptr(),
-        _address(weight),
-        _address(bias),
-        _address(scale),
-        _address(shift),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        0 if shift is None else shift.data_ptr(),
         eps,
         torch.get_num_threads(),
     )
-    return record, (weight, bias, scale, shift)
+    return record, vectors
 
 
 def _vector(tensor: Tensor | None) -> Tensor | None:
-    """weight, bias, scale or shift as the kernels take it: contiguous, in float32."""
+    """Return weight, bias, scale or shift as the kernels take it: contiguous, in float32."""
     if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
         return tensor
     return tensor.float().contiguous()
@@ -146,7 +146,7 @@ def _like(gradient: Tensor | None, vector: Tensor | None) -> Tensor | None:
 def group_norm_silu(norm: Norm) -> tuple[Tensor, Tensor]:
     """See `reference.group_norm_silu`."""
     record, _vectors = _record(norm)
-    x, groups, *_ = norm
+    x, groups = norm.x, norm.num_groups
     y, batch = torch.empty_like(x), x.shape[0]
     # Given, the strides make it cheaper than new_empty.
     statistics = x.new_empty_strided((2, batch, groups), (batch * groups, groups, 1), dtype=torch.float32)

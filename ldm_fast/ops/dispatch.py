@@ -136,13 +136,13 @@ def why_not(op: str, impl: str, args: tuple[Any, ...]) -> str | None:
     return implementation(op, impl).unsupported(*args)
 
 
-def consider(op: str, impl: str, args: tuple[Any, ...]) -> tuple[str | None, list[tuple[str, str]]]:
+def consider(op: str, impl: str | None, args: tuple[Any, ...]) -> tuple[str | None, list[tuple[str, str]]]:
     """Return who runs `op` on these arguments, and who was considered before, each with the reason it cannot.
 
-    That is `impl` if it is not "", else what `use_impl` asks for, else the first in the table that can. The name is
+    That is `impl` if it is given, else what `use_impl` asks for, else the first in the table that can. The name is
     None if nobody can.
     """
-    wanted = impl or forced()
+    wanted = impl or (_forced[-1][0] if _forced else None)
     passed_over: list[tuple[str, str]] = []
     for name in (wanted,) if wanted in IMPLEMENTATIONS[op] else IMPLEMENTATIONS[op]:
         reason = why_not(op, name, args)
@@ -152,7 +152,7 @@ def consider(op: str, impl: str, args: tuple[Any, ...]) -> tuple[str | None, lis
     return None, passed_over
 
 
-def choose(op: str, impl: str, args: tuple[Any, ...]) -> str:
+def choose(op: str, impl: str | None, args: tuple[Any, ...]) -> str:
     """Return the name of the implementation that runs `op` on these arguments. ValueError if none can."""
     name, passed_over = consider(op, impl, args)
     if name is None:
@@ -161,20 +161,17 @@ def choose(op: str, impl: str, args: tuple[Any, ...]) -> str:
     return name
 
 
-def run(op: str, impl: str, args: tuple[Any, ...]) -> Any:
-    """Compute the op. `impl` "": by the best implementation."""
+def run(op: str, impl: str | None, args: tuple[Any, ...]) -> Any:
+    """Compute the op, by `impl` or, if it is None, by whoever `consider` finds."""
     return implementation(op, choose(op, impl, args)).compute(*args)
 
 
-def run_backward(op: str, impl: str, forward_args: tuple[Any, ...], backward_args: tuple[Any, ...]) -> Any:
+def run_backward(op: str, impl: str | None, forward_args: tuple[Any, ...], backward_args: tuple[Any, ...]) -> Any:
     """Compute the gradients of the op, by whoever is chosen for its forward pass."""
     return implementation(op, choose(op, impl, forward_args)).backward(*backward_args)
 
 
-def check_impl(op: str, impl: str | None) -> str:
-    """Return `impl` as the registered op takes it: "" for None. ValueError if the op has no such implementation."""
-    if impl is None:
-        return ""
-    if impl not in IMPLEMENTATIONS[op]:
+def check_impl(op: str, impl: str | None) -> None:
+    """Raise ValueError if the op has no such implementation."""
+    if impl is not None and impl not in IMPLEMENTATIONS[op]:
         raise ValueError(f"{op}: impl must be None or one of {', '.join(IMPLEMENTATIONS[op])}, got {impl!r}")
-    return impl

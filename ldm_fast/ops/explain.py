@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ldm_fast.ops.arguments import Norm
 from ldm_fast.ops.dispatch import IMPLEMENTATIONS, consider
+from ldm_fast.ops.op import OPS
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,11 @@ def explain(dtype: torch.dtype = torch.float32) -> Explanation:
 
 
 def _choice(op: str, device: str, dtype: torch.dtype) -> Choice:
-    chosen, passed_over = consider(op, "", _ordinary_arguments(op, device, dtype))
-    return Choice(op, device, chosen, tuple(passed_over))
-
-
-def _ordinary_arguments(op: str, device: str, dtype: torch.dtype) -> tuple[object, ...]:
-    def tensor(*shape: int) -> torch.Tensor:
+    def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, device=device, dtype=dtype)
 
-    if op == "attention":
-        return tensor(1, 2, 16, 40), tensor(1, 2, 77, 40), tensor(1, 2, 77, 40), None, 40**-0.5
-    if op == "group_norm_silu":
-        return (Norm(tensor(1, 64, 8, 8), 32, tensor(64), tensor(64)),)
-    if op == "group_norm_stats":
-        return tensor(1, 64, 8, 8), 32
-    if op == "group_norm_apply":
-        return Norm(tensor(1, 64, 8, 8), 32, tensor(64), tensor(64)), tensor(1, 32, 3).double()
-    return tensor(1, 16, 4), tensor(32, 4)
+    ordinary = OPS[op].ordinary
+    if ordinary is None:
+        raise NotImplementedError(f"explain: {op} does not say what ordinary arguments are")
+    chosen, passed_over = consider(op, None, ordinary(zeros))
+    return Choice(op, device, chosen, tuple(passed_over))

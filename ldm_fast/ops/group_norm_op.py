@@ -1,23 +1,16 @@
-"""group_norm_silu, whole and in two halves: arguments, schema, fakes, autograd."""
+"""group_norm_silu, whole and in two halves: what it takes, how it is registered, its gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm_fast.ops.arguments import Norm, schema
+from ldm_fast.ops.arguments import Norm
 from ldm_fast.ops.dispatch import check_impl, run, run_backward
-from ldm_fast.ops.op import (
-    NO_SECOND_DERIVATIVE,
-    Op,
-    check_floating,
-    check_no_tangent,
-    no_gradient,
-    statistics_dtype,
-)
+from ldm_fast.ops.op import NO_SECOND_DERIVATIVE, Op, check_floating, check_no_tangent, statistics_dtype
+from ldm_fast.ops.torch_private import tangents_may_exist
 
 
 def group_norm_silu(
@@ -51,15 +44,31 @@ def group_norm_silu(
         TypeError: an argument is not a floating-point tensor.
         ValueError: shapes do not fit, or the implementation named cannot run these inputs.
     """
-    impl = check_impl("group_norm_silu", impl)
-    _check_group_norm("group_norm_silu", x, num_groups)
-    _check_affine("group_norm_silu", x, weight, bias, eps, activation, scale, shift)
-    x = x if _is_dense(x) else x.contiguous()
-    y, _ = _group_norm_silu_op(x, num_groups, weight, bias, float(eps), activation or "", scale, shift, impl)
-    return y
+    check_impl("group_norm_silu", impl)
+    norm = Norm(x, num_groups, weight, bias, float(eps), activation, scale, shift)
+    return _group_norm_silu_op(_checked("group_norm_silu", norm), impl)[0]
 
 
-def _check_group_norm(op: str, x: Tensor, num_groups: int) -> None:
+def _checked(op: str, norm: Norm) -> Norm:
+    """Return the arguments with x in a layout that kernels take. TypeError or ValueError if they do not fit."""
+    x, num_groups, weight, bias, eps, activation, scale, shift = norm
+    shape = _check_x(op, x, num_groups)
+    if activation is not None and activation != "silu":
+        raise ValueError(f'{op}: activation must be "silu" or None, got {activation!r}')
+    if not eps > 0:
+        raise ValueError(f"{op}: eps must be above 0, got {eps}")
+    channels, modulation, device = (shape[1],), (shape[0], shape[1]), x.device
+    _check_vector(op, "weight", weight, channels, device)
+    _check_vector(op, "bias", bias, channels, device)
+    _check_vector(op, "scale", scale, modulation, device)
+    _check_vector(op, "shift", shift, modulation, device)
+    if tangents_may_exist():
+        check_no_tangent(op, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    return norm if _is_dense(x) else Norm(x.contiguous(), *norm[1:])
+
+
+def _check_x(op: str, x: Tensor, num_groups: int) -> torch.Size:
+    """Return the shape of x."""
     check_floating(op, "x", x)
     shape = x.shape
     if not 2 <= len(shape) <= 5:
@@ -68,39 +77,17 @@ def _check_group_norm(op: str, x: Tensor, num_groups: int) -> None:
         raise TypeError(f"{op}: num_groups must be an integer, got {num_groups!r}")
     if num_groups < 1 or shape[1] % num_groups != 0:
         raise ValueError(f"{op}: num_groups must divide the {shape[1]} channels of x, got {num_groups}")
+    return shape
 
 
-def _check_affine(
-    op: str,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> None:
-    """What follows the normalisation of x (B, C, *spatial)."""
-    if activation is not None and activation != "silu":
-        raise ValueError(f'{op}: activation must be "silu" or None, got {activation!r}')
-    if not eps > 0:
-        raise ValueError(f"{op}: eps must be above 0, got {eps}")
-    batch, channels, *_ = x.shape
-    _check_vector(op, "weight", weight, (channels,), x)
-    _check_vector(op, "bias", bias, (channels,), x)
-    _check_vector(op, "scale", scale, (batch, channels), x)
-    _check_vector(op, "shift", shift, (batch, channels), x)
-    check_no_tangent(op, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
-
-
-def _check_vector(op: str, name: str, vector: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+def _check_vector(op: str, name: str, vector: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
     if vector is None:
         return
     check_floating(op, name, vector)
     if vector.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(vector.shape)}")
-    if vector.device != x.device:
-        raise ValueError(f"{op}: {name} must be on the device of x ({x.device}), got {vector.device}")
+    if vector.device != device:
+        raise ValueError(f"{op}: {name} must be on the device of x ({device}), got {vector.device}")
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -111,66 +98,49 @@ def _is_dense(x: Tensor) -> bool:
     return x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    if not args[0].numel():
-        return _forward_fake(*args)
-    return run("group_norm_silu", args[-1], (Norm._make(args[:-1]),))
+def _forward(norm: Norm, impl: str | None) -> tuple[Tensor, Tensor]:
+    if norm.x.numel() == 0:
+        return _forward_fake(norm, impl)
+    y, statistics = run("group_norm_silu", impl, (norm,))
+    return y, statistics
 
 
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    x, num_groups = args[:2]
-    return torch.empty_like(x), x.new_empty((2, x.shape[0], num_groups), dtype=statistics_dtype(x))
+def _forward_fake(norm: Norm, impl: str | None) -> tuple[Tensor, Tensor]:
+    x, batch = norm.x, norm.x.shape[0]
+    return torch.empty_like(x), x.new_empty((2, batch, norm.num_groups), dtype=statistics_dtype(x))
 
 
-def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    norm, statistics, impl = Norm._make(args[:-2]), args[-2], args[-1]
+_Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of x, weight, bias, scale and shift
+
+
+def _backward(grad: Tensor, norm: Norm, statistics: Tensor, impl: str | None) -> _Gradients:
     x = norm.x
     if x.numel() == 0:
-        return tuple(tensor.zero_() for tensor in _backward_fake(grad, *args))
+        dx, dweight, dbias, dscale, dshift = _backward_fake(grad, norm, statistics, impl)
+        return dx, dweight.zero_(), dbias.zero_(), dscale.zero_(), dshift.zero_()
     if grad.stride() != x.stride():
         grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
     gradients = run_backward("group_norm_silu", impl, (norm,), (grad, norm, statistics))
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    dx, dweight, dbias, dscale, dshift = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return dx, dweight, dbias, dscale, dshift
 
 
-def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    norm = Norm._make(args[:-2])
+def _backward_fake(grad: Tensor, norm: Norm, statistics: Tensor, impl: str | None) -> _Gradients:
     x = norm.x
-    return torch.empty_like(x), *(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in norm.vectors)
+    weight, bias, scale, shift = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in norm.vectors)
+    return torch.empty_like(x), weight, bias, scale, shift
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, num_groups, weight, bias, eps, activation, scale, shift, impl = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, bias, scale, shift, output[1])
-    ctx.constants = num_groups, eps, activation, impl
-
-
-def _autograd(ctx: Any, grad: Tensor, _grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, scale, shift, statistics = ctx.saved_tensors
-    num_groups, eps, activation, impl = ctx.constants
-    norm = (x, num_groups, weight, bias, eps, activation, scale, shift)
-    gradients = _group_norm_silu_backward_op(grad, *norm, statistics, impl)
-    dx, dweight, dbias, dscale, dshift = (
-        None if tensor is None else gradient
-        for tensor, gradient in zip((x, weight, bias, scale, shift), gradients, strict=True)
-    )
-    return dx, None, dweight, dbias, None, None, dscale, dshift, None
-
-
+_backward_op = Op(
+    "group_norm_silu_backward", _backward, _backward_fake, backward=NO_SECOND_DERIVATIVE.format("group_norm_silu")
+)
 _group_norm_silu_op = Op(
-    f"group_norm_silu({schema(Norm)}, str impl) -> (Tensor, Tensor)",
+    "group_norm_silu",
     _forward,
     _forward_fake,
-    backward=_autograd,
-    setup=_setup,
-)
-_group_norm_silu_backward_op = Op(
-    f"group_norm_silu_backward(Tensor grad, {schema(Norm)}, Tensor statistics, str impl) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-    backward=no_gradient(NO_SECOND_DERIVATIVE.format("group_norm_silu")),
+    backward=_backward_op,
+    keep=(1,),
+    ordinary=lambda zeros: (Norm(zeros(1, 64, 8, 8), 32, zeros(64), zeros(64)),),
 )
 
 
@@ -193,8 +163,8 @@ def group_norm_stats(x: Tensor, num_groups: int, *, impl: str | None = None) -> 
         TypeError: x is not a floating-point tensor.
         ValueError: shapes do not fit, or the implementation named cannot run these inputs.
     """
-    impl = check_impl("group_norm_stats", impl)
-    _check_group_norm("group_norm_stats", x, num_groups)
+    check_impl("group_norm_stats", impl)
+    _check_x("group_norm_stats", x, num_groups)
     check_no_tangent("group_norm_stats", x=x)
     return _group_norm_stats_op(x if _is_dense(x) else x.contiguous(), num_groups, impl)
 
@@ -253,47 +223,52 @@ def group_norm_apply(
         TypeError: an argument is not a floating-point tensor.
         ValueError: shapes do not fit, or the implementation named cannot run these inputs.
     """
-    impl = check_impl("group_norm_apply", impl)
-    _check_group_norm("group_norm_apply", x, num_groups)
+    check_impl("group_norm_apply", impl)
+    norm = _checked("group_norm_apply", Norm(x, num_groups, weight, bias, float(eps), activation, scale, shift))
     check_floating("group_norm_apply", "stats", stats)
     shape = (x.shape[0], num_groups, 3)
-    if tuple(stats.shape) != shape or stats.dtype != torch.float64:
+    if stats.shape != shape or stats.dtype != torch.float64:
         raise ValueError(
             f"group_norm_apply: stats must be {shape} in float64, got {tuple(stats.shape)} in {stats.dtype}"
         )
     if stats.device != x.device:
         raise ValueError(f"group_norm_apply: stats must be on the device of x ({x.device}), got {stats.device}")
-    _check_affine("group_norm_apply", x, weight, bias, eps, activation, scale, shift)
-    x, stats = x if _is_dense(x) else x.contiguous(), stats.contiguous()
-    return _group_norm_apply_op(x, num_groups, weight, bias, float(eps), activation or "", scale, shift, stats, impl)
+    return _group_norm_apply_op(norm, stats.contiguous(), impl)
 
 
-def _stats(x: Tensor, num_groups: int, impl: str) -> Tensor:
-    return run("group_norm_stats", impl, (x, num_groups)) if x.numel() else _stats_fake(x, num_groups, impl).zero_()
+def _stats(x: Tensor, num_groups: int, impl: str | None) -> Tensor:
+    if x.numel() == 0:
+        return _stats_fake(x, num_groups, impl).zero_()
+    stats: Tensor = run("group_norm_stats", impl, (x, num_groups))
+    return stats
 
 
-def _stats_fake(x: Tensor, num_groups: int, impl: str) -> Tensor:
+def _stats_fake(x: Tensor, num_groups: int, impl: str | None) -> Tensor:
     return x.new_empty((x.shape[0], num_groups, 3), dtype=torch.float64)
 
 
-def _apply(*args: Any) -> Tensor:
-    norm, stats, impl = Norm._make(args[:-2]), args[-2], args[-1]
-    return run("group_norm_apply", impl, (norm, stats)) if norm.x.numel() else torch.empty_like(norm.x)
+def _apply(norm: Norm, stats: Tensor, impl: str | None) -> Tensor:
+    if norm.x.numel() == 0:
+        return _apply_fake(norm, stats, impl)
+    y: Tensor = run("group_norm_apply", impl, (norm, stats))
+    return y
 
 
-def _apply_fake(*args: Any) -> Tensor:
-    return torch.empty_like(args[0])
+def _apply_fake(norm: Norm, stats: Tensor, impl: str | None) -> Tensor:
+    return torch.empty_like(norm.x)
 
 
 _group_norm_stats_op = Op(
-    "group_norm_stats(Tensor x, int num_groups, str impl) -> Tensor",
+    "group_norm_stats",
     _stats,
     _stats_fake,
-    backward=no_gradient("group_norm_stats: has no gradient; group_norm_silu, of the whole image, has one"),
+    backward="group_norm_stats: has no gradient; group_norm_silu, of the whole image, has one",
+    ordinary=lambda zeros: (zeros(1, 64, 8, 8), 32),
 )
 _group_norm_apply_op = Op(
-    f"group_norm_apply({schema(Norm)}, Tensor stats, str impl) -> Tensor",
+    "group_norm_apply",
     _apply,
     _apply_fake,
-    backward=no_gradient("group_norm_apply: has no gradient; group_norm_silu, of the whole image, has one"),
+    backward="group_norm_apply: has no gradient; group_norm_silu, of the whole image, has one",
+    ordinary=lambda zeros: (Norm(zeros(1, 64, 8, 8), 32, zeros(64), zeros(64)), zeros(1, 32, 3).double()),
 )

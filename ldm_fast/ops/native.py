@@ -11,7 +11,6 @@ import re
 import time
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ KERNELS = {"_native": "the native CPU kernels", "_native_cuda": "the CUDA kernel
 
 
 @functools.cache
-def load_module(name: str) -> tuple[ModuleType | None, str | None]:
+def load_module(name: str) -> tuple[Any, str | None]:
     """Return `ldm_fast._native` or `ldm_fast._native_cuda`, or None and the reason in one line.
 
     A module that was built from another version of ldm_fast is not used; a warning says so.
@@ -138,6 +137,6 @@ def fused_multiply_add_rate() -> float:
     best = float("inf")
     for _ in range(99):  # half a millisecond each, so that some are not interrupted
         start = time.perf_counter()
-        count = extension().fused_multiply_adds(rounds, 0.5, result.data_ptr(), threads)
+        count: int = extension().fused_multiply_adds(rounds, 0.5, result.data_ptr(), threads)
         best = min(best, time.perf_counter() - start)
     return 2 * count / best
