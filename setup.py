@@ -1,18 +1,18 @@
-"""Builds the native modules: `ldm_fast._native` from csrc/cpu and `ldm_fast._native_cuda` from csrc/cuda.
+"""Build the native modules: `ldm_fast._native` from csrc/cpu and `ldm_fast._native_cuda` from csrc/cuda.
 
-Everything that is only a description (names, dependencies, tools) is in pyproject.toml. Torch is not imported: native
-code only ever sees addresses. Both modules compile in one run of ninja, and an unchanged object is not compiled again.
+Everything that is only a description (names, dependencies, tools) is in pyproject.toml. Torch is not imported, because
+native code sees addresses only. Both modules compile in one run of ninja, which leaves unchanged objects alone.
 
-What is compiled is what this machine can use. `LDM_FAST_TARGETS` changes that; it is a comma-separated list of
+By default the modules are compiled for this machine. `LDM_FAST_TARGETS` names other targets, separated by commas:
 
-- `all`: every instruction set and GPU architecture that the compilers know, as for a wheel;
-- instruction sets, out of ISAS; `portable` is always there. None named: the best one that this CPU has;
-- GPU architectures, as in `sm_90`. None named: those of the GPUs in this machine, or, if there is no GPU, the oldest,
-  whose PTX runs on every newer one. The PTX of the newest architecture compiled for is always there.
+- `all`: everything in ISAS and GPU_ARCHITECTURES that the compilers know, as in a wheel;
+- instruction sets, such as `avx2`; `portable` is always compiled. If none is named: the best one that this CPU has;
+- GPU architectures, such as `sm_90`, with the PTX of the newest one. If none is named: those of the GPUs in this
+  machine; if there is no GPU, the oldest, because every newer GPU runs its PTX.
 
 If a module cannot be built, the install succeeds without it, and `ldm-fast doctor` gives the reason. With
-`LDM_FAST_REQUIRE_NATIVE=1` the install fails, with the same reason. (A missing nvcc is no failure.) The environment
-variables CXX, NVCC and CUDA_HOME say which compilers to use. What was built is recorded in ldm_fast/_build.json.
+`LDM_FAST_REQUIRE_NATIVE=1` the install fails, with the same reason; only a missing nvcc is never a failure. CXX, NVCC
+and CUDA_HOME say which compilers to use. ldm_fast/_build.json records what was built.
 """
 
 import json
@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parent
 CPU_MODULE, CUDA_MODULE = "ldm_fast._native", "ldm_fast._native_cuda"
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-# Widest last; all but the first are for x86-64. csrc/cpu/cpuid.h finds out which of them a CPU has.
+# Widest last; all but `portable` are for x86-64. csrc/cpu/cpuid.h finds out which of them a CPU has.
 ISAS = {"portable": [], "avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS, "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"]}
 GPU_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # No -ffast-math: NaN, infinities and signed zeros keep their meaning. Contraction is off so that an operation is fused
@@ -46,15 +47,15 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 
 
 class Unbuildable(Exception):
-    """One line: what is missing, or what failed."""
+    """What is missing, or what failed, in one line."""
 
 
 class NoCudaCompiler(Unbuildable):
-    """There is nothing to build the CUDA module with, which is usual and no failure."""
+    """There is no nvcc, as on most machines."""
 
 
-def run(command, what):
-    """Run a command and return its output; a failure is Unbuildable and shows what the command said."""
+def run(command: list[str], what: str) -> str:
+    """Run a command and return its output. If it fails, show the output and raise Unbuildable."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     except OSError as error:
@@ -66,7 +67,7 @@ def run(command, what):
     return done.stdout
 
 
-def native_is_required():
+def native_is_required() -> bool:
     value = os.environ.get("LDM_FAST_REQUIRE_NATIVE", "")
     if value not in ("", "0", "1"):
         raise SystemExit(f"LDM_FAST_REQUIRE_NATIVE must be 0 or 1, got {value!r}")
@@ -78,14 +79,14 @@ def native_is_required():
 
 @dataclass(frozen=True)
 class Targets:
-    """What LDM_FAST_TARGETS asks for. Where nothing is named, the machine decides."""
+    """What LDM_FAST_TARGETS asks for. The machine decides what it leaves empty."""
 
     everything: bool
     isas: tuple[str, ...] = ()
     architectures: tuple[int, ...] = ()
 
 
-def read_targets(text):
+def read_targets(text: str) -> Targets:
     words = text.replace(",", " ").split()
     for word in words:
         if word != "all" and word not in ISAS and not re.fullmatch(r"sm_\d+", word):
@@ -97,8 +98,8 @@ def read_targets(text):
     return Targets("all" in words, tuple(isa for isa in ISAS if isa in words), tuple(architectures))
 
 
-def known_isas(compiler, scratch):
-    """The instruction sets that this compiler can compile for."""
+def known_isas(compiler: list[str], scratch: Path) -> list[str]:
+    """Return the instruction sets that the compiler can compile for."""
     known = ["portable"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         probe = scratch / "flags.cpp"
@@ -112,8 +113,8 @@ def known_isas(compiler, scratch):
     return known
 
 
-def machine_isas(compiler, scratch, known):
-    """Those that this CPU has, too, widest last. All of them if the compiler's programs do not run here."""
+def machine_isas(compiler: list[str], scratch: Path, known: list[str]) -> list[str]:
+    """Return those of the known sets that this CPU has, or all of them if the compiler's programs do not run here."""
     probe, program = scratch / "machine.cpp", scratch / "machine"
     body = "for (const std::string& isa : ldm::machine_isas()) std::puts(isa.c_str());"
     probe.write_text(f'#include <cstdio>\n#include "cpuid.h"\nint main() {{ {body} }}\n')
@@ -126,7 +127,7 @@ def machine_isas(compiler, scratch, known):
         return known
 
 
-def choose_isas(targets, compiler, scratch, known):
+def choose_isas(targets: Targets, compiler: list[str], scratch: Path, known: list[str]) -> list[str]:
     if targets.everything:
         return known
     missing = [isa for isa in targets.isas if isa not in known]
@@ -136,8 +137,8 @@ def choose_isas(targets, compiler, scratch, known):
     return [isa for isa in known if isa == "portable" or isa in chosen]
 
 
-def machine_architectures():
-    """Those of the GPUs in this machine, from the driver."""
+def machine_architectures() -> list[int]:
+    """Return the architectures of the GPUs in this machine, as far as the kernels run on them."""
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         text = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout
@@ -147,8 +148,8 @@ def machine_architectures():
     return sorted(arch for arch in found if arch >= GPU_ARCHITECTURES[0])
 
 
-def choose_architectures(targets, known):
-    """Architectures that nvcc knows; of a GPU newer than nvcc, the newest before it, whose PTX the GPU can take."""
+def choose_architectures(targets: Targets, known: list[int]) -> list[int]:
+    """Return the architectures to compile for. A GPU that is newer than nvcc runs the PTX of the newest known one."""
     if targets.everything:
         return [arch for arch in GPU_ARCHITECTURES if arch in known]
     missing = [arch for arch in targets.architectures if arch not in known]
@@ -161,8 +162,8 @@ def choose_architectures(targets, known):
 # ---- compilers ----
 
 
-def find_compiler():
-    """The C++ compiler as a list of words: $CXX alone if it is set, else the usual names."""
+def find_compiler() -> list[str]:
+    """Return the C++ compiler as a list of words: $CXX if it is set, else the first of the usual names."""
     if os.name == "nt":
         raise Unbuildable("the native kernels build with GCC or Clang on Linux and macOS only")
     chosen = os.environ.get("CXX")
@@ -172,7 +173,7 @@ def find_compiler():
     raise Unbuildable(f"no C++ compiler found ({f'CXX={chosen}' if chosen else 'tried c++, g++, clang++'})")
 
 
-def find_nvcc():
+def find_nvcc() -> str:
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
     if not nvcc and os.environ.get("CUDA_HOME"):
         nvcc = shutil.which(str(Path(os.environ["CUDA_HOME"]) / "bin/nvcc"))
@@ -181,14 +182,14 @@ def find_nvcc():
     return nvcc
 
 
-def first_line(command):
-    """What a command says of itself, for the record; a compiler that cannot even do that fails in a moment anyway."""
+def first_line(command: list[str]) -> str:
+    """Return the first line that a command prints, or its name: a compiler that prints none will fail by itself."""
     done = subprocess.run(command, capture_output=True, text=True)
     return next(iter(done.stdout.splitlines()), command[0])
 
 
-def binding_flags(version):
-    """For the two bindings files, which alone need the headers of Python and pybind11."""
+def binding_flags(version: str) -> list[str]:
+    """Return the flags of the two bindings files, which alone need the headers of Python and pybind11."""
     try:
         import pybind11
     except ImportError as error:
@@ -202,16 +203,16 @@ def binding_flags(version):
 
 @dataclass(frozen=True)
 class Plan:
-    """A module to compile: objects (ninja's rule, name, source, flags) linked by another rule, and what to record."""
+    """How to compile a module, and what to record about it."""
 
-    objects: list
-    link: str
-    rules: dict  # rule: command
-    record: dict
+    objects: list[tuple[str, str, Path, list[str]]]  # ninja's rule, name of the object, source, flags
+    link: str  # the rule that links the objects
+    rules: dict[str, str]  # the command of each rule
+    record: dict[str, object]
 
 
-def plan_cpu(folder, targets, version):
-    """csrc/cpu once per instruction set; dispatch, threads and bindings once."""
+def plan_cpu(folder: Path, targets: Targets, version: str) -> Plan:
+    """Plan the CPU module: csrc/cpu once per instruction set; dispatch, threads and bindings once."""
     compiler = find_compiler()
     bindings = binding_flags(version)
     known = known_isas(compiler, folder)
@@ -232,8 +233,8 @@ def plan_cpu(folder, targets, version):
     return Plan(objects, "link", rules, record)
 
 
-def plan_cuda(folder, targets, version):
-    """csrc/cuda by nvcc; the bindings by the C++ compiler. The CUDA runtime is linked statically."""
+def plan_cuda(folder: Path, targets: Targets, version: str) -> Plan:
+    """Plan the CUDA module: kernels by nvcc, bindings by the C++ compiler, the CUDA runtime linked statically."""
     nvcc = find_nvcc()
     compiler = find_compiler()
     bindings = binding_flags(version)
@@ -258,32 +259,33 @@ def plan_cuda(folder, targets, version):
     return Plan(objects, "link_cuda", rules, record)
 
 
-def quoted(words):
-    return " ".join(shlex.quote(str(word)) for word in words).replace("$", "$$")
+def quoted(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
 
 
-def compile_rule(compiler):
+def compile_rule(compiler: list[str]) -> str:
     return f"{quoted(compiler)} -MD -MF $out.d $flags -c $in -o $out"
 
 
-def write_ninja(folder, plans):
-    """build.ninja for plans = {file of the module: Plan}; what takes longest comes first."""
+def write_ninja(folder: Path, plans: dict[str, Plan]) -> None:
+    """Write build.ninja for the plans of modules, given by the names of their files."""
     lines = []
-    for rule, command in {rule: command for plan in plans.values() for rule, command in plan.rules.items()}.items():
+    rules = {rule: command for plan in plans.values() for rule, command in plan.rules.items()}
+    for rule, command in rules.items():
         lines += [f"rule {rule}", f"  command = {command}"]
         if not rule.startswith("link"):
             lines += ["  depfile = $out.d", "  deps = gcc"]
     for file, plan in plans.items():
         for rule, name, source, flags in plan.objects:
-            lines += [f"build {name}: {rule} {quoted([source])}", f"  flags = {quoted(flags)}"]
+            lines += [f"build {name}: {rule} {quoted([str(source)])}", f"  flags = {quoted(flags)}"]
         lines.append(f"build {file}: {plan.link} {' '.join(name for _, name, _, _ in plan.objects)}")
     (folder / "build.ninja").write_text("\n".join([*lines, ""]))
 
 
 class BuildNative(build_ext):
-    """Builds both modules. A failure costs the module, and the install only if LDM_FAST_REQUIRE_NATIVE says so."""
+    """Build both modules. A failure stops the install only if LDM_FAST_REQUIRE_NATIVE says so."""
 
-    def run(self):
+    def run(self) -> None:
         required = native_is_required()
         self.in_source = self.editable_mode or self.inplace  # setuptools resets `inplace` while it builds
         self.record, self.errors = {}, {}
@@ -295,19 +297,19 @@ class BuildNative(build_ext):
         if required and failed:
             raise SystemExit(f"LDM_FAST_REQUIRE_NATIVE=1, but there is no {'; no '.join(failed)}")
 
-    def build_extensions(self):
+    def build_extensions(self) -> None:
         targets, version = read_targets(os.environ.get("LDM_FAST_TARGETS", "")), self.distribution.get_version()
         folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
         files = {name: Path(self.get_ext_fullpath(name)).resolve() for name in (CUDA_MODULE, CPU_MODULE)}
-        plans = {}
-        for name, plan in ((CUDA_MODULE, plan_cuda), (CPU_MODULE, plan_cpu)):
+        plans: dict[str, Plan] = {}
+        for name, make_plan in ((CUDA_MODULE, plan_cuda), (CPU_MODULE, plan_cpu)):
             try:
-                plans[name] = plan(folder, targets, version)
+                plans[name] = make_plan(folder, targets, version)
             except (Unbuildable, OSError) as error:
                 self.errors[name] = error
         write_ninja(folder, {files[name].name: plan for name, plan in plans.items()})
-        if len(plans) > 1:  # side by side, each as far as it goes; the runs below tell what went wrong with which
+        with suppress(OSError):  # both side by side, each as far as it goes; the runs below report what went wrong
             subprocess.run([*ninja(folder), "-k", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for name, plan in plans.items():
             try:
@@ -321,23 +323,23 @@ class BuildNative(build_ext):
             self.record[short(name)] = {"built": False, "version": version, "message": str(error)}
             print(f"ldm_fast: {name} was not built: {error}", file=sys.stderr)
 
-    def forget(self, name, file):
-        """Remove what an earlier build left, so that nobody loads kernels of another version."""
+    def forget(self, name: str, file: Path) -> None:
+        """Remove the module of an earlier build, so that nobody loads kernels of another version."""
         in_source = ROOT / "ldm_fast" / Path(self.get_ext_filename(name)).name
         for stale in {file, in_source} if self.in_source else {file}:
             stale.unlink(missing_ok=True)
 
 
-def short(name):
+def short(name: str) -> str:
     return name.rsplit(".", 1)[1]
 
 
-def ninja(folder):
+def ninja(folder: Path) -> list[str]:
     return [*([sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]), "-C", str(folder)]
 
 
-def replace(built, file):
-    """By a rename: a process that has the old module mapped keeps it."""
+def replace(built: Path, file: Path) -> None:
+    """Copy a module into place by a rename, so that a process that has the old one mapped keeps it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.tmp")
     shutil.copyfile(built, unfinished)
@@ -349,7 +351,7 @@ if __name__ == "__main__":  # tests import the functions
         packages=[*find_packages(include=["ldm_fast", "ldm_fast.*"]), "ldm_fast.kernels"],
         package_dir={"ldm_fast.kernels": "kernels"},
         package_data={"ldm_fast": ["py.typed", "assets/*", "training/recipes/*.toml"]},
-        # The sources are listed by the plans; naming none keeps setuptools from compiling them its own way.
+        # The plans list the sources; none are named here, so that setuptools does not compile them its own way.
         ext_modules=[Extension(name, sources=[], optional=True) for name in (CPU_MODULE, CUDA_MODULE)],
         cmdclass={"build_ext": BuildNative},
     )

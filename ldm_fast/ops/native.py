@@ -121,11 +121,11 @@ def describe() -> list[str]:
         lines.append(f"{kernels.removeprefix('the ')} {module.version}: {', '.join(built)} ({by})")
     if native := extension():
         best, openmp = native.machine_isas()[-1], find_openmp()[0]
-        lines.append(f"this CPU runs {native.isa()}" + ("" if native.isas()[-1] == best else f", and it has {best}"))
+        lines.append(f"runs {native.isa()}" + ("" if native.isas()[-1] == best else f", but this CPU has {best}, too"))
         lines.append(f"threads of {openmp}" if openmp else "one thread: there is no OpenMP runtime in this process")
     if left_out:
         lines.append(
-            f"not built: {', '.join(left_out)}. Name those you want, or say LDM_FAST_TARGETS=all, and install again"
+            f"not built: {', '.join(left_out)} (set LDM_FAST_TARGETS to those you want, or to all, and install again)"
         )
     return lines
 
