@@ -43,11 +43,12 @@ from .attention_common import (
 
 __all__ = ["attention", "attention_backward", "attention_unsupported", "unavailable"]
 
-SHORT_WIDTH = 192  # the widest head whose keys a program keeps
-# The most keys, and keys times columns, both padded, that a program keeps: sm_86, sm_89 and sm_120 have 99 KB for it.
-SHORT_UNMASKED, SHORT_MASKED = (128, 16384), (96, 12800)
-WIDEST = 1024
 TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+SHORT_WIDTH = 192  # the widest head whose keys a program keeps
+# The most keys, and keys times columns, both padded, that a program keeps: sm_86, sm_89 and sm_120 have 99 KB for it,
+# and Triton before 3.5 takes 101 KB for 80 keys of 192 columns.
+SHORT_UNMASKED, SHORT_MASKED = (128, 16384 if TRITON >= (3, 5) else 12800), (96, 12800)
+WIDEST = 1024
 
 
 @triton.jit(do_not_specialize=GENERAL)
