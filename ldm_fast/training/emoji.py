@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ldm_fast.files.atomic import write_atomically
 from ldm_fast.training.image_set import DataError, ImageSet
 
 # Emoji
@@ -115,9 +118,6 @@ def _openmoji_font() -> tuple[Path, str]:
 
 
 def _cache_dir() -> Path:
-    import os
-    import sys
-
     if sys.platform == "win32":
         root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif sys.platform == "darwin":
@@ -144,8 +144,6 @@ def _read_cache(path: Path, count: int, size: int) -> tuple[torch.Tensor | None,
 def _write_cache(path: Path, images: torch.Tensor, drawn: torch.Tensor) -> None:
     """The cache only saves time: where it cannot be written, a warning says so and training goes on."""
     from safetensors.torch import save
-
-    from ldm_fast.files.atomic import write_atomically
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
