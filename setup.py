@@ -224,8 +224,9 @@ def plan_cpu(folder: Path, targets: Targets, version: str) -> Plan:
         if source.stem in ("dispatch", "parallel"):
             objects.append(("cxx", f"{source.stem}.o", source, [*CXX_FLAGS, *knows, *have]))
             continue
-        for isa in isas:
-            objects.append(("cxx", f"{source.stem}.{isa}.o", source, [*CXX_FLAGS, *ISAS[isa], f"-DLDM_ISA={isa}"]))
+        objects += [
+            ("cxx", f"{source.stem}.{isa}.o", source, [*CXX_FLAGS, *ISAS[isa], f"-DLDM_ISA={isa}"]) for isa in isas
+        ]
     link = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
     left_out = [isa for isa in known if isa not in isas]
     record = {"compiler": first_line([*compiler, "--version"]), "isas": isas, "left_out": left_out}
@@ -343,7 +344,7 @@ def replace(built: Path, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.tmp")
     shutil.copyfile(built, unfinished)
-    os.replace(unfinished, file)
+    unfinished.replace(file)
 
 
 if __name__ == "__main__":  # tests import the functions

@@ -41,7 +41,8 @@ def nearest_codebook(z: Tensor, codebook: Tensor) -> Tensor:
 @contextlib.contextmanager
 def eager_torch() -> Iterator[None]:
     """Inside the `with` block models run on PyTorch's group_norm, silu, scaled_dot_product_attention and cdist: what
-    one would write without this package. Their parameters are the same objects, so outputs compare one to one."""
+    one would write without this package. Their parameters are the same objects, so outputs compare one to one.
+    """
     with contextlib.ExitStack() as stack:
         for op in (attention, group_norm_silu, nearest_codebook):
             stack.enter_context(mock.patch.object(ops, op.__name__, op))
@@ -65,7 +66,8 @@ def gradients(model: torch.nn.Module, output: Tensor, *inputs: Tensor) -> dict[s
 
 def assert_same_gradients(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-4) -> None:
     """Relative L2 of each gradient. Some are zero but for rounding (a key's bias moves every score of a row alike), so
-    errors below 1e-6 of the whole gradient's norm count as none."""
+    errors below 1e-6 of the whole gradient's norm count as none.
+    """
     assert got.keys() == wanted.keys()
     floor = 1e-6 * torch.stack([g.double().norm() for g in wanted.values()]).norm()
     for name, gradient in wanted.items():

@@ -78,7 +78,8 @@ def test_float64_agrees_with_plain_pytorch(name):
 @torch.no_grad()
 def test_bfloat16_error(name, impl):
     """Against float64 on the same rounded weights and inputs, at most twice the error of bf16 eager PyTorch. Decoding
-    skips the quantizer: one latent that rounds to another code would be all that the comparison sees."""
+    skips the quantizer: one latent that rounds to another code would be all that the comparison sees.
+    """
     model, x = make(name).bfloat16(), images(4, (32, 32)).bfloat16()
     z = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
 
@@ -266,7 +267,8 @@ def test_straight_through_gradient():
 @pytest.mark.parametrize("legacy", [False, True])
 def test_losses_by_hand(legacy, weight):
     """van den Oord et al., eq. 3, as means over all N d entries: ‖sg[z] - e‖² + β ‖z - sg[e]‖², β on the other term in
-    the published code. Both terms have the same value; only their gradients tell them apart."""
+    the published code. Both terms have the same value; only their gradients tell them apart.
+    """
     module = quantizer(CODES, legacy=legacy, commitment_weight=weight)
     z = vectors([0.4, 0.1], [1.5, -1.0], [0.5, 0.0]).requires_grad_()
     loss = module(z).loss

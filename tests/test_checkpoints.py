@@ -434,7 +434,7 @@ def test_one_models_folder_and_its_file(tmp_path):
     model = VQModel(VQ)
     for layout_name, file in (("diffusers", "diffusion_pytorch_model.safetensors"), ("compvis", "model.safetensors")):
         model.save_pretrained(tmp_path, layout=layout_name)
-        assert sorted(os.listdir(tmp_path)) == ["config.json", file]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", file]
         for path in (tmp_path, tmp_path / file):
             loaded = checkpoints.load(path)
             assert same(loaded.first_stage, model.state_dict()) and loaded.first_stage.config == VQ

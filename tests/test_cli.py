@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -428,7 +429,7 @@ def test_train_calls_the_training(run, monkeypatch):
         run("train", "my/own.toml", "--run-dir", "here", "--stage", "first", "--restart", "--device", "cuda:1")[0] == 0
     )
     assert calls == [
-        ("emoji", os.path.join("runs", "emoji"), {"stage": "all", "resume": True, "first_stage": None, "device": None}),
+        ("emoji", str(Path("runs", "emoji")), {"stage": "all", "resume": True, "first_stage": None, "device": None}),
         ("my/own.toml", "here", {"stage": "first", "resume": False, "first_stage": None, "device": "cuda:1"}),
     ]
 

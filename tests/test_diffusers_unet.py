@@ -372,8 +372,8 @@ def residuals(ours: UNet, given: dict) -> tuple[list[Tensor], Tensor]:
     """A ControlNet's: of the shapes of skips and middle."""
     shapes = []
     hooks = [ours.mid_block.register_forward_hook(lambda m, a, out: shapes.append(out.shape))]
-    for block in ours.up_blocks:
-        hooks.append(block.register_forward_pre_hook(lambda m, a: shapes.append([s.shape for s in a[1]])))
+    note = lambda m, a: shapes.append([s.shape for s in a[1]])  # noqa: E731
+    hooks += [block.register_forward_pre_hook(note) for block in ours.up_blocks]
     with torch.no_grad():
         ours(**given)
     for hook in hooks:

@@ -145,7 +145,8 @@ def _kmeans(z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
 
 def _permuted(z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
     """All codes are equally far from rows of equal numbers: rounding alone decides. Exact in bfloat16, so that no bound
-    is wide for another reason."""
+    is wide for another reason.
+    """
     z, e = z.bfloat16().float(), e.bfloat16().float()
     return z[:, :1].expand(z.shape), e[0][torch.rand(e.shape).argsort(1)]
 
@@ -358,7 +359,8 @@ def test_stats_by_the_reference() -> None:
 @pytest.mark.parametrize("way", cpu.SEARCHES)
 def test_stats(way: str, width: int, dtype: torch.dtype, threads: Any) -> None:
     """The indices of the plain op; counts; sums in float64 in the order of the rows, rounded once. 40,000 rows: several
-    threads count, and one of the codes gets none, another thousands."""
+    threads count, and one of the codes gets none, another thousands.
+    """
     rows = 40_000 if width <= 4 else 3000
     z, codebook = data("normal", width, rows, 70, dtype)
     z, codebook = z.clone(), codebook.clone()
@@ -442,7 +444,8 @@ def test_a_module_without_an_op_is_passed_over(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 def test_a_hundred_million_pairs() -> None:
     """No wrong index over 10^8 pairs of a vector and a code, as judged in float64, and none that brute force does not
-    give; of each kind of data some rows against the documented formula, bit for bit."""
+    give; of each kind of data some rows against the documented formula, bit for bit.
+    """
     pairs = 0
     finite = [kind for kind in DATA if kind not in ("NaN rows", "NaN codes", "overflowing", "huge rows", "all sizes")]
     for kind, (width, rows, codes) in itertools.product(

@@ -207,7 +207,8 @@ def assert_close(
     got: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], tolerance: float, logits: float = 1.0
 ) -> None:
     """Errors are relative to the largest element; of a gradient that is zero but for rounding (that of q, if M = 1)
-    to the largest of all gradients."""
+    to the largest of all gradients.
+    """
     largest = max((e.abs().max().item() for key, e in exact.items() if key != "out" and e.numel()), default=0.0)
     for key, truth in exact.items():
         if truth.numel() == 0:

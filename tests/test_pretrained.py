@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,6 +194,6 @@ def test_a_failed_write_leaves_the_old_model(tmp_path, monkeypatch):
     monkeypatch.setattr("safetensors.torch.save_file", fails)
     with pytest.raises(OSError, match="No space left"):
         AutoencoderKL(KL).save_pretrained(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert same(AutoencoderKL.from_pretrained(tmp_path), before)
     assert read_tensors(tmp_path / "diffusion_pytorch_model.safetensors").metadata == {"format": "pt"}

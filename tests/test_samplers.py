@@ -1,7 +1,9 @@
 """Samplers on Gaussian data, where the best possible network is known in closed form, so that the exact solution of the
-probability flow ODE and the exact marginals are known too. Parity with the original samplers is in the golden tests."""
+probability flow ODE and the exact marginals are known too. Parity with the original samplers is in the golden tests.
+"""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -55,8 +57,8 @@ def test_timesteps_are_as_many_as_asked_for_and_valid(spacing, total):
     for steps in range(1, total + 1):
         timesteps = spaced_timesteps(total, steps, spacing)
         assert len(timesteps) == steps
-        assert all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
-        assert 0 <= timesteps[-1] and timesteps[0] < total
+        assert all(a > b for a, b in pairwise(timesteps))
+        assert timesteps[-1] >= 0 and timesteps[0] < total
 
 
 def test_spacings():

@@ -315,8 +315,21 @@ def test_the_table_misses_no_kernel() -> None:
 
 @pytest.mark.parametrize(
     ("width", "pieces"),
-    [(1, (16, 0)), (16, (16, 0)), (17, (32, 0)), (24, (32, 0)), (40, (32, 16)), (48, (32, 16)), (77, (64, 16))]
-    + [(80, (64, 16)), (96, (64, 32)), (97, (128, 0)), (128, (128, 0)), (160, (128, 32)), (256, (256, 0))],
+    [
+        (1, (16, 0)),
+        (16, (16, 0)),
+        (17, (32, 0)),
+        (24, (32, 0)),
+        (40, (32, 16)),
+        (48, (32, 16)),
+        (77, (64, 16)),
+        (80, (64, 16)),
+        (96, (64, 32)),
+        (97, (128, 0)),
+        (128, (128, 0)),
+        (160, (128, 32)),
+        (256, (256, 0)),
+    ],
 )
 def test_a_width_is_at_most_two_powers_of_two(width: int, pieces: tuple[int, int]) -> None:
     assert attention_common.pieces_of(width) == pieces
@@ -331,7 +344,7 @@ def test_the_work_is_divided_alike_for_any_batch(op: str) -> None:
         pairs = [(GroupNormSilu((1, 64, s, s), 32), GroupNormSilu((9, 64, s, s), 32)) for s in (4, 80)]
     for one, many in pairs:
         for a, b in zip(launches(op, one, torch.float16), launches(op, many, torch.float16), strict=True):
-            assert a.options == b.options and a.programs < b.programs or a.kernel.__name__ == "_grad_parameters"
+            assert (a.options == b.options and a.programs < b.programs) or a.kernel.__name__ == "_grad_parameters"
 
 
 def test_offsets_of_groups_on_chip_fit_32_bits() -> None:

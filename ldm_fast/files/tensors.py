@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_fast.files.atomic import reason, replacing
@@ -88,8 +90,6 @@ def read_tensors(path: str | Path) -> TensorFile:
 
 
 def _read_safetensors(path: Path) -> TensorFile:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -244,9 +244,6 @@ def read_shards(index: Path) -> TensorFile:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a .safetensors file, whole or not at all. Raises OSError with the path."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with replacing(path) as unfinished:
