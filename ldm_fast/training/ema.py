@@ -1,11 +1,14 @@
-"""Exponential moving average of weights, with the warm-up of the published models."""
+"""Exponential moving averages of weights, with the warm-up of the published models."""
 
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def decay_at(update: int, decay: float) -> float:
@@ -13,10 +16,10 @@ def decay_at(update: int, decay: float) -> float:
     return min(decay, (1 + update) / (10 + update))
 
 
-class Ema:
-    """`module` is a copy of the followed one that holds the averaged weights; buffers are copied, not averaged."""
+class Ema(Generic[M]):
+    """A copy of a module, `module`, that holds averages of its weights. Buffers are copied, not averaged."""
 
-    def __init__(self, followed: nn.Module, decay: float):
+    def __init__(self, followed: M, decay: float):
         self.followed = followed
         self.decay = decay
         self.module = copy.deepcopy(followed).requires_grad_(False).eval()
@@ -24,7 +27,8 @@ class Ema:
     @torch.no_grad()
     def update(self, update: int) -> None:
         """average <- decay * average + (1 - decay) * weights."""
-        averages, weights = list(self.module.parameters()), list(self.followed.parameters())
+        averages: list[Tensor] = list(self.module.parameters())
+        weights: list[Tensor] = list(self.followed.parameters())
         torch._foreach_lerp_(averages, weights, 1 - decay_at(update, self.decay))
         for mine, theirs in zip(self.module.buffers(), self.followed.buffers(), strict=True):
             mine.copy_(theirs)

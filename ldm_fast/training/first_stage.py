@@ -1,6 +1,6 @@
 """Training of the first stage (arXiv:2112.10752, appendix G): pixel loss, LPIPS and PatchGAN, KL-reg or VQ-reg.
 
-    L = L_rec + weight * adaptive * L_adv + regulariser
+    L = L_rec + weight · adaptive · L_adv + regulariser
 
 L_rec is the pixel loss + LPIPS: its mean under VQ-reg; under KL-reg the negative log-likelihood L_rec / exp(s) + s with
 a learned s, summed over each image, as published.
@@ -13,17 +13,22 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ldm_fast.configs.first_stage import VQConfig
 from ldm_fast.files.images import grid, to_uint8
-from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.interop.names import without_training_state
+from ldm_fast.models.autoencoder import AutoencoderKL, DecoderOutput, VQModel
+from ldm_fast.models.pretrained import assemble
+from ldm_fast.models.regularisation import DiagonalGaussian
 from ldm_fast.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from ldm_fast.training.ema import Ema
 from ldm_fast.training.image_set import DataError, ImageSet
+from ldm_fast.training.metrics import codebook_perplexity, codebook_usage, reconstruction_psnr
 from ldm_fast.training.recipe import FirstStageRecipe
-from ldm_fast.training.stage import seeded, update_weights
+from ldm_fast.training.stage import adamw, global_seed, mixed_precision, placed, seeded, update_weights
 
 INIT_LATENTS = 65536  # vectors that the codebook's k-means starts from
-REVIVAL_IMAGES = 64  # whose latents dead codes move to
-EVALUATION_IMAGES = 256  # at most so many held-out images for PSNR, as many trained ones for codebook usage
+REVIVAL_IMAGES = 64  # dead codes move to latents of this many images
+EVALUATION_IMAGES = 256  # at most so many held-out images for PSNR, and twice as many trained ones for codebook usage
 
 
 class FirstStage:
@@ -33,8 +38,7 @@ class FirstStage:
 
     def __init__(self, recipe: FirstStageRecipe, data: ImageSet, seed: int, device: torch.device):
         self.recipe, self.loop, self.device = recipe, recipe.loop, device
-        self.data, self.seed = data.training(), seed
-        self.held_out = data.evaluation() if bool(data.held_out.any()) else self.data
+        self.data, self.measured, self.seed = data.training(), data.measured(), seed
         side = self.data.images.shape[-1]
         if side % recipe.model.downsampling_factor:
             raise DataError(
@@ -43,44 +47,43 @@ class FirstStage:
         if recipe.disc_weight > 0 and side < (least := PatchDiscriminator.least_side(recipe.disc_layers)):
             raise DataError(f"data.size {side} is too small for disc_layers = {recipe.disc_layers}: {least} is needed")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=seeded(seed, self.name, "weights"))))
+            torch.manual_seed(global_seed(seeded(seed, self.name, "weights")))
             self._build()
         self.ema = Ema(self.model, self.loop.ema_decay)
-        codes = recipe.vq.num_vq_embeddings if recipe.vq is not None else 0
-        self.quantizing = recipe.vq is not None  # False while the steps before `quantize_from` last
+        codes = 0 if recipe.vq is None else recipe.vq.num_vq_embeddings
         self.counts = torch.zeros(codes, dtype=torch.int64)  # how often each code was chosen since the last revival
+        self.quantizing = recipe.vq is not None  # False during the steps before `quantize_from`
         self.lpips = _lpips(device) if recipe.lpips_weight > 0 else None
 
     def _build(self) -> None:
         recipe, loop, device = self.recipe, self.loop, self.device
-        self.model = (VQModel(recipe.vq) if recipe.vq is not None else AutoencoderKL(recipe.kl)).to(device)
+        self.model = placed(untrained(recipe), device, loop)
         self.model.open_latent_convs()
-        layout = torch.channels_last if loop.channels_last else torch.contiguous_format
-        self.model.to(memory_format=layout)
         self.logvar = nn.ParameterDict({"logvar": nn.Parameter(torch.zeros((), device=device))})
-        params = [*self.model.parameters(), *(self.logvar.parameters() if recipe.vq is None else ())]
-        options = {"betas": loop.betas, "weight_decay": loop.weight_decay, "fused": True}
-        self.optimizer = torch.optim.AdamW(params, lr=loop.learning_rate, **options)
-        self.discriminator = self.disc_optimizer = None
+        learned_variance = self.logvar.parameters() if recipe.vq is None else ()
+        self.optimizer = adamw([*self.model.parameters(), *learned_variance], loop)
+        self.discriminator: PatchDiscriminator | None = None
         if recipe.disc_weight > 0:
-            self.discriminator = PatchDiscriminator(recipe.disc_channels, recipe.disc_layers).to(device)
-            self.discriminator.to(memory_format=layout)
-            rate = recipe.disc_learning_rate or loop.learning_rate
-            self.disc_optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=rate, **options)
+            self.discriminator = placed(PatchDiscriminator(recipe.disc_channels, recipe.disc_layers), device, loop)
+            self.disc_optimizer = adamw(self.discriminator.parameters(), loop, recipe.disc_learning_rate)
 
     def __len__(self) -> int:
         return len(self.data)
 
     def modules(self) -> dict[str, nn.Module]:
-        modules = {"model": self.model, "ema": self.ema.module, "logvar": self.logvar}
+        modules: dict[str, nn.Module] = {"model": self.model, "ema": self.ema.module, "logvar": self.logvar}
         return modules if self.discriminator is None else {**modules, "discriminator": self.discriminator}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        optimizers = {"model": self.optimizer}
-        return optimizers if self.disc_optimizer is None else {**optimizers, "discriminator": self.disc_optimizer}
+        optimizers: dict[str, torch.optim.Optimizer] = {"model": self.optimizer}
+        return optimizers if self.discriminator is None else {**optimizers, "discriminator": self.disc_optimizer}
 
     def extra(self) -> dict[str, Tensor]:
         return {"counts": self.counts} if len(self.counts) else {}
+
+    def trained(self) -> AutoencoderKL | VQModel:
+        """A model on the CPU with the averaged weights, and without what only training needs."""
+        return trained_model(self.recipe, self.ema.module.state_dict(), "the first stage just trained")
 
     # One step
 
@@ -88,20 +91,20 @@ class FirstStage:
         self.quantizing = self.recipe.vq is not None and number >= self.recipe.quantize_from
         if self.quantizing and number == self.recipe.quantize_from and self.recipe.init_codebook:
             self._init_codebook(generator)
+        discriminator = self.discriminator if number >= self.recipe.disc_start else None
         metrics: dict[str, float] = {}
-        adversarial = self.discriminator is not None and number >= self.recipe.disc_start
         for index in batches:
             images = self._images(index, generator)
-            loss, reconstruction, values = self._generator_loss(images, generator, adversarial)
+            loss, reconstruction, values = self._generator_loss(images, generator, discriminator)
             (loss / len(batches)).backward()
-            if adversarial:
-                disc_loss, disc_values = self._discriminator_loss(images, reconstruction.detach())
+            if discriminator is not None:
+                disc_loss, disc_values = self._discriminator_loss(discriminator, images, reconstruction.detach())
                 (disc_loss / len(batches)).backward()
                 values.update(disc_values)
             for name, value in values.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value) / len(batches)
         metrics["gradient_norm"] = float(update_weights(self.optimizer, self.loop.grad_clip))
-        if adversarial:
+        if discriminator is not None:
             metrics["disc_gradient_norm"] = float(update_weights(self.disc_optimizer, self.loop.grad_clip))
         self.ema.update(number)
         self._revive(number, generator)
@@ -118,20 +121,13 @@ class FirstStage:
         images = self.data.batch(index, shift=shift, flip=flip).to(self.device)
         return images.to(memory_format=torch.channels_last) if self.loop.channels_last else images
 
-    def _autocast(self):
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.loop.precision == "bf16")
-
-    def _generator_loss(self, images: Tensor, generator: torch.Generator, adversarial: bool):
+    def _generator_loss(
+        self, images: Tensor, generator: torch.Generator, discriminator: PatchDiscriminator | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The autoencoder's loss, its reconstruction and the metrics."""
         recipe = self.recipe
-        with self._autocast():
-            if self.quantizing:
-                out = self.model(images)
-            elif recipe.vq is not None:
-                z = self._noisy(self.model.encode_latents(images), generator)
-                out = self.model.decode(z, force_not_quantize=True)
-            else:
-                out = self.model(images, sample_posterior=True, generator=generator)
+        with mixed_precision(self.device, self.loop):
+            out = self._reconstruct(images, generator)
         reconstruction, regulariser = out.sample.float(), out.regulariser
         error = self._pixel_error(images, reconstruction)  # (B, 3, H, W)
         values = {"pixel": error.mean().detach()}
@@ -139,26 +135,42 @@ class FirstStage:
             perceptual = self.lpips(images, reconstruction)  # (B, 1, 1, 1)
             values["lpips"] = perceptual.mean().detach()
             error = error + recipe.lpips_weight * perceptual
-        if recipe.vq is not None and not self.quantizing:
-            loss = reconstruction_loss = error.mean()
-        elif recipe.vq is not None:
-            reconstruction_loss = error.mean()
-            loss = reconstruction_loss + recipe.codebook_weight * regulariser.loss
-            self.counts += torch.bincount(regulariser.indices.flatten(), minlength=len(self.counts)).cpu()
-            values.update(vq=regulariser.loss.detach(), perplexity=regulariser.perplexity)
-        else:
+        if isinstance(regulariser, DiagonalGaussian):
             logvar = self.logvar["logvar"]
             reconstruction_loss = (error / logvar.exp() + logvar).sum() / len(images)
             kl = regulariser.kl().mean()
             loss = reconstruction_loss + recipe.kl_weight * kl
             values.update(kl=kl.detach(), logvar=logvar.detach())
-        if adversarial:
-            loss, values["adaptive"] = self._add_adversarial(loss, reconstruction_loss, reconstruction)
+        else:
+            loss = reconstruction_loss = error.mean()
+            if regulariser is not None:
+                loss = reconstruction_loss + recipe.codebook_weight * regulariser.loss
+                self.counts += torch.bincount(regulariser.indices.flatten(), minlength=len(self.counts)).cpu()
+                values.update(vq=regulariser.loss.detach(), perplexity=regulariser.perplexity)
+        if discriminator is not None:
+            generator_loss, weight = self._adversarial_loss(discriminator, reconstruction_loss, reconstruction)
+            loss = loss + recipe.disc_weight * weight * generator_loss
+            values["adaptive"] = weight
         return loss, reconstruction, {"loss": loss.detach(), **values}
 
+    def _reconstruct(self, images: Tensor, generator: torch.Generator) -> DecoderOutput:
+        """The output in training; without a regulariser before the codebook starts."""
+        out: DecoderOutput
+        if isinstance(self.model, AutoencoderKL):
+            out = self.model(images, sample_posterior=True, generator=generator)
+        elif self.quantizing:
+            out = self.model(images)
+        else:
+            z = self._noisy(self.model.encode_latents(images), generator)
+            out = self.model.decode(z, force_not_quantize=True)
+        return out
+
     def _noisy(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        """z plus noise of `latent_noise` times its own deviation, through which the gradient flows, too: what counts is
-        the ratio, so the encoder gains nothing by larger latents, only by spreading them over all channels."""
+        """z plus noise of `latent_noise` times its own standard deviation.
+
+        The gradient flows through the deviation, too. What counts is the ratio, so the encoder gains nothing by larger
+        latents, only by spreading them over all channels.
+        """
         if self.recipe.latent_noise == 0:
             return z
         centred = z.float() - z.float().mean((0, 2, 3), keepdim=True)
@@ -173,22 +185,25 @@ class FirstStage:
             return difference.square()
         return difference.abs() + difference.square()
 
-    def _add_adversarial(self, loss: Tensor, reconstruction_loss: Tensor, reconstruction: Tensor):
-        self.discriminator.requires_grad_(False)
-        with self._autocast():
-            fake = self.discriminator(reconstruction)
-        self.discriminator.requires_grad_(True)
-        generator_loss = -fake.float().mean()
-        weight = adaptive_weight(reconstruction_loss, generator_loss, self.model.decoder.conv_out.weight)
-        return loss + self.recipe.disc_weight * weight * generator_loss, weight
+    def _adversarial_loss(
+        self, discriminator: PatchDiscriminator, reconstruction_loss: Tensor, reconstruction: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The generator's loss and its adaptive weight."""
+        discriminator.requires_grad_(False)
+        with mixed_precision(self.device, self.loop):
+            fake = discriminator(reconstruction)
+        discriminator.requires_grad_(True)
+        loss = -fake.float().mean()
+        return loss, adaptive_weight(reconstruction_loss, loss, self.model.decoder.conv_out.weight)
 
-    def _discriminator_loss(self, images: Tensor, reconstruction: Tensor):
-        with self._autocast():
-            real, fake = self.discriminator(images), self.discriminator(reconstruction)
+    def _discriminator_loss(
+        self, discriminator: PatchDiscriminator, images: Tensor, reconstruction: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        with mixed_precision(self.device, self.loop):
+            real, fake = discriminator(images), discriminator(reconstruction)
         real, fake = real.float(), fake.float()
         loss = hinge_loss(real, fake)
-        values = {"disc": loss.detach(), "disc_real": real.mean().detach(), "disc_fake": fake.mean().detach()}
-        return loss, values
+        return loss, {"disc": loss.detach(), "disc_real": real.mean().detach(), "disc_fake": fake.mean().detach()}
 
     # The codebook
 
@@ -199,11 +214,12 @@ class FirstStage:
         return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
 
     def _encode(self, images: Tensor) -> Tensor:
-        with self._autocast():
+        with mixed_precision(self.device, self.loop):
             return self.model.encode_latents(images.to(self.device)).float()
 
     def _init_codebook(self, generator: torch.Generator) -> None:
-        side = self.data.images.shape[-1] // self.recipe.vq.downsampling_factor
+        assert isinstance(self.model, VQModel) and isinstance(self.ema.module, VQModel)
+        side = self.data.images.shape[-1] // self.model.config.downsampling_factor
         count = min(len(self.data), math.ceil(INIT_LATENTS / side**2))
         vectors = self._latent_vectors(torch.randperm(len(self.data), generator=generator)[:count])
         self.model.quantize.init_from_data(vectors, generator)
@@ -211,11 +227,12 @@ class FirstStage:
 
     @torch.no_grad()
     def _revive(self, number: int, generator: torch.Generator) -> None:
-        """Moves codes that nothing chose to latents of other examples, in the average too; their momenta start anew."""
+        """Move codes that nothing chose to latents of other examples, in the average too; their momenta start anew."""
         recipe = self.recipe
         due = self.quantizing and recipe.revive_every and (number + 1) % recipe.revive_every == 0
         if not due or (recipe.revive_until is not None and number >= recipe.revive_until):
             return
+        assert isinstance(self.model, VQModel) and isinstance(self.ema.module, VQModel)
         dead = (self.counts == 0).to(self.device)
         if dead.any():
             count = min(len(self.data), REVIVAL_IMAGES)
@@ -227,57 +244,71 @@ class FirstStage:
                 self.optimizer.state[codebook][name][dead] = 0
         self.counts.zero_()
 
-    # What one looks at
+    # Measuring and showing
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Of the EMA weights: PSNR on held-out images, or on trained ones where nothing is held out (their mean, and of
-        their pooled error), and codebook usage."""
-        squares, values = [], {}
-        index = torch.arange(min(len(self.held_out), EVALUATION_IMAGES))
-        for part in index.split(self.loop.batch_size):
-            images = self.held_out.batch(part)
-            shown, _ = self._reconstruct(images)
+        """The averaged weights' PSNR on held-out images (on trained ones if nothing is held out), and, on trained
+        images, the use of the codebook."""
+        squares = []
+        for part in torch.arange(min(len(self.measured), EVALUATION_IMAGES)).split(self.loop.batch_size):
+            images = self.measured.batch(part)
+            shown = to_uint8(self._shown(images)).permute(0, 3, 1, 2) / 255
             squares.append((shown - (images + 1) / 2).square().flatten(1).mean(1))
-        squares = torch.cat(squares).double().clamp(min=1e-10)
-        values["psnr"] = float((-10 * squares.log10()).mean())
-        values["psnr_pooled"] = float(-10 * squares.mean().log10())
-        if self.recipe.vq is not None:
-            values.update(self._codebook_usage())
+        values = reconstruction_psnr(torch.cat(squares), peak=1.0)
+        if isinstance(self.ema.module, VQModel):
+            counts = self._code_counts(self.ema.module)
+            values |= {"codebook_usage": codebook_usage(counts), "codebook_perplexity": codebook_perplexity(counts)}
         return values
 
-    def _codebook_usage(self) -> dict[str, float]:
-        """The share of codes that a sample of the training images uses, and the perplexity of their use."""
-        counts = torch.zeros(self.recipe.vq.num_vq_embeddings, dtype=torch.int64)
+    def _code_counts(self, model: VQModel) -> Tensor:
+        """(codes,) int64: how often each code is chosen on a sample of the training images."""
+        counts = torch.zeros(len(self.counts), dtype=torch.int64)
         index = torch.randperm(len(self.data), generator=seeded(self.seed, "usage"))[: 2 * EVALUATION_IMAGES]
         for part in index.split(self.loop.batch_size):
-            _, indices = self._reconstruct(self.data.batch(part), decode=False)
+            indices = model.quantize(model.encode_latents(self.data.batch(part).to(self.device))).indices
             counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
-        share = counts.double() / counts.sum()
-        perplexity = torch.special.entr(share).sum().exp()
-        return {"codebook_usage": float((counts > 0).double().mean()), "codebook_perplexity": float(perplexity)}
+        return counts
 
-    def _reconstruct(self, images: Tensor, decode: bool = True) -> tuple[Tensor | None, Tensor | None]:
-        """EMA reconstruction of (B, 3, H, W) in [0, 1], rounded to 256 levels, and the codes' indices."""
-        model = self.ema.module
-        if self.recipe.vq is None:
-            sample, indices = model.decode(model.encode(images.to(self.device)).latent_dist.mode()).sample, None
+    def _shown(self, images: Tensor) -> Tensor:
+        """The averaged weights' reconstruction of (B, 3, H, W), without noise."""
+        model, images = self.ema.module, images.to(self.device)
+        out: DecoderOutput
+        if isinstance(model, AutoencoderKL):
+            out = model.decode(model.encode(images).latent_dist.mode())
         else:
-            z = model.encode_latents(images.to(self.device))
-            indices = model.quantize(z).indices
-            sample = model.decode(z, force_not_quantize=not self.quantizing).sample if decode else None
-        if sample is None:
-            return None, indices
-        return (((sample.float().cpu().clamp(-1, 1) + 1) * 127.5).round() / 255), indices
+            out = model.decode(model.encode_latents(images), force_not_quantize=not self.quantizing)
+        return out.sample
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator) -> Tensor:
-        """Rows of held-out images, each over its reconstruction."""
-        index = torch.randperm(len(self.held_out), generator=generator)[:32]
-        images = self.held_out.batch(index)
-        shown = torch.cat([self._reconstruct(part)[0] for part in images.split(self.loop.batch_size)]) * 2 - 1
-        rows = [to_uint8(torch.cat(pair)) for pair in zip(images.split(8), shown.split(8), strict=True)]
+        """Rows of held-out images, each row above its reconstructions."""
+        index = torch.randperm(len(self.measured), generator=generator)[:32]
+        images = self.measured.batch(index)
+        shown = torch.cat([to_uint8(self._shown(part)) for part in images.split(self.loop.batch_size)])
+        rows = [torch.cat(pair) for pair in zip(to_uint8(images).split(8), shown.split(8), strict=True)]
         return torch.cat([grid(row, columns=min(8, len(images)), gap=2, fill=200) for row in rows])
+
+
+def untrained(recipe: FirstStageRecipe) -> AutoencoderKL | VQModel:
+    """The model that the recipe describes, with random weights."""
+    config = recipe.model
+    return VQModel(config) if isinstance(config, VQConfig) else AutoencoderKL(config)
+
+
+def trained_model(recipe: FirstStageRecipe, averages: dict[str, Tensor], origin: str) -> AutoencoderKL | VQModel:
+    """The recipe's model on the CPU with a copy of these averaged weights, without what only training needs.
+
+    `origin` is named in errors: CheckpointError if the weights do not fit.
+    """
+    weights = {
+        name: tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in without_training_state(averages).items()
+    }
+    config = recipe.model
+    if isinstance(config, VQConfig):
+        return assemble(VQModel, config.trained, weights, None, origin).requires_grad_(False)
+    return assemble(AutoencoderKL, config, weights, None, origin).requires_grad_(False)
 
 
 def _lpips(device: torch.device) -> nn.Module:
@@ -285,4 +316,5 @@ def _lpips(device: torch.device) -> nn.Module:
         import lpips
     except ImportError as error:
         raise DataError('lpips_weight needs the package lpips: pip install "ldm_fast[lpips]"') from error
-    return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)
+    network: nn.Module = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+    return network.to(device)

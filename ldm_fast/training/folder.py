@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from ldm_fast.files.images import read_image
 from ldm_fast.training.image_set import DataError, ImageSet
@@ -13,15 +15,14 @@ from ldm_fast.training.image_set import DataError, ImageSet
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-# A folder of images
-
-
 def folder_images(path: str | Path, size: int) -> ImageSet:
-    """All pictures below `path`, resized so that the short side is `size` and cropped in the middle to a square. What
-    is hidden (.ipynb_checkpoints/, ._1.png) is left out.
+    """Read all pictures below `path`, scaled so that the short side is `size`, and cropped to a square in the middle.
 
-    Captions come from `captions.jsonl` ({"file": ..., "caption": ...} a line) or from NAME.txt beside NAME.png; else
-    the names of the sub-folders are class labels; else the pictures are unconditional. Transparency becomes white.
+    Hidden files and folders (._1.png, .ipynb_checkpoints/) are left out. Transparency becomes white. Captions come from
+    `captions.jsonl`, with one {"file": ..., "caption": ...} a line, or from NAME.txt beside NAME.png. Without either,
+    the names of sub-folders are class labels; without those, too, the pictures are unconditional.
+
+    DataError if there are no pictures, one cannot be read, or some have a caption or a class and others have not.
     """
     root = Path(path)
     if not root.is_dir():
@@ -31,8 +32,6 @@ def folder_images(path: str | Path, size: int) -> ImageSet:
     if not files:
         raise DataError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {root}")
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    from tqdm import tqdm
-
     for i, file in enumerate(tqdm(files, desc="reading images", unit="image", leave=False, delay=2)):
         images[i] = _read_image(file, size)
     names = tuple(file.relative_to(root).as_posix() for file in files)
@@ -41,7 +40,7 @@ def folder_images(path: str | Path, size: int) -> ImageSet:
     return ImageSet(images, names=names, captions=captions, labels=labels, classes=classes)
 
 
-def _read_image(file: Path, size: int) -> torch.Tensor:
+def _read_image(file: Path, size: int) -> Tensor:
     try:
         return read_image(file, (size, size)).permute(2, 0, 1)
     except ValueError as error:
@@ -85,19 +84,19 @@ def _read_listing(listing: Path) -> dict[str, str]:
 
 
 def _read_text(file: Path) -> str:
-    """UTF-8, with the byte order mark that some editors write or without. DataError names the file."""
+    """Read UTF-8, with or without the byte order mark that some editors write. DataError names the file."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {file}: {error}") from error
 
 
-def _labels(names: tuple[str, ...]) -> tuple[torch.Tensor | None, tuple[str, ...]]:
+def _labels(names: tuple[str, ...]) -> tuple[Tensor | None, tuple[str, ...]]:
     folders = [name.split("/")[0] if "/" in name else None for name in names]
     if all(folder is None for folder in folders):
         return None, ()
     if None in folders:
         stray = names[folders.index(None)]
-        raise DataError(f"the image {stray} lies in no sub-folder while others do: its class is not known")
+        raise DataError(f"the image {stray} lies in no sub-folder while others do, so its class is not known")
     classes = tuple(sorted({folder for folder in folders if folder is not None}))
     return torch.tensor([classes.index(folder) for folder in folders]), classes

@@ -5,26 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 
 class DataError(ValueError):
-    """The training data cannot be used; the message names the folder, file or image at fault."""
+    """The training data cannot be used. The message names the folder, file or image at fault."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
     """Images (N, 3, H, W), uint8 (or floating point in [-1, 1]), and what goes with each of them.
 
-    captions: N strings, or None; labels: N class numbers into `classes`, or None; names: what an error calls image i;
-    held_out: (N,) bool, True where neither stage may train on the image; left_out: captions that have no picture.
+    Args:
+        names: what an error calls each image.
+        captions: N strings, or None.
+        labels: N class numbers into `classes`, or None.
+        held_out: (N,) bool, True if neither stage may train on the image; default: none is held out.
+        left_out: captions that have no picture.
     """
 
-    images: torch.Tensor
+    images: Tensor
     names: tuple[str, ...]
     captions: tuple[str, ...] | None = None
-    labels: torch.Tensor | None = None
+    labels: Tensor | None = None
     classes: tuple[str, ...] = ()
-    held_out: torch.Tensor = field(default=None)  # type: ignore[assignment]
+    held_out: Tensor = field(default=None)  # type: ignore[assignment]  # set below: it depends on N
     left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -36,8 +41,8 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
-    def select(self, rows: torch.Tensor) -> ImageSet:
-        """The images where `rows` (bool mask or indices) says so, in that order."""
+    def select(self, rows: Tensor) -> ImageSet:
+        """Return the images that `rows`, a bool mask or indices, selects, in that order."""
         index = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
         chosen = index.tolist()
         return ImageSet(
@@ -51,18 +56,22 @@ class ImageSet:
         )
 
     def training(self) -> ImageSet:
-        """Everything a stage may train on."""
+        """Return everything a stage may train on."""
         return self.select(~self.held_out)
 
     def evaluation(self) -> ImageSet:
-        """Everything held out of training."""
+        """Return everything held out of training."""
         return self.select(self.held_out)
 
-    def batch(self, index: torch.Tensor, shift: torch.Tensor | None = None, flip: torch.Tensor | None = None):
-        """Images at `index` (B,) as float32 (B, 3, H, W) in [-1, 1].
+    def measured(self) -> ImageSet:
+        """Return what metrics are measured on: the held-out images or, if there are none, those trained on."""
+        return self.evaluation() if bool(self.held_out.any()) else self.training()
+
+    def batch(self, index: Tensor, shift: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
+        """Return the images at `index` (B,) as float32 (B, 3, H, W) in [-1, 1].
 
         shift: (B, 2) whole pixels down and right, the uncovered rim repeating the border; flip: (B,) bool, mirrored.
-        Raises DataError with the image's name if a value is NaN or infinite.
+        DataError with the image's name if a value is NaN or infinite.
         """
         images = self.images[index]
         batch = images.float() / 127.5 - 1.0 if images.dtype == torch.uint8 else images.float()
@@ -77,8 +86,8 @@ class ImageSet:
         return batch
 
 
-def shifted(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Each image (B, C, H, W) moved by its own shift (B, 2): rows down, columns right; the border is repeated."""
+def shifted(images: Tensor, shift: Tensor) -> Tensor:
+    """Move each image (B, C, H, W) by its own shift (B, 2), rows down and columns right; the border is repeated."""
     height, width = images.shape[-2:]
     rows = (torch.arange(height) - shift[:, :1]).clamp(0, height - 1)  # (B, H)
     columns = (torch.arange(width) - shift[:, 1:]).clamp(0, width - 1)  # (B, W)

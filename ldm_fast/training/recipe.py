@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +21,15 @@ from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.diffusion.samplers import SAMPLERS, spaced_timesteps
 from ldm_fast.training.data import DataConfig
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
-def _not_negative(config: Any, *names: str) -> None:
+RECIPES = Path(__file__).with_name("recipes")
+
+
+def _not_negative(config: LoopConfig | FirstStageRecipe, *names: str) -> None:
     for name in names:
         if not getattr(config, name) >= 0:
             raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
@@ -30,18 +37,18 @@ def _not_negative(config: Any, *names: str) -> None:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long, how fast and how often: what the loop needs to know of either stage."""
+    """What the loop needs to know about a stage: how long, how fast, how often."""
 
     steps: int
     batch_size: int
     learning_rate: float
     warmup_steps: int = 0
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    final_lr_ratio: float = 0.0  # of the cosine: the last step's learning rate over the peak's
-    lr_restarts: tuple[int, ...] = ()  # the steps before which the schedule starts anew, warm-up and all
+    final_lr_ratio: float = 0.0  # the last step's learning rate over the peak's, if the schedule is a cosine
+    lr_restarts: tuple[int, ...] = ()  # steps at which the schedule starts again, warm-up included
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    grad_clip: float | None = None  # the largest norm of all gradients together
+    grad_clip: float | None = None  # the largest allowed norm of all gradients together
     accumulate: int = 1  # batches whose gradients are averaged into one step
     ema_decay: float = 0.9999
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -67,7 +74,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class FirstStageRecipe:
-    """The autoencoder (a section `vq` or a section `kl`) and its losses; a loss of weight 0 costs nothing."""
+    """The autoencoder, in a section `vq` or a section `kl`, and its losses. A loss of weight 0 costs nothing."""
 
     loop: LoopConfig
     vq: VQConfig | None = None
@@ -75,20 +82,20 @@ class FirstStageRecipe:
     pixel_loss: Literal["l1", "l2", "l1+l2"] = "l1"
     lpips_weight: float = 0.0
     kl_weight: float = 1e-6
-    codebook_weight: float = 1.0  # of the codebook and the commitment loss together
-    # Steps before `quantize_from` train a plain autoencoder, so that the codebook starts at latents that mean
-    # something; noise on these, relative to their standard deviation, makes them use all channels.
+    codebook_weight: float = 1.0  # weight of the codebook loss and the commitment loss together
+    # Steps before `quantize_from` train a plain autoencoder, so that the codebook starts at latents with a meaning.
+    # Noise on these latents, relative to their standard deviation, makes them use all channels.
     quantize_from: int = 0
     latent_noise: float = 0.0
-    init_codebook: bool = True  # at k-means centres of the latents, not at random
-    revive_every: int = 0  # steps after which codes that no latent chose start anew; 0: never
+    init_codebook: bool = True  # start it at k-means centres of the latents, not at random
+    revive_every: int = 0  # after so many steps, codes that no latent chose start again; 0: never
     revive_until: int | None = None
     disc_weight: float = 0.0
     disc_start: int = 0
     disc_channels: int = 64
     disc_layers: int = 3
-    disc_learning_rate: float | None = None  # the autoencoder's, where not given
-    shift: int = 0  # augmentation: at random up to so many pixels in each direction
+    disc_learning_rate: float | None = None  # default: the autoencoder's
+    shift: int = 0  # augmentation: move images at random by up to so many pixels in each direction
     horizontal_flip: bool = False
 
     def __post_init__(self) -> None:
@@ -107,12 +114,15 @@ class FirstStageRecipe:
 
     @property
     def model(self) -> AutoencoderConfig:
-        return self.vq if self.vq is not None else self.kl
+        """The autoencoder's configuration."""
+        model = self.kl if self.vq is None else self.vq
+        assert model is not None
+        return model
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text encoder trained along with the UNet; its vocabulary is the training captions' words."""
+    """The text encoder that is trained along with the UNet. Its vocabulary is the words of the training captions."""
 
     width: int
     depth: int
@@ -123,7 +133,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Phase:
-    """What is different from step `start` on, until a later phase says otherwise; what is not given stays as it was."""
+    """What changes at step `start`, until a later phase changes it again. What is not given stays as it was."""
 
     start: int
     condition_dropout: float | None = None
@@ -140,17 +150,17 @@ class SecondStageRecipe:
     condition: Literal["none", "text", "class"] = "text"
     text: TextConfig | None = None
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    scaling_factor: float | None = None  # 1 / standard deviation of the first batch's latents, where not given
+    scaling_factor: float | None = None  # default: 1 / standard deviation of the first batch's latents
     condition_dropout: float = 0.1
     min_snr_gamma: float | None = None
     stratified_timesteps: bool = False
-    timestep_shift: float = 1.0  # above 1: more of the noisy ones (arXiv:2403.03206, 5.3.2)
-    loss_levels: int = 1  # scales the loss is taken at: 1 is the mean square, 3 adds those of 2×2 and 4×4 means
-    phases: tuple[Phase, ...] = ()  # what changes on the way
+    timestep_shift: float = 1.0  # above 1: noisy timesteps are drawn more often (arXiv:2403.03206, 5.3.2)
+    loss_levels: int = 1  # scales at which the loss is taken: 1 is the mean square, 3 adds those of 2×2 and 4×4 means
+    phases: tuple[Phase, ...] = ()
     horizontal_flip: bool = False
-    sampling: Defaults = free(Defaults())  # how the exported model, and the grids while it trains, are sampled
-    grid_prompts: tuple[str, ...] = free(())  # of the sample grids; where empty, spread over the data
-    export_half: bool = free(True)  # float16 weights in the exported model
+    sampling: Defaults = free(Defaults())  # for the exported model and for the sample grids during training
+    grid_prompts: tuple[str, ...] = free(())  # for the sample grids; default: captions spread over the data
+    export_half: bool = free(True)  # whether the exported model has float16 weights
 
     def __post_init__(self) -> None:
         self._check_condition()
@@ -175,11 +185,11 @@ class SecondStageRecipe:
             raise ValueError('condition "text" needs the section text')
         unet = self.unet
         if (self.condition != "none") != (unet.uses_context or unet.addition_embed_type == "text"):
-            needed = "no cross attention" if self.condition == "none" else "cross attention, or nothing reads it"
-            raise ValueError(f'condition "{self.condition}" needs a unet with {needed}')
-        needed = unet.cross_attention_dim if unet.encoder_hid_dim is None else unet.encoder_hid_dim
-        if self.condition == "text" and self.text.width != needed:
-            raise ValueError(f"text.width is {self.text.width}, but the unet takes a context of width {needed}")
+            kind = "no cross attention" if self.condition == "none" else "cross attention, or nothing reads it"
+            raise ValueError(f'condition "{self.condition}" needs a unet with {kind}')
+        width = unet.cross_attention_dim if unet.encoder_hid_dim is None else unet.encoder_hid_dim
+        if self.condition == "text" and self.text is not None and self.text.width != width:
+            raise ValueError(f"text.width is {self.text.width}, but the unet takes a context of width {width}")
 
     def _check_sampling(self) -> None:
         spaced_timesteps(self.diffusion.num_train_timesteps, self.sampling.steps, self.sampling.spacing)
@@ -189,7 +199,7 @@ class SecondStageRecipe:
             raise ValueError("sampling.guidance must be finite and sampling.eta in [0, 1]")
 
     def at(self, step: int) -> SecondStageRecipe:
-        """The recipe in the phase of `step` (from 0), itself without phases."""
+        """Return the recipe as it is at `step` (from 0), without phases."""
         given: dict[str, Any] = {}
         for phase in self.phases:
             if phase.start <= step:
@@ -199,7 +209,7 @@ class SecondStageRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """`first_stage` may be left out where one that is trained is given to `train`."""
+    """A whole training run. `first_stage` may be left out if a trained one is given to `train`."""
 
     name: str
     data: DataConfig
@@ -213,8 +223,10 @@ class Recipe:
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """A shipped recipe by its name ("emoji") or any recipe by its path ("my/recipe.toml"). ConfigError says what
-    is wrong with it."""
+    """Load a shipped recipe by its name ("emoji") or any recipe by its path ("my/recipe.toml").
+
+    ConfigError if it cannot be read, or something in it is wrong.
+    """
     path = Path(name_or_path)
     if path.suffix == ".toml":
         try:
@@ -225,16 +237,12 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         shipped = shipped_recipes()
         if str(name_or_path) not in shipped:
             raise ConfigError(f"no recipe {str(name_or_path)!r}: give {', '.join(shipped)} or the path of a .toml file")
-        text = (_recipe_folder() / f"{name_or_path}.toml").read_text(encoding="utf-8")
+        text = (RECIPES / f"{name_or_path}.toml").read_text(encoding="utf-8")
     return parse_recipe(text, str(name_or_path))
 
 
 def parse_recipe(text: str, source: str = "recipe") -> Recipe:
-    """A recipe from TOML text; `source` is what errors call it."""
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
+    """Read a recipe from TOML text; `source` is what errors call it."""
     try:
         return from_dict(Recipe, tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
@@ -244,10 +252,5 @@ def parse_recipe(text: str, source: str = "recipe") -> Recipe:
 
 
 def shipped_recipes() -> list[str]:
-    return sorted(
-        entry.name.removesuffix(".toml") for entry in _recipe_folder().iterdir() if entry.name.endswith(".toml")
-    )
-
-
-def _recipe_folder():
-    return resources.files("ldm_fast.training") / "recipes"
+    """List the names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))

@@ -1,13 +1,19 @@
-"""What a stage is to the loop that trains it."""
+"""What a stage is to the loop that trains it, and what both stages need for a step."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from ldm_fast.files.tensors import CheckpointError
+from ldm_fast.training.recipe import LoopConfig
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Stage(Protocol):
@@ -17,36 +23,91 @@ class Stage(Protocol):
     device: torch.device
 
     def __len__(self) -> int:
-        """The number of training examples."""
+        """Return the number of training examples."""
 
     def modules(self) -> dict[str, nn.Module]:
-        """Everything with weights that a checkpoint must hold, EMA included."""
+        """Return everything with weights that a checkpoint must hold, the averaged weights included."""
 
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]: ...
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the optimizers whose state and learning rate belong to the run."""
 
     def extra(self) -> dict[str, Tensor]:
-        """Other tensors that are part of the state; restored in place."""
+        """Return other tensors that are part of the state; `restore` writes into them."""
 
     def step(self, number: int, batches: list[Tensor], generator: torch.Generator) -> dict[str, float]:
-        """One optimiser step over batches of example numbers; returns metrics, "loss" among them."""
+        """Do one optimizer step over batches of example numbers; return metrics, "loss" among them."""
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics on held-out data; must not change the state."""
+        """Return metrics on held-out data; must not change the state."""
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """A picture uint8 (H, W, 3) that shows how far training is; must not change the state."""
+        """Return a picture (H, W, 3) uint8 that shows how far training is; must not change the state."""
 
 
-def seeded(*what: Any) -> torch.Generator:
-    """A CPU generator whose numbers depend on `what` alone."""
+# The state of a stage
+
+
+def capture(stage: Stage) -> dict[str, Tensor]:
+    """Copy every tensor of a stage's state to the CPU, under flat names. (A device may have no room for a copy.)"""
+    tensors: dict[str, Tensor] = {}
+    for name, module in stage.modules().items():
+        tensors.update({f"weights/{name}/{key}": value for key, value in module.state_dict().items()})
+    for name, optimizer in stage.optimizers().items():
+        for number, values in optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer/{name}/{number}/{key}": value for key, value in values.items()})
+    tensors.update({f"extra/{name}": value for name, value in stage.extra().items()})
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def restore(stage: Stage, tensors: dict[str, Tensor]) -> None:
+    """Put what `capture` returned back into the stage. CheckpointError if it belongs to another stage or recipe."""
+    try:
+        for name, module in stage.modules().items():
+            module.load_state_dict(under(tensors, f"weights/{name}/"))
+        for name, optimizer in stage.optimizers().items():
+            _restore_optimizer(optimizer, under(tensors, f"optimizer/{name}/"))
+        for name, value in stage.extra().items():
+            value.copy_(tensors[f"extra/{name}"])
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise CheckpointError(f"the checkpoint does not fit the recipe's {stage.name}: {error}") from error
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """State tensors get the memory layout of their parameter: the fused optimizers read both in memory order."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, key = name.split("/", 1)
+        param = params[int(number)]
+        if tensor.shape == param.shape:
+            tensor = torch.empty_like(param, memory_format=torch.preserve_format).copy_(tensor)
+        state.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+# Random numbers and the order of the examples
+
+
+def seeded(*what: object) -> torch.Generator:
+    """Return a CPU generator whose numbers depend on `what` alone."""
     digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-class DataOrder:
-    """An endless stream of example numbers, every epoch a new permutation; any part of it can be asked for."""
+def global_seed(generator: torch.Generator) -> int:
+    """Draw a seed for PyTorch's global generator, which initialises weights and drives dropout."""
+    return int(torch.randint(2**62, (), generator=generator))
 
-    def __init__(self, count: int, *seed: Any):
+
+class DataOrder:
+    """An endless stream of example numbers: a new permutation for every epoch, and any part of it can be asked for."""
+
+    def __init__(self, count: int, *seed: object):
         self.count, self.seed = count, seed
         self._epochs: dict[int, Tensor] = {}
 
@@ -57,7 +118,7 @@ class DataOrder:
         return self._epochs[epoch]
 
     def take(self, start: int, size: int) -> Tensor:
-        """Numbers start ... start + size - 1 of the stream, int64 (size,)."""
+        """Return numbers start ... start + size - 1 of the stream, int64 (size,)."""
         parts = []
         while size > 0:
             epoch, within = divmod(start, self.count)
@@ -67,8 +128,30 @@ class DataOrder:
         return torch.cat(parts)
 
 
+# What a step is made of
+
+
+def placed(module: M, device: torch.device, loop: LoopConfig) -> M:
+    """Move a module to the device, with convolutions in the memory layout that the recipe asks for."""
+    module.to(device)
+    if loop.channels_last:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack this one
+    return module
+
+
+def adamw(params: Iterable[nn.Parameter], loop: LoopConfig, learning_rate: float | None = None) -> torch.optim.AdamW:
+    """Make the recipe's optimizer (Loshchilov & Hutter, arXiv:1711.05101), by default with its learning rate."""
+    rate = learning_rate or loop.learning_rate
+    return torch.optim.AdamW(params, lr=rate, betas=loop.betas, weight_decay=loop.weight_decay, fused=True)
+
+
+def mixed_precision(device: torch.device, loop: LoopConfig) -> torch.autocast:
+    """Return the context in which a stage's networks compute."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=loop.precision == "bf16")
+
+
 def update_weights(optimizer: torch.optim.Optimizer, clip: float | None) -> Tensor:
-    """Clips the gradients' norm, steps and forgets the gradients. Returns the norm as it was."""
+    """Clip the gradients' norm, step, and drop the gradients. Return the norm before clipping."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip)
     optimizer.step()
