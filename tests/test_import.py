@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("triton", "diffusers", "transformers", "PIL", "tqdm", "emoji", "safetensors", "sklearn", "faiss", "scipy")
+HEAVY = ("triton", "diffusers", "transformers", "PIL", "tqdm", "emoji", "sklearn", "faiss", "scipy")
 
 
 def run(code: str, folder: Path) -> str:
