@@ -1,10 +1,11 @@
-// ldm_fast._native: the CPU kernels, seen from Python. No tensors here: addresses, shapes and strides.
+// ldm_fast._native: the CPU kernels as Python sees them. No tensors here: addresses, shapes and strides.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cpu/cpuid.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "from_python.h"
 
 namespace py = pybind11;
 

@@ -397,6 +397,25 @@ def test_unknown_isa_is_an_error():
         native.extension().set_isa("quantum")
 
 
+def test_the_kernels_take_whole_records_only():
+    """A field too few or too many, or one of another type, is a TypeError: nothing is read beyond the tuple."""
+    x, stats = torch.randn(1, 4, 3), torch.empty(1, 2, 3, dtype=torch.float64)
+    record, _ = cpu._norm(Norm(x, 2))
+    native.extension().group_norm_stats(record, stats.data_ptr())
+    assert torch.equal(stats, cpu.group_norm_stats(x, 2))
+    q = torch.randn(1, 1, 3, 4)
+    forward = cpu._attention(q, q, q, None, 1.0, q, torch.empty(1, 1, 3))
+    few_strides = (*forward[:13], (4, 4), *forward[14:])
+    for wrong in (record[:-1], (*record, 0), (), list(record), (*record[:7], None, *record[8:]), ("f", *record[1:])):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            native.extension().group_norm_stats(wrong, stats.data_ptr())
+    for wrong in (forward[:-1], few_strides, (*forward[:13], 4, *forward[14:]), record):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            native.extension().attention(wrong)
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            native.extension().attention_backward((wrong, 0, q.stride(), 0, 0, 0))
+
+
 ONE_RUNTIME = """
 import os, torch
 from ldm_fast.ops import cpu, native

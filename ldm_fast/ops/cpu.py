@@ -25,13 +25,15 @@ def unavailable() -> str | None:
 
 def _unsupported(**tensors: Tensor | None) -> str | None:
     for name, tensor in tensors.items():
-        if tensor is None or (tensor.is_cpu and tensor.dtype in _DTYPES):
-            continue
-        if not tensor.is_cpu:
-            return f"runs on CPU tensors, {name} is on {tensor.device}"
-        if tensor.dtype not in _DTYPES:
+        if tensor is not None and not _can_take(tensor):
+            if not tensor.is_cpu:
+                return f"runs on CPU tensors, {name} is on {tensor.device}"
             return f"computes float32, bfloat16 and float16, {name} is {tensor.dtype}"
     return None
+
+
+def _can_take(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.dtype in _DTYPES
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -44,33 +46,15 @@ def _address(tensor: Tensor | None) -> int:
 def attention_unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
     if mask is not None and mask.dtype not in _MASK_KINDS:
         return f"takes boolean, float32, bfloat16 and float16 masks, mask is {mask.dtype}"
-    return None if q.is_cpu and q.dtype in _DTYPES else _unsupported(q=q)  # k and v are like q
+    return None if _can_take(q) else _unsupported(q=q)  # k and v are like q
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """See `reference.attention`; the last stride of q, k and v is 1."""
     batch, heads, rows, width = q.shape
-    out_stride = (rows * heads * width, width, heads * width)
-    out = q.new_empty_strided(q.shape, (*out_stride, 1))
+    out = q.new_empty_strided(q.shape, (rows * heads * width, width, heads * width, 1))
     lse = q.new_empty_strided((batch, heads, rows), (heads * rows, rows, 1), dtype=torch.float32)
-    extension().attention(
-        _DTYPES[q.dtype],
-        0 if mask is None else _MASK_KINDS[mask.dtype],
-        (batch, heads, rows, k.shape[2], width),
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        _address(mask),
-        out.data_ptr(),
-        lse.data_ptr(),
-        q.stride()[:3],
-        k.stride()[:3],
-        v.stride()[:3],
-        out_stride,
-        (0, 0, 0, 0) if mask is None else mask.stride(),
-        scale,
-        torch.get_num_threads(),
-    )
+    extension().attention(_attention(q, k, v, mask, scale, out, lse))
     return out, lse
 
 
@@ -80,17 +64,36 @@ def attention_backward(
     """See `reference.attention_backward`; the last strides are 1, the gradients contiguous."""
     grad, lse = grad.to(q.dtype), lse.contiguous()
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    forward = _attention(q, k, v, mask, scale, out, lse)
     extension().attention_backward(
+        (forward, grad.data_ptr(), grad.stride(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
+    )
+    return dq, dk, dv
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor, lse: Tensor
+) -> tuple[Any, ...]:
+    """Return Attention of csrc/cpu/kernels.h."""
+    return (
         _DTYPES[q.dtype],
         0 if mask is None else _MASK_KINDS[mask.dtype],
-        (*q.shape[:3], k.shape[2], q.shape[3]),
-        *map(_address, (q, k, v, mask, out, lse, grad, dq, dk, dv)),
-        *(t.stride()[:3] for t in (q, k, v, out, grad)),
+        *q.shape[:3],
+        *k.shape[2:],
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        out.stride(),
         (0, 0, 0, 0) if mask is None else mask.stride(),
         scale,
         torch.get_num_threads(),
     )
-    return dq, dk, dv
 
 
 # ---- group_norm_silu ----
@@ -99,13 +102,13 @@ def attention_backward(
 def group_norm_silu_unsupported(norm: Norm) -> str | None:
     x, _, weight, bias, _, _, scale, shift = norm
     for tensor in (x, weight, bias, scale, shift):
-        if tensor is not None and not (tensor.is_cpu and tensor.dtype in _DTYPES):
+        if tensor is not None and not _can_take(tensor):
             return _unsupported(x=x, weight=weight, bias=bias, scale=scale, shift=shift)
     return None
 
 
-def _record(norm: Norm) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
-    """Return NormRecord of csrc/cpu/dispatch.h, and the vectors that it holds addresses of."""
+def _norm(norm: Norm) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
+    """Return Norm of csrc/cpu/kernels.h, and the vectors that it holds addresses of."""
     x, groups, weight, bias, eps, activation, scale, shift = norm
     shape = x.shape
     batch, channels = shape[0], shape[1]
@@ -145,7 +148,7 @@ def _like(gradient: Tensor | None, vector: Tensor | None) -> Tensor | None:
 
 def group_norm_silu(norm: Norm) -> tuple[Tensor, Tensor]:
     """See `reference.group_norm_silu`."""
-    record, _vectors = _record(norm)
+    record, _vectors = _norm(norm)
     x, groups = norm.x, norm.num_groups
     y, batch = torch.empty_like(x), x.shape[0]
     # Given, the strides make it cheaper than new_empty.
@@ -155,13 +158,13 @@ def group_norm_silu(norm: Norm) -> tuple[Tensor, Tensor]:
 
 
 def group_norm_stats_unsupported(x: Tensor, num_groups: int) -> str | None:
-    return _unsupported(x=x)
+    return None if _can_take(x) else _unsupported(x=x)
 
 
 def group_norm_stats(x: Tensor, num_groups: int) -> Tensor:
     """See `reference.group_norm_stats`; x contiguous or channels_last."""
     stats = x.new_empty((x.shape[0], num_groups, 3), dtype=torch.float64)
-    record, _ = _record(Norm(x, num_groups))
+    record, _ = _norm(Norm(x, num_groups))
     extension().group_norm_stats(record, stats.data_ptr())
     return stats
 
@@ -172,7 +175,7 @@ def group_norm_apply_unsupported(norm: Norm, stats: Tensor) -> str | None:
 
 def group_norm_apply(norm: Norm, stats: Tensor) -> Tensor:
     """See `reference.group_norm_apply`; stats contiguous."""
-    record, _vectors = _record(norm)
+    record, _vectors = _norm(norm)
     y = torch.empty_like(norm.x)
     extension().group_norm_apply(record, stats.data_ptr(), y.data_ptr())
     return y
@@ -182,7 +185,7 @@ def group_norm_silu_backward(
     grad: Tensor, norm: Norm, statistics: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `reference.group_norm_silu_backward`; grad in the layout of x."""
-    record, vectors = _record(norm)
+    record, vectors = _norm(norm)
     x, grad = norm.x, grad.to(norm.x.dtype)
     if grad.stride() != x.stride():
         grad = torch.empty_like(x).copy_(grad)
@@ -240,15 +243,18 @@ def _search_codebook(
     z: Tensor, codebook: Tensor, search: str, index: Tensor, counts: Tensor | None, sums: Tensor | None
 ) -> None:
     extension().nearest_codebook(
-        _DTYPES[z.dtype],
-        SEARCHES[search],
-        (*z.shape[:2], *codebook.shape),
-        z.data_ptr(),
-        codebook.data_ptr(),
-        z.stride(),
-        codebook.stride(),
-        index.data_ptr(),
-        _address(counts),
-        _address(sums),
-        torch.get_num_threads(),
+        (
+            _DTYPES[z.dtype],
+            SEARCHES[search],
+            *z.shape[:2],
+            *codebook.shape,
+            z.data_ptr(),
+            codebook.data_ptr(),
+            z.stride(),
+            codebook.stride(),
+            index.data_ptr(),
+            _address(counts),
+            _address(sums),
+            torch.get_num_threads(),
+        )
     )
