@@ -940,7 +940,11 @@ GOOD = {
     "group_norm_silu": {"x": X(2, 6, 5), "num_groups": 3, "weight": X(6), "bias": X(6)},
     "group_norm_stats": {"x": X(2, 6, 5), "num_groups": 3},
     "group_norm_apply": {
-        **{"x": X(2, 6, 5), "stats": torch.ones(2, 3, 3).double(), "num_groups": 3, "weight": X(6), "bias": X(6)},
+        "x": X(2, 6, 5),
+        "stats": torch.ones(2, 3, 3).double(),
+        "num_groups": 3,
+        "weight": X(6),
+        "bias": X(6),
     },
     "nearest_codebook": {"z": X(4, 3), "codebook": X(7, 3)},
     "nearest_codebook_stats": {"z": X(4, 3), "codebook": X(7, 3)},

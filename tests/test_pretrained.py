@@ -191,7 +191,7 @@ def test_a_failed_write_leaves_the_old_model(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fails)
+    monkeypatch.setattr("ldm_fast.files.tensors.save_file", fails)
     with pytest.raises(OSError, match="No space left"):
         AutoencoderKL(KL).save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def spaced_timesteps(num_train_timesteps: int, steps: int, spacing: str = "leadi
 def _noise_levels(schedule: NoiseSchedule, timesteps: Sequence[int], alpha_end: float | None) -> list[float]:
     """abar at every timestep and, last, where the sampler ends."""
     timesteps, total = [int(t) for t in timesteps], schedule.num_train_timesteps
-    decreasing = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+    decreasing = all(a > b for a, b in pairwise(timesteps))
     if not timesteps or not decreasing or timesteps[0] >= total or timesteps[-1] < 0:
         raise ValueError(
             f"timesteps must be strictly decreasing, from below {total} down to 0 or more; got {timesteps}"

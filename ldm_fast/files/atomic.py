@@ -20,11 +20,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield unfinished
-        with open(unfinished, "rb+") as file:
+        with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         if target.exists():
             shutil.copymode(target, unfinished)
-        os.replace(unfinished, target)
+        unfinished.replace(target)
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
         if isinstance(error, OSError):

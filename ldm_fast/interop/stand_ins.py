@@ -7,7 +7,7 @@ They carry the names of the classes they stand for, since diffusers decides some
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -44,7 +44,7 @@ def _conditional_unet(base: Any) -> type[nn.Module]:
     mixins = (UNet2DConditionLoadersMixin, PeftAdapterMixin, AttentionMixin, diffusers.ModelMixin)
 
     class StandIn(_Described, base, *mixins):
-        _repeated_blocks = ["TransformerBlock"]  # what `compile_repeated_blocks` compiles
+        _repeated_blocks: ClassVar[list[str]] = ["TransformerBlock"]  # what `compile_repeated_blocks` compiles
 
         def forward(self, *args: Any, cross_attention_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
             """As `UNet.forward`; `cross_attention_kwargs["scale"]` is the weight of all LoRA layers in this call."""

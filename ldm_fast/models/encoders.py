@@ -139,8 +139,7 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
-        x = x + self.feed_forward(self.feed_forward_norm(x))
-        return x
+        return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class TransformerEmbedder(nn.Module):

@@ -40,7 +40,7 @@ def weight(key: str, shape: tuple[int, ...]) -> Tensor:
         w *= np.float32(int(np.prod(shape[1:])) ** -0.5)
     else:
         w *= np.float32(0.1)
-        if key.endswith("weight") or key.endswith(".g"):
+        if key.endswith(("weight", ".g")):
             w += np.float32(1)
     return torch.from_numpy(w)
 
