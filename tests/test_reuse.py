@@ -333,14 +333,15 @@ def test_linears(bias):
 
 
 def test_layers_that_cannot_be_joined_stay_where_they_are():
-    for other in (nn.Linear(6, 4).double(), nn.Sequential(nn.Linear(6, 4)), nn.Linear(6, 4, device="meta")):
-        layers = nn.ModuleList([nn.Linear(6, 4), other])
+    (quantized := nn.Linear(6, 4)).weight = nn.Parameter(torch.ones(4, 6).as_subclass(type("Other", (Tensor,), {})))
+    subclassed = type("Other", (nn.Linear,), {})(6, 4)
+    for other in (nn.Linear(6, 4).double(), nn.Sequential(nn.Linear(6, 4)), quantized, subclassed):
+        layers = nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4), other])
         joined.join(layers)
         assert lie_apart(layers)
     joined.join(layers := [nn.Linear(6, 4), nn.Linear(6, 4, bias=False)])
     with torch.no_grad():
-        x = torch.ones(1, 6)
-        assert all(torch.equal(got, layer(x)) for got, layer in zip(joined.linears(x, layers), layers, strict=True))
+        assert torch.equal(joined.linears(x := torch.ones(1, 6), layers)[0], layers[0](x))
 
 
 SCHEDULE = [900, 500.5, 100]
@@ -348,8 +349,7 @@ SCHEDULE = [900, 500.5, 100]
 
 @pytest.fixture
 def embedded(unet) -> list[int]:
-    """How many timesteps each call of the time embedding was given."""
-    counts: list[int] = []
+    counts: list[int] = []  # of timesteps that each call of the time embedding was given
     unet.time_proj.register_forward_hook(lambda module, inputs, output: counts.append(len(output)))
     return counts
 

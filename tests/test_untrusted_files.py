@@ -247,7 +247,7 @@ def test_mixed_dtypes(dtype, message, tmp_path):
 def test_what_cannot_be_computed_in(tmp_path):
     state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in compvis(VQ).items()}
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="float8_e4m3fn; say by torch_dtype"):
+    with pytest.raises(CheckpointError, match="float8_e4m3fn; choose by torch_dtype"):
         checkpoints.load(tmp_path / "model.safetensors")
     assert (
         checkpoints.load(tmp_path / "model.safetensors", torch_dtype=torch.float16).first_stage.dtype == torch.float16

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import nn
 
 from ldm_fast.checkpoints.clip_skeleton import CLIPSkeleton
@@ -32,5 +29,4 @@ def layout(config: Config) -> tuple[Entry, ...]:
     """Return every tensor of the model that `config` describes, in both layouts, without allocating weights."""
     if type(config) not in MODELS:
         raise TypeError(f"layout: no model for {type(config).__name__}; known: {[c.__name__ for c in MODELS]}")
-    build: Callable[[Any], nn.Module] = MODELS[type(config)]
-    return layout_of(build, config)
+    return layout_of(MODELS[type(config)], config)

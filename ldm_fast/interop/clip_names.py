@@ -23,7 +23,7 @@ OPEN_CLIP_LAYER = {
 
 
 def with_text_model(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names that OpenAI's CLIP was published with; some programs leave "text_model." out."""
+    """Return the tensors under the names of OpenAI's CLIP; some programs leave "text_model." out of them."""
     short, parts = HF.removesuffix("text_model."), ("embeddings.", "encoder.", "final_layer_norm.")
     starts = tuple(short + part for part in parts)
     return {
@@ -32,7 +32,7 @@ def with_text_model(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def clip_names(config: CLIPShape) -> Iterator[tuple[str, str]]:
-    """(ours, theirs) of modules, and of parameters that are none of a module of theirs."""
+    """Pair the modules, ours with theirs, and the parameters that lie outside of theirs."""
     if not config.open_clip:
         for module in ("embeddings", "encoder", "final_layer_norm"):
             yield module, HF + module
@@ -48,7 +48,7 @@ def clip_names(config: CLIPShape) -> Iterator[tuple[str, str]]:
 
 
 def clip_shape(shapes: Mapping[str, tuple[int, ...]]) -> CLIPShape | None:
-    """What the names and shapes under a checkpoint's prefix are of; None if not of a CLIP text model."""
+    """Return the sizes of the CLIP text model that has these names and shapes; None if it is no such model."""
     if f"{HF}embeddings.token_embedding.weight" in shapes:
         tokens, positions, layers, inner, projection = (
             f"{HF}embeddings.token_embedding.weight",

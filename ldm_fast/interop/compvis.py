@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ldm_fast.configs.encoders import ClassEmbedderConfig, SpatialRescalerConfig, TransformerConfig
@@ -108,6 +108,13 @@ def autoencoder_config_from_compvis(params: Mapping[str, Any]) -> AutoencoderCon
     if codes is None:
         return AutoencoderConfig(**fields)
     return VQConfig(**fields, num_vq_embeddings=codes, legacy=True)
+
+
+MODEL_READERS: dict[type, Callable[[Mapping[str, Any]], UNetConfig | AutoencoderConfig]] = {
+    UNetConfig: unet_config_from_compvis,
+    AutoencoderConfig: autoencoder_config_from_compvis,
+    VQConfig: autoencoder_config_from_compvis,
+}
 
 
 def encoder_config_from_compvis(

@@ -75,6 +75,12 @@ def config_from_diffusers(config: Mapping[str, Any]) -> ModelConfig:
     return READERS[name](Parameters(name, {key: v for key, v in config.items() if not key.startswith("_")}))
 
 
+def described_class(config: Mapping[str, Any], candidates: tuple[str, ...]) -> str:
+    """Return which of these classes of diffusers a dictionary describes that does not name its class."""
+    only_there = config.keys() & UNCONDITIONAL_KEYS or "AttnDownBlock2D" in config.get("down_block_types", ())
+    return "UNet2DModel" if only_there and "UNet2DModel" in candidates else candidates[0]
+
+
 def schedule_from_diffusers(config: Mapping[str, Any]) -> DiffusionConfig:
     """Return the noise schedule in a scheduler_config.json, without what that says of sampling.
 
@@ -142,6 +148,9 @@ def spelt_out(config: ModelConfig) -> ModelConfig:
 
 CONDITIONAL_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn")
 UNCONDITIONAL_BLOCKS = ("AttnDownBlock2D", "DownBlock2D", "UNetMidBlock2D")
+UNCONDITIONAL_KEYS = frozenset(
+    "add_attention attn_norm_num_groups downsample_type upsample_type num_train_timesteps".split()
+)
 UNCONDITIONAL_FIELDS = frozenset(
     "sample_size in_channels out_channels down_block_types mid_block_type block_out_channels layers_per_block dropout "
     "norm_num_groups norm_eps resnet_time_scale_shift class_embed_type num_class_embeds".split()

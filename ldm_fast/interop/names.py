@@ -1,15 +1,14 @@
 """Checkpoint layouts: the parameter names of the original latent-diffusion code ("compvis") and ours, both ways.
 
-    config = compvis.unet_config(params)                 # what the original's constructor was given
+    config = unet_config_from_compvis(params)            # what the original's constructor was given
     entries = layout(model, config)                      # of UNet(config), which may be on the meta device
     ours = from_compvis(state_dict, entries, "UNet")     # for UNet(config).load_state_dict
-    theirs = to_compvis(ours, entries, "UNet")           # the identity again
+    theirs = to_compvis(ours, entries, "UNet")           # the same tensors again
 
-A layout pairs modules, ours with theirs: a walk over the config says which block stands where, a table says what the
-parts of a block are called. Shapes come from our model. What a rename cannot say is said by
-`Entry`: the original's attention over pixels keeps q, k and v in one convolution (interleaved head by head) or in three
-1x1 convolutions, where ours has three linear layers. diffusers' names are ours, but for those that its attention had
-in its first versions (`current_names`).
+A layout pairs modules, ours with theirs: a walk over the configuration says which block stands where, and a table says
+what the parts of a block are called. Shapes come from our model. An `Entry` says what a rename cannot: the original's
+attention over pixels keeps q, k and v in one convolution (interleaved head by head) or in three 1×1 convolutions, ours
+in three linear layers. diffusers' names are ours, except those of attention in its first versions (`current_names`).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from ldm_fast.interop.clip_names import clip_names
 Config = UNetConfig | AutoencoderConfig | TransformerConfig | ClassEmbedderConfig | SpatialRescalerConfig | CLIPShape
 Names = Iterable[tuple[str, str]]  # (our module, their module)
 
-# What the parts of a block are called: our name, theirs.
+# The parts of a block: our name, theirs.
 
 UNET_RES_BLOCK = {
     "norm1": "in_layers.0",
@@ -80,13 +79,16 @@ def _parts(ours: str, theirs: str, table: Mapping[str, str]) -> Iterator[tuple[s
 
 
 def _unet_names(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    """Theirs is a flat list of input blocks (the convolution, then block after block, then each reduction), a middle
-    and a flat list of output blocks; inside each: residual block, attention where there is one, upsampling."""
+    """Pair the modules of a UNet.
+
+    Theirs has a flat list of input blocks (the first convolution, then for each level its blocks and the reduction), a
+    middle, and a flat list of output blocks, which hold a residual block, perhaps attention, perhaps upsampling.
+    """
     yield from {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
         "time_embedding.cond_proj": "time_embed.cond_proj",
-        "class_embedding": "label_emb",  # one vector for each class, or, below, a network over a vector
+        "class_embedding": "label_emb",  # a table of classes; below, a network over a vector
         "class_embedding.linear_1": "label_emb.0.0",
         "class_embedding.linear_2": "label_emb.0.2",
         "add_embedding.linear_1": "label_emb.0.0",
@@ -108,22 +110,21 @@ def _unet_names(config: UNetConfig) -> Iterator[tuple[str, str]]:
     yield from _unet_block("mid_block.resnets.0", "mid_block.attentions.0", "middle_block", config.mid_block_type)
     yield from _parts("mid_block.resnets.1", "middle_block.2", UNET_RES_BLOCK)
 
-    count = 0
+    per_level = config.layers_per_block + 1
     for up, block_type in enumerate(reversed(config.down_block_types)):
-        ours = f"up_blocks.{up}"
-        for i in range(config.layers_per_block + 1):
-            theirs = f"output_blocks.{count}"
+        ours, first = f"up_blocks.{up}", up * per_level
+        for i in range(per_level):
+            theirs = f"output_blocks.{first + i}"
             yield from _unet_block(f"{ours}.resnets.{i}", f"{ours}.attentions.{i}", theirs, block_type)
-            count += 1
-        if up < levels - 1:
-            position = 1 if block_type == "DownBlock2D" else 2
-            yield from _unet_resampler(config, f"{ours}.upsamplers.0", f"{theirs}.{position}", "conv")
+        if up < levels - 1:  # in the last block, after its residual block and, if there is one, its attention
+            place = f"output_blocks.{first + per_level - 1}.{1 if block_type == 'DownBlock2D' else 2}"
+            yield from _unet_resampler(config, f"{ours}.upsamplers.0", place, "conv")
 
 
 def _unet_block(resnet: str, attention: str, theirs: str, block_type: str) -> Iterator[tuple[str, str]]:
     yield from _parts(resnet, f"{theirs}.0", UNET_RES_BLOCK)
     if "CrossAttn" in block_type:
-        yield attention, f"{theirs}.1"  # inside a spatial transformer both use the same names
+        yield attention, f"{theirs}.1"  # the names inside a spatial transformer are the same
     else:
         yield from _parts(attention, f"{theirs}.1", UNET_SELF_ATTENTION)
 
@@ -142,7 +143,7 @@ def _first_stage_names(config: AutoencoderConfig) -> Iterator[tuple[str, str]]:
         yield from _parts(f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1", FIRST_STAGE_ATTENTION)
         yield from _parts(f"{side}.mid_block.resnets.1", f"{side}.mid.block_2", FIRST_STAGE_RES_BLOCK)
     for level in range(levels):
-        # Theirs numbers the decoder's levels by resolution, ours in the order the data meets them.
+        # Theirs numbers the decoder's levels by resolution, ours in the order in which the data meets them.
         for ours, theirs, count, resampler in (
             (f"encoder.down_blocks.{level}", f"encoder.down.{level}", config.layers_per_block, "down"),
             (f"decoder.up_blocks.{levels - 1 - level}", f"decoder.up.{level}", config.layers_per_block + 1, "up"),
@@ -169,7 +170,7 @@ def _same_names(*modules: str) -> Callable[[Config], Names]:
     return lambda config: [(module, module) for module in modules]
 
 
-# Configuration class -> the names of its model's modules.
+# The names of the modules, by the class of the configuration.
 NAMES: dict[type, Callable[[Any], Names]] = {
     UNetConfig: _unet_names,
     AutoencoderConfig: _first_stage_names,
@@ -183,10 +184,10 @@ NAMES: dict[type, Callable[[Any], Names]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the original layout and ours that hold the same numbers.
+    """A tensor of the original layout and the one of ours that holds the same numbers.
 
-    `ours` has one name; or to_q, to_k and to_v, which theirs stacks head by head as (heads, 3, head width, …); or none,
-    where the original keeps a tensor that its outputs do not depend on. A matrix may be `transposed`.
+    `ours` has one name; or to_q, to_k and to_v, which theirs stacks head by head as (heads, 3, head width, …); or none
+    for a tensor that the original's outputs do not depend on. A matrix may be `transposed`.
     """
 
     theirs: str
@@ -197,19 +198,19 @@ class Entry:
     transposed: bool = False
 
 
-# What only goes on with the training of a model needs: no other program's layout has a place for it.
+# State that only training needs. No other program's layout has a place for it.
 TRAINING_STATE = frozenset({"quantize.ema_counts"})
 
 
 def without_training_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that a trained model needs."""
+    """Return the tensors that a trained model needs."""
     return {name: tensor for name, tensor in state_dict.items() if name not in TRAINING_STATE}
 
 
 def layout(model: nn.Module, config: Config) -> tuple[Entry, ...]:
     """Return every tensor of `model` in both layouts; the model may be on the meta device."""
     renames = dict(NAMES[type(config)](config))
-    # There q, k and v of attention over pixels are 1x1 convolutions: over a row in a UNet, over a map in a first stage.
+    # Theirs has 1×1 convolutions in attention over pixels: over a row of them in a UNet, over a map in a first stage.
     pixels = (1,) if isinstance(config, UNetConfig) else (1, 1)
     heads = {name: m.heads for name, m in model.named_modules() if hasattr(m, "heads") and hasattr(m, "group_norm")}
 
@@ -242,7 +243,10 @@ def _rename(name: str, renames: Mapping[str, str]) -> str:
 
 
 def _without_counterpart(config: Config) -> list[Entry]:
-    """LDM's transformer is built with a head of logits that nothing calls: dropped, and written as zeros."""
+    """Return entries for tensors that we lack: LDM's transformer has a head of logits that nothing calls.
+
+    They are left out when read, and written as zeros.
+    """
     if not isinstance(config, TransformerConfig):
         return []
     return [
@@ -298,7 +302,11 @@ def to_compvis(state_dict: Mapping[str, Tensor], entries: Sequence[Entry], model
 
 
 def check_names(state_dict: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """CheckpointError that names every key of `state_dict` that is missing, unexpected or not of its shape."""
+    """Compare a state dict with the shapes that `what` has.
+
+    Raises:
+        CheckpointError (a ValueError): names every key that is missing, unexpected or of the wrong shape.
+    """
     missing = [key for key in shapes if key not in state_dict]
     unexpected = [key for key in state_dict if key not in shapes]
     wrong = [
@@ -312,15 +320,18 @@ def check_names(state_dict: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
         raise CheckpointError(f"not a {what}: {'; '.join(found)}")
 
 
-UNET_PREFIX = "model.diffusion_model."  # also of a UNet that is saved alone; a first stage then has none
+UNET_PREFIX = "model.diffusion_model."  # a UNet saved alone has it, too; a first stage saved alone has no prefix
 
 _FIRST_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_NAME = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 
 
 def current_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of diffusers under today's names. The parts of attention over pixels were once called query, key,
-    value and proj_attn, and in many a published first stage they still are."""
+    """Return a state dict of diffusers under today's names.
+
+    In many published first stages the parts of attention over pixels still have their first names: query, key, value
+    and proj_attn.
+    """
     renamed = {}
     for name, tensor in state_dict.items():
         if old := _OLD_NAME.fullmatch(name):
@@ -331,7 +342,10 @@ def current_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_dots(names: Iterable[str]) -> dict[str, str]:
-    """What the original's moving average calls a parameter -> its name. ValueError where two become the same."""
+    """Return the names of parameters by what the original's moving averages call them.
+
+    ValueError if two would be called the same.
+    """
     names = list(names)
     found = {name.replace(".", ""): name for name in names}
     if len(found) < len(names):

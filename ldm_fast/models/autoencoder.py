@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
-from ldm_fast.interop.compvis import autoencoder_config_from_compvis
 from ldm_fast.models.attention import join_projections
 from ldm_fast.models.bands import BANDS_PER_TILE, decode_in_bands, encode_in_bands
 from ldm_fast.models.coders import Decoder, Encoder
@@ -78,8 +77,6 @@ class _FirstStage(Pretrained):
     overlapping tiles that know nothing of one another, each side `tile_sample_min_size` pixels (`tile_latent_min_size`
     in the latent) and `tile_overlap_factor` of it shared; the result is another one than that of the whole.
     """
-
-    read_compvis = staticmethod(autoencoder_config_from_compvis)
 
     def __init__(self, config: AutoencoderConfig, moments: int):
         super().__init__()

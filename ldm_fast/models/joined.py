@@ -37,7 +37,7 @@ def join(layers: Sequence[nn.Module]) -> None:
     """
     plain = [layer for layer in layers if is_plain(layer)]
     for tensors in ([layer.weight for layer in plain], [layer.bias for layer in plain if layer.bias is not None]):
-        alike = len({(t.device, t.dtype) for t in tensors}) == 1 and not tensors[0].is_meta
+        alike = len({(t.device, t.dtype) for t in tensors}) == 1
         if alike and len(tensors) == len(layers) and _stacked(tensors) is None:
             for tensor, part in zip(tensors, torch.cat([*tensors]).split([len(t) for t in tensors]), strict=True):
                 tensor.data = part
@@ -69,7 +69,7 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor | None:
     storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
     for tensor in tensors:
         place = tensor.untyped_storage().data_ptr(), tensor.data_ptr()
-        if place != (storage, end) or tensor.dtype != first.dtype or not tensor.is_contiguous():
+        if place != (storage, end) or not tensor.is_contiguous():
             return None
         end += tensor.nbytes
     return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())

@@ -1,4 +1,4 @@
-"""`Pretrained`: how UNet and first stages are made from, and written as, what other programs read and write."""
+"""`Pretrained`: what the UNet and the first stages share to be made from, and written as, what other programs know."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ldm_fast.configs.first_stage import VQConfig
 from ldm_fast.files.atomic import write_atomically
 from ldm_fast.files.tensors import CheckpointError, read_json, read_shards, read_tensors, write_tensors
-from ldm_fast.interop.diffusers import config_from_diffusers, config_to_diffusers
+from ldm_fast.interop import compvis, diffusers
+from ldm_fast.interop.diffusers import ModelConfig
 from ldm_fast.interop.names import (
     UNET_PREFIX,
     Config,
@@ -35,11 +36,11 @@ N = TypeVar("N", bound=nn.Module)
 SAVED_LAYOUTS = ("diffusers", "compvis")
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of the file
 COMPVIS_WEIGHTS = "model.safetensors"
-STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what can be computed in as it is
+STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that a model can compute in
 
 
 class Pretrained(nn.Module):
-    """Models that diffusers and the original code know, too. A subclass is built from its configuration alone.
+    """A model that diffusers and the original code know, too. A subclass is built from its configuration alone.
 
     Loaded models are in eval mode and have the checkpoint's dtype.
     """
@@ -47,21 +48,16 @@ class Pretrained(nn.Module):
     config_class: ClassVar[type]
     stands_for: ClassVar[tuple[str, ...]]  # names of the classes of diffusers whose place it takes
     compvis_prefix: ClassVar[str] = ""  # of parameter names in a file of the original code that holds this model alone
-    read_compvis: ClassVar[Callable[[Mapping[str, Any]], Config]]  # the original's constructor parameters
-
-    @classmethod
-    def diffusers_class(cls, config: Mapping[str, Any]) -> str:
-        """Return which class of `stands_for` a dictionary describes that does not name it."""
-        return cls.stands_for[0]
+    config: Any  # of `config_class`; that of a model in a diffusers pipeline is the pipeline's dictionary
 
     @classmethod
     def from_config(cls: type[M], config: Mapping[str, Any]) -> M:
-        """A model with random weights from a dictionary as in diffusers' config.json.
+        """Build a model with random weights from a dictionary like diffusers' config.json.
 
         Keys that start with "_" are ignored, but for `_class_name`. ValueError names a key that we do not know or whose
         value we cannot honour.
         """
-        return cls(read_config(cls, config))
+        return cls(cls._read_config(config))
 
     @classmethod
     def from_pretrained(
@@ -71,10 +67,10 @@ class Pretrained(nn.Module):
         variant: str | None = None,
         torch_dtype: torch.dtype | None = None,
     ) -> M:
-        """The model in a folder as diffusers writes it (config.json and weights), or `save_pretrained` does.
+        """Load the model from a folder that diffusers or `save_pretrained` wrote (config.json and weights).
 
-        Only local folders are read. `variant` is a part of the weights' file name ("fp16"), `torch_dtype` what the
-        weights are cast to. The weights are mapped into memory: the file has to stay as it is while they are in use.
+        Only local folders are read. `variant` is a part of the weights' file name ("fp16"); the weights are cast to
+        `torch_dtype`. They are mapped into memory: the file must stay as it is while they are in use.
 
         Raises:
             FileNotFoundError: there is no such folder.
@@ -83,7 +79,7 @@ class Pretrained(nn.Module):
         folder = Path(path) if subfolder is None else Path(path) / subfolder
         values, names, tensors = read_folder(folder, variant)
         try:
-            config = read_config(cls, values)
+            config = cls._read_config(values)
         except ValueError as error:
             raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
         if names == "compvis":
@@ -92,38 +88,9 @@ class Pretrained(nn.Module):
             tensors = current_names(tensors)
         return assemble(cls, config, tensors, torch_dtype, str(folder))
 
-    def save_pretrained(self, path: str | Path, layout: str = "diffusers") -> None:
-        """Writes a folder with config.json and the weights as .safetensors, each file whole or not at all.
-
-        layout: "diffusers", a folder that diffusers' `from_pretrained` opens; or "compvis", with the parameter names of
-        the original code, as its programs read them (a UNet under `model.diffusion_model.`).
-
-        Raises CheckpointError (a ValueError) where adapters are in the model: they are to be merged or unloaded first.
-        """
-        if layout not in SAVED_LAYOUTS:
-            raise ValueError(f"save_pretrained: layout must be one of {', '.join(SAVED_LAYOUTS)}, got {layout!r}")
-        config = self._own_config()
-        if layout == "diffusers":
-            name, tensors = f"{WEIGHTS}.safetensors", without_training_state(self.state_dict())
-            shapes = {ours: entry.our_shape for entry in layout_of(type(self), config) for ours in entry.ours}
-            check_names(tensors, shapes, f"{type(self).__name__} to save; adapters are to be merged or unloaded first")
-        else:
-            prefixed = {self.compvis_prefix + key: tensor for key, tensor in self.to_compvis().items()}
-            name, tensors = COMPVIS_WEIGHTS, prefixed
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / name, tensors, {"format": "pt"})
-        for other in {f"{WEIGHTS}.safetensors", COMPVIS_WEIGHTS} - {name}:
-            (folder / other).unlink(
-                missing_ok=True
-            )  # of a model saved here before: from_pretrained would not know which
-        content = {"_class_name": None, **config_to_diffusers(config)}
-        write_atomically(folder / "config.json", (json.dumps(content, indent=2) + "\n").encode())
-
     @classmethod
-    def from_compvis(cls: type[M], params: Mapping[str, Any] | Config, state_dict: Mapping[str, Tensor]) -> M:
-        """The model of the original code with these constructor parameters and weights, which are shared where they are
-        laid out alike.
+    def from_compvis(cls: type[M], params: Mapping[str, Any] | ModelConfig, state_dict: Mapping[str, Tensor]) -> M:
+        """Build the model around weights of the original code, which are shared if both lay them out alike.
 
         params: what the original's constructor was given (for a first stage embed_dim, ddconfig and, with a codebook,
         n_embed), or our configuration. state_dict: the original's parameter names, without the prefix that a
@@ -133,71 +100,87 @@ class Pretrained(nn.Module):
             ValueError: a parameter we cannot honour.
             CheckpointError (a ValueError): every key that is missing, unexpected or of the wrong shape.
         """
-        if isinstance(params, Mapping):
-            params = cls.read_compvis(params)
-        _insist_on_class(cls, params)
-        tensors = from_compvis(state_dict, layout_of(cls, params), cls.__name__)
-        return assemble(cls, params, tensors, None, f"{cls.__name__}.from_compvis")
+        config = cls._own(compvis.MODEL_READERS[cls.config_class](params) if isinstance(params, Mapping) else params)
+        tensors = from_compvis(state_dict, layout_of(cls, config), cls.__name__)
+        return assemble(cls, config, tensors, None, f"{cls.__name__}.from_compvis")
+
+    @classmethod
+    def from_diffusers(cls, module: nn.Module) -> Any:
+        """Build our model with the configuration and the weights of a diffusers module; the tensors are shared.
+
+        The result also stands for the module in diffusers' pipelines (see `interop.stand_ins`).
+
+        Raises:
+            TypeError: the module's class is not one that this class stands for.
+            ValueError: a configuration we cannot honour, or weights that are wrapped (LoRA, offloading).
+        """
+        kind, theirs = type(module).__name__, cls.__name__ + ".from_diffusers"
+        if kind not in cls.stands_for:
+            raise TypeError(f"{theirs}: module must be a {' or '.join(cls.stands_for)}, got {kind}")
+        values: Mapping[str, Any] = module.config  # type: ignore[assignment]  # diffusers' modules have one
+        config = cls._read_config({**values, "_class_name": kind})
+        if any(tensor.is_meta for tensor in module.parameters()):
+            raise ValueError(f"{theirs}: the module is offloaded; bring its weights back first")
+        model: Any = assemble(stand_in(cls, kind), config, module.state_dict(), None, theirs, mixed=True)
+        trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+        model.describe_as(dict(values))
+        return model.train(module.training)
+
+    def save_pretrained(self, path: str | Path, layout: str = "diffusers") -> None:
+        """Write a folder with config.json and the weights as .safetensors, each file whole or not at all.
+
+        layout: "diffusers", a folder that diffusers' `from_pretrained` opens; or "compvis", with the parameter names of
+        the original code, as its programs read them (a UNet under `model.diffusion_model.`).
+
+        Raises CheckpointError (a ValueError) if there are adapters in the model: merge or unload them first.
+        """
+        if layout not in SAVED_LAYOUTS:
+            raise ValueError(f"save_pretrained: layout must be one of {', '.join(SAVED_LAYOUTS)}, got {layout!r}")
+        config = self._own_config()
+        if layout == "diffusers":
+            name, tensors = f"{WEIGHTS}.safetensors", without_training_state(self.state_dict())
+            shapes = {ours: entry.our_shape for entry in layout_of(type(self), config) for ours in entry.ours}
+            check_names(tensors, shapes, f"{type(self).__name__} to save; adapters are to be merged or unloaded first")
+        else:
+            name = COMPVIS_WEIGHTS
+            tensors = {self.compvis_prefix + key: tensor for key, tensor in self.to_compvis().items()}
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / name, tensors, {"format": "pt"})
+        for other in {f"{WEIGHTS}.safetensors", COMPVIS_WEIGHTS} - {name}:  # of a model saved here before, which
+            (folder / other).unlink(missing_ok=True)  # from_pretrained could not tell from this one
+        content = json.dumps(diffusers.config_to_diffusers(config), indent=2)
+        write_atomically(folder / "config.json", f"{content}\n".encode())
 
     def to_compvis(self) -> dict[str, Tensor]:
-        """The state dict under the names and in the shapes of the original code."""
-
+        """Return the state dict under the names and in the shapes of the original code."""
         cls = type(self)
         return to_compvis(self.state_dict(), layout_of(cls, self._own_config()), cls.__name__)
 
     @classmethod
-    def from_diffusers(cls, module: nn.Module) -> Any:
-        """Our model with the configuration and the weights of a diffusers module: the tensors are shared, not copied.
+    def _read_config(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """Return our configuration, given diffusers' dictionary for a model of this class."""
+        if not isinstance(config, Mapping):
+            raise TypeError(f"{cls.__name__}: config must be a dictionary, got {type(config).__name__}")
+        if "_class_name" not in config:
+            config = {**config, "_class_name": diffusers.described_class(config, cls.stands_for)}
+        return cls._own(diffusers.config_from_diffusers(config))
 
-        What comes back stands for the module in diffusers' pipelines, too (see `drop_in`).
+    @classmethod
+    def _own(cls, config: ModelConfig) -> ModelConfig:
+        """Return the configuration. ValueError if it is that of another model."""
+        if type(config) is not cls.config_class:
+            raise ValueError(f"{cls.__name__}: the configuration is that of another model, {type(config).__name__}")
+        return config
 
-        Raises:
-            TypeError: the module is none of those that this class stands for.
-            ValueError: a configuration we cannot honour, or weights that are wrapped (LoRA, offloading).
-        """
-
-        kind = type(module).__name__
-        if kind not in cls.stands_for:
-            known = " or ".join(cls.stands_for)
-            raise TypeError(f"{cls.__name__}.from_diffusers: module must be a {known}, got {kind}")
-        config = read_config(cls, {**module.config, "_class_name": kind})
-        if any(tensor.is_meta for tensor in module.parameters()):
-            raise ValueError(f"{cls.__name__}.from_diffusers: the module is offloaded; bring its weights back first")
-        build = stand_in(cls, kind)
-        model = assemble(build, config, module.state_dict(), None, f"{cls.__name__}.from_diffusers", mixed=True)
-        trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
-        model.describe_as(dict(module.config))
-        return model.train(module.training)
-
-    def _own_config(self) -> Config:
-        """`config`, which in a pipeline of diffusers is their dictionary."""
-        if isinstance(self.config, Mapping):
-            return read_config(type(self), self.config)
-        return self.config
-
-
-def read_config(cls: type[Pretrained], config: Mapping[str, Any]) -> Config:
-    """Our configuration from a dictionary of diffusers, for a model of the class `cls`."""
-
-    if not isinstance(config, Mapping):
-        raise TypeError(f"{cls.__name__}: config must be a dictionary, got {type(config).__name__}")
-    if "_class_name" not in config:
-        config = {**config, "_class_name": cls.diffusers_class(config)}
-    ours = config_from_diffusers(config)
-    _insist_on_class(cls, ours)
-    return ours
-
-
-def _insist_on_class(cls: type[Pretrained], config: Config) -> None:
-    if type(config) is not cls.config_class:
-        raise ValueError(f"{cls.__name__}: the configuration is that of another model, {type(config).__name__}")
+    def _own_config(self) -> ModelConfig:
+        return self._read_config(self.config) if isinstance(self.config, Mapping) else self._own(self.config)
 
 
 def read_folder(folder: Path, variant: str | None) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
-    """(config.json, whose names the weights have, weights without prefix) of a model's folder."""
-
+    """Return (config.json, whose names the weights have, weights without prefix) of a model's folder."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; models are read from local folders, nothing is downloaded")
     config = read_json(folder / "config.json")
@@ -216,9 +199,13 @@ def read_folder(folder: Path, variant: str | None) -> tuple[dict[str, Any], str,
     raise CheckpointError(f"{folder} holds no {wanted}; weights there: {', '.join(there) or 'none'}")
 
 
-@functools.lru_cache(maxsize=32)
 def layout_of(build: Callable[[Any], nn.Module], config: Config) -> tuple[Entry, ...]:
     """Return the `layout` of the model that `build` makes of `config`, without allocating weights."""
+    return _layout_of(build, config)
+
+
+@functools.lru_cache(maxsize=32)
+def _layout_of(build: Callable[[Any], nn.Module], config: Config) -> tuple[Entry, ...]:
     trained = replace(config, codebook_ema_decay=None) if isinstance(config, VQConfig) else config
     with torch.device("meta"):
         model = build(trained)
@@ -226,34 +213,30 @@ def layout_of(build: Callable[[Any], nn.Module], config: Config) -> tuple[Entry,
 
 
 def assemble(
-    cls: type[N],
-    config: Config,
+    build: type[N],
+    config: Any,
     state_dict: Mapping[str, Tensor],
     dtype: torch.dtype | None,
     origin: str,
     mixed: bool = False,
 ) -> N:
-    """cls(config) around these very tensors, none of them copied (but to another `dtype`), in eval mode.
+    """Return build(config) around these very tensors, not copied (unless cast to `dtype`), in eval mode.
 
-    Nothing is allocated: the model is built on the meta device. `origin` is named in errors. With `mixed`, tensors
-    may be of different dtypes.
+    The model is built on the meta device, so nothing is allocated for it. `origin` is named in errors. With `mixed`,
+    tensors may be of different dtypes.
 
     Raises CheckpointError: keys missing, unexpected or of the wrong shape, all named; dtypes that differ.
     """
-
     with torch.device("meta"):
-        model = cls(config)
+        model = build(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_names(state_dict, expected, f"state dict of this {cls.__name__}, {origin}")
-    if not mixed:
-        state_dict = one_dtype(state_dict, dtype, origin)
-    model.load_state_dict(state_dict, assign=True)
+    check_names(state_dict, expected, f"state dict of this {build.__name__}, {origin}")
+    model.load_state_dict(state_dict if mixed else one_dtype(state_dict, dtype, origin), assign=True)
     return model.eval()
 
 
 def one_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, origin: str) -> dict[str, Tensor]:
-    """The tensors in `dtype`; where none is given in their own, if that is one. CheckpointError otherwise."""
-
+    """Return the tensors in `dtype`, or by default in their own. CheckpointError if they have several."""
     found: dict[torch.dtype, list[str]] = {}
     for name, tensor in tensors.items():
         found.setdefault(tensor.dtype, []).append(name)
@@ -266,7 +249,7 @@ def one_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, origin: 
         return {name: tensor.to(dtype) for name, tensor in tensors.items()}
     if len(found) > 1:
         kinds = ", ".join(f"{len(names)} {kind} ({names[0]}, …)" for kind, names in found.items())
-        raise CheckpointError(f"{origin}: weights of different dtypes: {kinds}; say by torch_dtype which it shall be")
+        raise CheckpointError(f"{origin}: weights of different dtypes: {kinds}; choose one by torch_dtype")
     if not found.keys() <= set(STORED):
-        raise CheckpointError(f"{origin}: weights are {next(iter(found))}; say by torch_dtype what to compute in")
+        raise CheckpointError(f"{origin}: weights are {next(iter(found))}; choose by torch_dtype what to compute in")
     return dict(tensors)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm_fast.configs.unet import UNetConfig
-from ldm_fast.interop.compvis import unet_config_from_compvis
 from ldm_fast.interop.names import UNET_PREFIX
 from ldm_fast.models.attention import Attention, AttnProcessor, ImagePrompts, join_projections
 from ldm_fast.models.embeddings import TimestepEmbedding, Timesteps, add_embedding, class_embedding, class_label_shape
@@ -39,20 +38,6 @@ class UNet(Pretrained):
     config_class = UNetConfig
     stands_for = ("UNet2DConditionModel", "UNet2DModel")
     compvis_prefix = UNET_PREFIX
-    read_compvis = staticmethod(unet_config_from_compvis)
-
-    @classmethod
-    def diffusers_class(cls, config: Mapping[str, Any]) -> str:
-        """Return UNet2DModel for a dictionary with anything that only such a configuration holds."""
-        only_there = {
-            "add_attention",
-            "attn_norm_num_groups",
-            "downsample_type",
-            "upsample_type",
-            "num_train_timesteps",
-        }
-        unconditional = only_there & config.keys() or "AttnDownBlock2D" in config.get("down_block_types", ())
-        return "UNet2DModel" if unconditional else "UNet2DConditionModel"
 
     def __init__(self, config: UNetConfig):
         super().__init__()
