@@ -1,8 +1,7 @@
 """The command line: `ldm-fast generate | reconstruct | evaluate | train | doctor | bench`.
 
-Here is what every command shares: where it starts and how its errors reach the user. The options are in options.py, one
-function for each command in commands.py. Everything that costs time to import is imported inside the command that needs
-it.
+This file is what every command shares: where it starts, and how its errors reach the user. The options are in
+options.py, the commands in commands.py, one function each. A command imports by itself what takes time to import.
 """
 
 from __future__ import annotations
@@ -11,16 +10,20 @@ import argparse
 import sys
 import traceback
 import warnings
-from typing import Any
+from typing import TextIO
 
+from ldm_fast.cli.commands import Stopped
 from ldm_fast.cli.options import build_parser
 
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 128 and the number of the signal that stopped it, as shells count, 1
-    after an error. Errors of the input are one line on stderr."""
+    """Run one command and return its exit code.
+
+    That is 1 after an error, and 128 plus the number of the signal that stopped the command, as shells count. An error
+    in the input is one line on stderr.
+    """
     options = build_parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
@@ -29,10 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
             return options.run(options) or 0
         except KeyboardInterrupt:
             return _fail(options, "interrupted", 130)
+        except Stopped as stopped:
+            return _fail(options, _one_line(stopped), 128 + stopped.signal)
         except Exception as error:
-            # By its name: importing ldm_fast.training for the class would cost every command time.
-            if type(error).__name__ == "TrainingStopped":
-                return _fail(options, _one_line(error), 128 + error.signal)
             expected = isinstance(error, EXPECTED_ERRORS)
             name = "" if expected else f"this is a bug; --debug shows where: {type(error).__name__}: "
             return _fail(options, name + _one_line(error), 1)
@@ -53,6 +55,13 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     if not issubclass(category, (DeprecationWarning, FutureWarning)):
         print(f"ldm-fast: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -17,12 +17,22 @@ from ldm_fast.cli.progress import Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ldm_fast.configs.encoders import ClassEmbedderConfig
     from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
 
-MAX_SIDE = 2048  # pixels; attention over a larger picture's latent takes hours and all memory
+MAX_SIDE = 2048  # pixels; attention over the latent of a larger picture takes hours and all memory
+
+
+class Stopped(Exception):
+    """A command was stopped by a signal, once it had saved its work."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def generate(options: argparse.Namespace) -> None:
+    """Draw pictures from words or classes, one PNG each or all in one."""
     from ldm_fast.files import images as pictures
     from ldm_fast.files.atomic import check_writable
 
@@ -65,7 +75,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def _load_model(options: argparse.Namespace) -> LatentDiffusion:
-    """The model on the GPU where there is one, or where and as --device and --dtype say."""
+    """The model where --device says and as --dtype says; by default on the GPU, if there is one."""
     import torch
 
     from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
@@ -90,22 +100,22 @@ def _conditions(
             raise ValueError('this model is unconditional: give "" as PROMPT, and --num')
         return len(prompts), None
     if isinstance(model.cond_stage, ClassEmbedder):
-        labels = [_label(model, prompt) for prompt in prompts]
-        return labels, None if negative is None else _label(model, negative)
+        names, config = model.card.get("classes", []), model.cond_stage.config
+        labels = [_label(prompt, names, config) for prompt in prompts]
+        return labels, None if negative is None else _label(negative, names, config)
     if model.cond_stage is None or not model.cond_stage.takes_text:
         raise ValueError("this model takes neither words nor classes; use LatentDiffusion.generate from Python")
     return prompts, negative
 
 
-def _label(model: LatentDiffusion, prompt: str) -> int:
-    """The number of a class given by its number, or its name in the model card; "" is the class of no condition."""
-    names, null = model.card.get("classes", []), model.cond_stage.config.null_class
+def _label(prompt: str, names: list[str], config: ClassEmbedderConfig) -> int:
+    """The number of a class given by its number, or by its name in the model card; "" is the class of no condition."""
     if prompt in names:
         return names.index(prompt)
-    if prompt == "" and null is not None:
-        return null
+    if prompt == "" and config.null_class is not None:
+        return config.null_class
     if not re.fullmatch(r"[0-9]+", prompt):
-        known = f" or one of {', '.join(names)}" if names else f" below {model.cond_stage.config.num_classes}"
+        known = f" or one of {', '.join(names)}" if names else f" below {config.num_classes}"
         raise ValueError(f"this model draws classes, and {prompt!r} is none: give a number{known}")
     return int(prompt)
 
@@ -140,7 +150,7 @@ def _read_init_and_mask(options: argparse.Namespace, size: tuple[int, int]) -> t
 
 
 def _about(model: LatentDiffusion, options: argparse.Namespace, size: tuple[int, int]) -> dict[str, str]:
-    """What goes into a PNG beside prompt and seed: with the model file, enough to make it again."""
+    """What goes into a PNG beside prompt and seed: together with the model file, enough to draw it again."""
     chosen = {name: getattr(options, name) for name in ("steps", "guidance", "sampler")}
     about = {name: str(getattr(model.defaults, name) if v is None else v) for name, v in chosen.items()}
     about |= {"size": f"{size[1]}x{size[0]}", "model": model.origin, "software": f"ldm_fast {__version__}"}
@@ -151,6 +161,7 @@ def _about(model: LatentDiffusion, options: argparse.Namespace, size: tuple[int,
 
 
 def reconstruct(options: argparse.Namespace) -> None:
+    """Send a picture through the first stage and back."""
     from ldm_fast.files import images as pictures
     from ldm_fast.files.atomic import check_writable
 
@@ -173,6 +184,7 @@ def reconstruct(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    """Measure the figures of the model card."""
     from ldm_fast.training import evaluation
     from ldm_fast.training.data import DataConfig, load_data
 
@@ -194,21 +206,27 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
+    """Train a recipe."""
+    from ldm_fast.training import TrainingStopped
     from ldm_fast.training import train as run_training
 
     run_dir = Path(options.run_dir or Path("runs") / Path(options.recipe).stem)
-    path = run_training(
-        options.recipe,
-        run_dir,
-        stage=options.stage,
-        resume=not options.restart,
-        first_stage=options.first_stage,
-        device=options.device,
-    )
+    try:
+        path = run_training(
+            options.recipe,
+            run_dir,
+            stage=options.stage,
+            resume=not options.restart,
+            first_stage=options.first_stage,
+            device=options.device,
+        )
+    except TrainingStopped as stopped:
+        raise Stopped(str(stopped), stopped.signal) from stopped
     print(f"{path}: written")
 
 
 def doctor(options: argparse.Namespace) -> None:
+    """Say what was built, and what each op runs here."""
     import platform
 
     import torch
@@ -229,6 +247,7 @@ def doctor(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> int:
+    """Run benchmarks; the exit code is the largest of theirs."""
     folder = Path(__file__).resolve().parents[2] / "benchmarks"
     known = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
     if not known:

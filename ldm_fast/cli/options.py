@@ -67,11 +67,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    with_device = argparse.ArgumentParser(add_help=False)
+    with_device = Parser(add_help=False)
     with_device.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    with_model = argparse.ArgumentParser(add_help=False, parents=[with_device])
+    with_model = Parser(add_help=False, parents=[with_device])
     with_model.add_argument("--model", metavar="PATH", help="a model file (default: the text-to-emoji model shipped)")
 
     parser = Parser(
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ldm-fast {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(run: Callable, summary: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def command(run: Callable[..., int | None], summary: str, text: str, *parents: Parser) -> Parser:
         added = subparsers.add_parser(
             run.__name__,
             help=summary,

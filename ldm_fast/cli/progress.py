@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 
 class Progress:
@@ -12,7 +13,8 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self.what, self.bar = "", None
+        self.what = ""
+        self.bar: Any = None  # of tqdm
 
     def __enter__(self) -> Progress:
         return self
@@ -25,7 +27,8 @@ class Progress:
             self.what = what
             pace = {"dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 10}
             self.bar = tqdm(total=total, desc=what, unit="step", delay=1, leave=False, **pace)
-        self.bar.update(done - self.bar.n)
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:

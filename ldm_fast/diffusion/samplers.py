@@ -190,7 +190,8 @@ def plms(
             euler, _ = _transfer(z, history[0], alphas[0], alphas[1])
             eps = (history[0] + predict(euler, timesteps[min(1, len(timesteps) - 1)])) / 2
         else:
-            eps = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(history)], history, strict=True))
+            weighted = (w * e for w, e in zip(ADAMS_BASHFORTH[len(history)], history, strict=True))
+            eps = sum(weighted, start=z.new_zeros(()))
         z, x0 = _transfer(z, eps, alphas[i], alphas[i + 1])
         z = _finish(on_step, Step(i, len(timesteps), int(t), alphas[i + 1], z, x0))
     return z

@@ -86,16 +86,16 @@ class NoiseSchedule:
         TypeError for a t that does not hold integers, ValueError for one on the CPU out of range.
         """
         shape = (-1, *(1,) * (like.ndim - 1))
-        tables = (table.to(like.dtype) for table in self._signal_and_noise)
-        return tuple(_to(self._at(t, table), like.device).reshape(shape) for table in tables)
+        signal, noise = (_to(self._at(t, table.to(like.dtype)), like.device) for table in self._signal_and_noise)
+        return signal.reshape(shape), noise.reshape(shape)
 
     def add_noise(self, z_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """A sample of q(z_t | z_0)."""
+        """Return a sample of q(z_t | z_0)."""
         signal, sigma = self.signal_and_noise(t, z_0)
         return signal * z_0 + sigma * noise
 
     def target(self, z_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network is to predict: ε, z_0 or v = √ᾱ ε - √(1 - ᾱ) z_0 (arXiv:2202.00512)."""
+        """Return what the network is to predict: ε, z_0 or v = √ᾱ ε - √(1 - ᾱ) z_0 (arXiv:2202.00512)."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -104,7 +104,7 @@ class NoiseSchedule:
         return signal * noise - sigma * z_0
 
     def to_x0(self, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """The z_0 that a prediction implies."""
+        """Return the z_0 that a prediction implies."""
         if self.prediction_type == "sample":
             return prediction
         signal, sigma = self.signal_and_noise(t, z_t)
@@ -113,7 +113,7 @@ class NoiseSchedule:
         return signal * z_t - sigma * prediction
 
     def to_eps(self, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """The ε that a prediction implies."""
+        """Return the ε that a prediction implies."""
         if self.prediction_type == "epsilon":
             return prediction
         signal, sigma = self.signal_and_noise(t, z_t)
@@ -122,18 +122,18 @@ class NoiseSchedule:
         return signal * prediction + sigma * z_t
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
-        """Loss weight of each sample, (B,) float32: min(SNR, γ) over the weight that the parameterisation already has.
+        """Return the weight of each sample's loss, (B,) float32: min(SNR, γ) over the weight that it already has.
 
         Hang et al., arXiv:2303.09556: min(SNR, γ) for z_0, divided by SNR for ε and by SNR + 1 for v.
         """
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         clipped = snr.clamp(max=gamma)
-        divisor = {"sample": 1, "epsilon": snr, "v_prediction": snr + 1}[self.prediction_type]
+        divisor = {"sample": torch.ones(()), "epsilon": snr, "v_prediction": snr + 1}[self.prediction_type]
         return self._at(t, (clipped / divisor).float())
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """On a device. One that is not the CPU is not waited for: a copy from ordinary memory is safe without."""
+    """Copy to a device without waiting for it, which is safe: the source is ordinary memory that nobody changes."""
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
