@@ -275,7 +275,7 @@ def test_sizes_beyond_the_kernels_have_no_workspace():
 
 @pytest.mark.parametrize(
     ("torch_cuda", "driver", "reason"),
-    [("12.4", 12040, "CUDA 13.0, and the driver runs 12.4"), ("13.1", 13000, None), (None, 0, "built without CUDA")],
+    [("12.4", 12040, "CUDA 13.0, and the driver runs at most"), ("13.1", 13000, None), (None, 0, "built without CUDA")],
 )
 def test_what_the_gpu_cannot_run_is_known_before(torch_cuda, driver, reason, monkeypatch):
     """A driver runs programs of its major version and older ones; a PyTorch for AMD's GPUs calls these CUDA devices."""

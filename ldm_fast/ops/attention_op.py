@@ -26,20 +26,20 @@ def attention(
     scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ · scale + mask) v with the softmax in float32 (Vaswani et al., arXiv:1706.03762, eq. 1).
+    """Compute softmax(q kᵀ · scale + mask) v, the softmax in float32 (Vaswani et al., arXiv:1706.03762, eq. 1).
 
     Args:
-        q: (B, H, N, D), any strides as long as the last one is 1 (others are copied). float32, float16, bfloat16, or
+        q: (B, H, N, D) with any strides if the last one is 1 (others are copied). float32, float16, bfloat16, or
             float64 (reference only).
         k, v: (B, H, M, D), dtype and device of q.
-        mask: broadcastable to (B, H, N, M): boolean, True = may attend, or floating point, added to the scores. It gets
-            no gradient. A row with every key masked gives zeros.
-        scale: factor of the scores; default D ** -0.5.
+        mask: broadcastable to (B, H, N, M). Boolean: True means may attend. Floating point: added to the scores. It
+            gets no gradient. A row whose keys are all masked gives zeros.
+        scale: factor of the scores, D ** -0.5 by default.
         impl: None for the best implementation that supports the inputs, or "triton", "cpu", "reference".
 
     Returns:
-        (B, H, N, D) in q's dtype; its memory is laid out (B, N, H, D), so merging the heads is free. Under autocast,
-        which lowers q, k and v as for PyTorch's scaled_dot_product_attention, in its dtype.
+        (B, H, N, D) in q's dtype. The memory is laid out (B, N, H, D), so merging the heads is free. Autocast lowers q,
+        k and v, and so the result, as for PyTorch's scaled_dot_product_attention.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or dtypes differ.
@@ -69,7 +69,7 @@ def attention(
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether there is nothing for `_check_kinds` to do, whose many steps take as long as a small attention does."""
+    """Whether `_check_kinds` has nothing to do: its many steps take as long as a small attention."""
     return (
         not torch.compiler.is_compiling()
         and type(q) is type(k) is type(v) is Tensor
@@ -81,7 +81,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, in the dtype of autocast where that is on, as floating-point tensors of one dtype on one device."""
+    """Return q, k and v, lowered by autocast if it is on. Raise if they are not of one kind and on one device."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_floating("attention", name, tensor)
     lower = autocast_dtype(q)
@@ -96,7 +96,7 @@ def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """The mask expanded to (B, H, N, M), without a copy."""
+    """Return the mask expanded to (B, H, N, M), without a copy."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention: mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
@@ -143,7 +143,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    # torch.compile lays out what forward saved as it likes
+    # torch.compile chooses its own layout for what forward saved
     grad, q, k, v, out = (t if t.stride(-1) == 1 else t.contiguous() for t in (grad, q, k, v, out))
     dq, dk, dv = run_backward("attention", impl, (q, k, v, mask, scale), (grad, q, k, v, mask, scale, out, lse))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()

@@ -10,15 +10,13 @@ from torch import Tensor
 from ldm_fast.ops.dispatch import check_impl, run
 from ldm_fast.ops.op import Op, check_floating, statistics_dtype
 
-# ---- nearest_codebook ------------------------------------------------------------------------------------------------
-#
 # Implementations get z as (B, S, d) with three strides of any kind and codebook (K, d) with two; they return indices
 # (B, S). The vectors (N, d) of a caller are (1, N, d), and a map (B, d, H, W) is (B, H W, d) in the memory it came in.
 # Neither B, S, K nor d is 0.
 
 
 def nearest_codebook(z: Tensor, codebook: Tensor, *, impl: str | None = None) -> Tensor:
-    """The index of the nearest code to each vector, argmin_k ‖z_n - e_k‖² (van den Oord et al., arXiv:1711.00937).
+    """Find the nearest code to each vector, argmin_k ‖z_n - e_k‖² (van den Oord et al., arXiv:1711.00937).
 
     The index returned minimises the distance s(n, k) = ½‖e_k‖² - ⟨z_n, e_k⟩ as float32 evaluates it with fused
     multiply-adds in index order: first ‖e_k‖² from 0, halved, then s = fma(-z_i, e_i, s). (The reference evaluates s in
@@ -45,17 +43,18 @@ def nearest_codebook(z: Tensor, codebook: Tensor, *, impl: str | None = None) ->
 
 
 def nearest_codebook_stats(z: Tensor, codebook: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """`nearest_codebook` with how often each code was chosen and the sum of the vectors that chose it.
+    """Find the nearest codes, count how often each was chosen, and sum the vectors that chose it.
 
-    What codebooks learned by moving averages (arXiv:1711.00937, appendix A), k-means and usage are made of, from the
-    pass that finds the indices. The sums do not depend on the number of threads: each is accumulated in float64 in a
-    fixed order and rounded once. A vector with NaN counts for the code its index names.
+    Codebooks learned by moving averages (arXiv:1711.00937, appendix A), k-means and the usage of codes need these
+    counts and sums; they come from the pass that finds the indices. The sums do not depend on the number of threads:
+    each is accumulated in float64 in a fixed order and rounded once. A vector with NaN counts for the code that its
+    index names.
 
     Args:
         z, codebook, impl: as for `nearest_codebook`.
 
     Returns:
-        indices: as of `nearest_codebook`.
+        indices: those of `nearest_codebook`.
         counts: (K,) int64.
         sums: (K, d) float32 (float64 for float64 input). Nothing here is differentiable.
 

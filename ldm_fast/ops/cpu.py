@@ -19,7 +19,7 @@ _MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16
 
 
 def unavailable() -> str | None:
-    """Why no op can run here, in one line; None if they can."""
+    """Return why no op can run here, in one line; None if they can."""
     return load_module("_native")[1]
 
 
@@ -44,6 +44,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def attention_unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
+    """See `dispatch.Implementation`."""
     if mask is not None and mask.dtype not in _MASK_KINDS:
         return f"takes boolean, float32, bfloat16 and float16 masks, mask is {mask.dtype}"
     return None if _can_take(q) else _unsupported(q=q)  # k and v are like q
@@ -100,6 +101,7 @@ def _attention(
 
 
 def group_norm_silu_unsupported(norm: Norm) -> str | None:
+    """See `dispatch.Implementation`."""
     x, _, weight, bias, _, _, scale, shift = norm
     for tensor in (x, weight, bias, scale, shift):
         if tensor is not None and not _can_take(tensor):
@@ -133,14 +135,14 @@ def _norm(norm: Norm) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
 
 
 def _vector(tensor: Tensor | None) -> Tensor | None:
-    """Return weight, bias, scale or shift as the kernels take it: contiguous, in float32."""
+    """Return weight, bias, scale or shift as the kernels take it: contiguous and in float32."""
     if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
         return tensor
     return tensor.float().contiguous()
 
 
 def _like(gradient: Tensor | None, vector: Tensor | None) -> Tensor | None:
-    """The gradient in the dtype of its vector."""
+    """Return a gradient in the dtype of its vector."""
     if gradient is None or vector is None or gradient.dtype is vector.dtype:
         return gradient
     return gradient.to(vector.dtype)
@@ -158,6 +160,7 @@ def group_norm_silu(norm: Norm) -> tuple[Tensor, Tensor]:
 
 
 def group_norm_stats_unsupported(x: Tensor, num_groups: int) -> str | None:
+    """See `dispatch.Implementation`."""
     return None if _can_take(x) else _unsupported(x=x)
 
 
@@ -170,6 +173,7 @@ def group_norm_stats(x: Tensor, num_groups: int) -> Tensor:
 
 
 def group_norm_apply_unsupported(norm: Norm, stats: Tensor) -> str | None:
+    """See `dispatch.Implementation`."""
     return group_norm_silu_unsupported(norm)
 
 
@@ -212,6 +216,7 @@ SEARCHES = {"auto": 0, "brute force": 1, "pruned": 2, "bf16 candidates": 3}
 
 
 def nearest_codebook_unsupported(z: Tensor, codebook: Tensor) -> str | None:
+    """See `dispatch.Implementation`."""
     return _unsupported(z=z, codebook=codebook)
 
 
@@ -227,6 +232,7 @@ def nearest_codebook(z: Tensor, codebook: Tensor, search: str = "auto") -> Tenso
 
 
 def nearest_codebook_stats_unsupported(z: Tensor, codebook: Tensor) -> str | None:
+    """See `dispatch.Implementation`."""
     return _unsupported(z=z, codebook=codebook)
 
 

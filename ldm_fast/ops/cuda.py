@@ -1,4 +1,4 @@
-"""Adapter to the CUDA kernels: tensors in, addresses, shapes, strides and a stream on to `ldm_fast._native_cuda`."""
+"""The ops by the CUDA kernels: tensors become addresses, shapes, strides and a stream for `ldm_fast._native_cuda`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _native_cuda, _missing = load_module("_native_cuda")
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _OLDEST = (8, 0)  # compute capability the kernels are compiled for
 _MOST_CODES, _MOST_NUMBERS = 2**31 - 1, 2**31 - 33  # of a codebook, and in a vector
-_MOST_COUNTED = 2**32 - 1  # vectors of which nearest_codebook_stats can keep count
+_MOST_COUNTED = 2**32 - 1  # vectors that nearest_codebook_stats can count
 
 
 def unavailable() -> str | None:
-    """Why no CUDA kernel can run here, with what would change that; None if they can."""
+    """Return why no CUDA kernel can run here, and what would change that; None if they can."""
     if _native_cuda is None:
         return _missing
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} is built without CUDA: install a CUDA build of PyTorch"
     if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA device: it takes an NVIDIA GPU and its driver"
+        return "PyTorch finds no CUDA device: an NVIDIA GPU and its driver are needed"
     info = _native_cuda.build_info()
     if info.driver_version // 1000 < info.runtime_version // 1000:
         built, driver = _version(info.runtime_version), _version(info.driver_version)
         return (
-            f"the CUDA kernels are built with CUDA {built}, and the driver runs {driver} at most: update the driver, "
+            f"the CUDA kernels are built with CUDA {built}, and the driver runs at most {driver}: update the driver, "
             "or put an older nvcc on PATH and install ldm_fast again"
         )
     return None
@@ -37,7 +37,7 @@ def _version(number: int) -> str:
 
 
 def nearest_codebook_unsupported(z: Tensor, codebook: Tensor) -> str | None:
-    """Why the kernels cannot take these inputs, z (B, S, d) and codebook (K, d); None if they can."""
+    """Return why the kernels cannot take these inputs, z (B, S, d) and codebook (K, d); None if they can."""
     if z.device.type != "cuda" or codebook.device != z.device:
         return f"it needs tensors on one CUDA device, got z on {z.device} and codebook on {codebook.device}"
     if z.dtype not in _DTYPES or codebook.dtype != z.dtype:
@@ -51,10 +51,9 @@ def nearest_codebook_unsupported(z: Tensor, codebook: Tensor) -> str | None:
 
 
 def nearest_codebook(z: Tensor, codebook: Tensor) -> Tensor:
-    """argmin over k of ½‖e_k‖² - ⟨z_n, e_k⟩ in float32, on the current stream of z's device.
+    """See `ops.nearest_codebook`: z (B, S, d) → (B, S), on the current stream of z's device.
 
-    z (B, S, d) and codebook (K, d), any strides → int64 (B, S). Equal distances: the lowest index. A NaN distance never
-    wins; a row of nothing but NaN gives 0. Does not synchronise and can be captured in a CUDA graph.
+    Does not synchronise and can be captured in a CUDA graph.
     """
     index = torch.empty(z.shape[:2], dtype=torch.int64, device=z.device)
     _search_codebook(z, codebook, index, None, None)
@@ -62,17 +61,16 @@ def nearest_codebook(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def nearest_codebook_stats_unsupported(z: Tensor, codebook: Tensor) -> str | None:
-    """As `nearest_codebook_unsupported`."""
+    """See `nearest_codebook_unsupported`."""
     if z.shape[0] * z.shape[1] > _MOST_COUNTED:
         return f"it needs at most 2^32 - 1 vectors, got {z.shape[0] * z.shape[1]}"
     return nearest_codebook_unsupported(z, codebook)
 
 
 def nearest_codebook_stats(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`nearest_codebook`, how many vectors chose each code, int64 (K,), and their sums, float32 (K, d).
+    """See `ops.nearest_codebook_stats`. Does not synchronise and can be captured in a CUDA graph.
 
-    The sums are added up in float64, in an order that depends on the indices alone, and rounded once: the same bits on
-    every run. Does not synchronise and can be captured in a CUDA graph.
+    The sums are added up in float64 in an order that depends on the indices alone: the same bits on every run.
     """
     index = torch.empty(z.shape[:2], dtype=torch.int64, device=z.device)
     counts = torch.empty(codebook.shape[0], dtype=torch.int64, device=z.device)
@@ -86,7 +84,7 @@ def _search_codebook(z: Tensor, codebook: Tensor, index: Tensor, counts: Tensor 
     size = _native_cuda.nearest_codebook_workspace(
         n=index.numel(), k=codebook.shape[0], d=codebook.shape[1], stats=counts is not None, device=device
     )
-    # Freed when this returns, and safe all the same: the allocator gives it to nobody but this stream.
+    # Freed when this returns, but safe: the allocator gives it to nobody but this stream.
     workspace = torch.empty(size, dtype=torch.uint8, device=z.device)
     _native_cuda.nearest_codebook(
         z=z.data_ptr(),

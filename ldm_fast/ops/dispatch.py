@@ -8,7 +8,8 @@ To add an op is to add one row in each of these places, and nothing else:
 - `ops/<op>_op.py`: the public function with its checks, the registered `Op`, and what ordinary arguments are;
 - `ops/__init__.py`: its name, and `IMPLEMENTATIONS` below: who can compute it;
 - `reference.py`: what is correct, `<op>` and, if it has a gradient, `<op>_backward`;
-- `kernels/<op>.py`, or `csrc/cpu/<op>.cpp` and `cpu.py`, or `csrc/cuda/<op>.cu` and `cuda.py`: the same functions, and
+- `kernels/<op>.py`, or `csrc/cpu/<op>.cpp` (with its struct in `kernels.h`, and a line in `from_python.h`,
+  `dispatch.cpp` and `bindings.cpp`) and `cpu.py`, or `csrc/cuda/<op>.cu` and `cuda.py`: the same functions, and
   `<op>_unsupported`, which returns why these arguments cannot run, or None;
 - `cases.py`: what it is tried on, and `benchmarks/<op>.py`.
 """
@@ -22,42 +23,21 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
-# Who can compute each op, best first. impl=None takes the first that supports the inputs.
+_CPU, _CUDA, _REFERENCE = "ldm_fast.ops.cpu", "ldm_fast.ops.cuda", "ldm_fast.ops.reference"
+_TRITON_NORM = "ldm_fast.kernels.group_norm_silu"
+
+# Who can compute each op, best first: a name and the module. impl=None takes the first that supports the inputs.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "attention": {
-        "triton": "ldm_fast.kernels.attention",
-        "cpu": "ldm_fast.ops.cpu",
-        "reference": "ldm_fast.ops.reference",
-    },
-    "group_norm_silu": {
-        "triton": "ldm_fast.kernels.group_norm_silu",
-        "cpu": "ldm_fast.ops.cpu",
-        "reference": "ldm_fast.ops.reference",
-    },
+    "attention": {"triton": "ldm_fast.kernels.attention", "cpu": _CPU, "reference": _REFERENCE},
+    "group_norm_silu": {"triton": _TRITON_NORM, "cpu": _CPU, "reference": _REFERENCE},
     # The two halves of group_norm_silu, for the parts of an image that is never in memory as a whole.
-    "group_norm_stats": {
-        "triton": "ldm_fast.kernels.group_norm_silu",
-        "cpu": "ldm_fast.ops.cpu",
-        "reference": "ldm_fast.ops.reference",
-    },
-    "group_norm_apply": {
-        "triton": "ldm_fast.kernels.group_norm_silu",
-        "cpu": "ldm_fast.ops.cpu",
-        "reference": "ldm_fast.ops.reference",
-    },
-    "nearest_codebook": {
-        "cuda": "ldm_fast.ops.cuda",
-        "cpu": "ldm_fast.ops.cpu",
-        "reference": "ldm_fast.ops.reference",
-    },
-    "nearest_codebook_stats": {
-        "cuda": "ldm_fast.ops.cuda",
-        "cpu": "ldm_fast.ops.cpu",
-        "reference": "ldm_fast.ops.reference",
-    },
+    "group_norm_stats": {"triton": _TRITON_NORM, "cpu": _CPU, "reference": _REFERENCE},
+    "group_norm_apply": {"triton": _TRITON_NORM, "cpu": _CPU, "reference": _REFERENCE},
+    "nearest_codebook": {"cuda": _CUDA, "cpu": _CPU, "reference": _REFERENCE},
+    "nearest_codebook_stats": {"cuda": _CUDA, "cpu": _CPU, "reference": _REFERENCE},
 }
 
-IMPLEMENTATION_NAMES = ("triton", "cuda", "cpu", "reference")
+IMPLEMENTATION_NAMES = tuple(dict.fromkeys(name for row in IMPLEMENTATIONS.values() for name in row))
 
 _forced: list[tuple[str | None, object]] = []  # one entry for each open `use_impl`, the innermost last
 
@@ -89,7 +69,7 @@ def forced() -> str | None:
 
 
 class Implementation(NamedTuple):
-    """The functions of one implementation of an op."""
+    """The functions of one implementation of an op: `<op>`, `<op>_backward` and `<op>_unsupported` of its module."""
 
     compute: Callable[..., Any]
     backward: Callable[..., Any]

@@ -25,7 +25,7 @@ def group_norm_silu(
     shift: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """silu(group_norm(x) · (1 + scale) + shift), statistics and arithmetic in float32 (Wu & He, arXiv:1803.08494).
+    """Compute silu(group_norm(x) · (1 + scale) + shift) in float32 (Wu & He, arXiv:1803.08494).
 
     Args:
         x: (B, C, *spatial) with 0 to 3 spatial dimensions, contiguous or channels_last (others are copied). float32,
@@ -144,11 +144,8 @@ _group_norm_silu_op = Op(
 )
 
 
-# ---- group_norm_silu in two ------------------------------------------------------------------------------------------
-
-
 def group_norm_stats(x: Tensor, num_groups: int, *, impl: str | None = None) -> Tensor:
-    """What group_norm_silu measures of x: the first half of it, for x that is only a part of an image.
+    """Measure x as group_norm_silu does: the first half of it, for an x that is only a part of an image.
 
     Args:
         x: (B, C, *spatial) as for `group_norm_silu`.
@@ -156,8 +153,8 @@ def group_norm_stats(x: Tensor, num_groups: int, *, impl: str | None = None) -> 
         impl: None for the best implementation that supports the inputs, or "triton", "cpu", "reference".
 
     Returns:
-        (B, num_groups, 3) in float64: count, mean and sum of squared deviations of each group. Those of the parts of an
-        image, brought together by `merge_group_norm_stats`, are those of the image. Not differentiable.
+        (B, num_groups, 3) in float64: count, mean and sum of squared deviations of each group.
+        `merge_group_norm_stats` makes those of an image from those of its parts. Not differentiable.
 
     Raises:
         TypeError: x is not a floating-point tensor.
@@ -170,9 +167,9 @@ def group_norm_stats(x: Tensor, num_groups: int, *, impl: str | None = None) -> 
 
 
 def merge_group_norm_stats(parts: Sequence[Tensor]) -> Tensor:
-    """`group_norm_stats` of all parts together, from those of each: pair by pair, in the order given.
+    """Merge the `group_norm_stats` of the parts of an image into those of the image, in the order given.
 
-    By Chan, Golub & LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances".
+    Chan, Golub & LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances".
 
     Args:
         parts: at least one, each (B, num_groups, 3).
@@ -181,7 +178,7 @@ def merge_group_norm_stats(parts: Sequence[Tensor]) -> Tensor:
         (B, num_groups, 3) in float64.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no parts.
     """
     if not parts:
         raise ValueError("merge_group_norm_stats: parts must be at least one tensor (B, num_groups, 3), got none")
@@ -208,11 +205,11 @@ def group_norm_apply(
     shift: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """The second half of `group_norm_silu`: normalises x, a part of an image, by the statistics of the whole image.
+    """Normalise x, a part of an image, by the statistics of the whole image: the second half of `group_norm_silu`.
 
     Args:
         x: (B, C, *spatial) as for `group_norm_silu`.
-        stats: (B, num_groups, 3) in float64, of `group_norm_stats` and `merge_group_norm_stats`.
+        stats: (B, num_groups, 3) in float64, from `group_norm_stats` and `merge_group_norm_stats`.
         num_groups, weight, bias, eps, activation, scale, shift: as for `group_norm_silu`.
         impl: None for the best implementation that supports the inputs, or "triton", "cpu", "reference".
 

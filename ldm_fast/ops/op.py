@@ -25,20 +25,20 @@ _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float"
 class Op(Generic[P, R]):
     """An op registered with PyTorch as `torch.ops.ldm_fast.<name>`, to be called by position.
 
-    Its arguments and results are those of `compute`, by their annotations. A record (a NamedTuple) among the arguments
-    stands for its fields: a new field of the record is a new argument of the registered op. The last argument is
-    `impl`.
+    Its arguments and results are those of `compute`, by their annotations; the last argument is `impl`. One argument
+    may be a record (a NamedTuple), which stands for its fields: a new field is a new argument of the registered op.
 
     Args:
         name: of the op.
         compute: computes it.
-        fake: takes the same arguments and says which tensors come out, without computing them.
-        backward: the op of the gradients. It gets the gradient of the first result, the arguments without `impl`, the
-            results named by `keep`, and `impl`; it returns a gradient for each tensor among the arguments, in their
-            order, of any size where the argument is None. The last ones may be left out, if they have no gradient. Or
-            the reason why there are no gradients; without one, PyTorch would take the results for constants.
+        fake: takes the same arguments and returns tensors like the results, without computing them.
+        backward: the op of the gradients, or the reason why there are none; None if the results are integers. It gets
+            the gradient of the first result, the arguments but `impl`, the results that `keep` names, and `impl`. It
+            returns a gradient for each tensor among the arguments, in their order; the last ones may be left out, and
+            that of an argument that is None may be anything.
         keep: which results backward needs.
-        ordinary: makes the arguments but `impl` of an ordinary call, from a function of a shape; for `explain()`.
+        ordinary: given a function that makes a tensor of a shape, returns the arguments but `impl` of an ordinary call.
+            `explain()` asks who would run it.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Op(Generic[P, R]):
         self._gradients, self._keep, self.ordinary = backward, keep, ordinary
         kinds = get_type_hints(compute)
         results = kinds.pop("return")
-        self._record: tuple[int, int, type] | None = None  # first and last flat argument of the record, and its class
+        self._record: tuple[int, int, type] | None = None  # its first field's position, the end, its class
         flat: dict[str, Any] = {}
         for argument, kind in kinds.items():
             if hasattr(kind, "_fields"):
@@ -82,7 +82,7 @@ class Op(Generic[P, R]):
         OPS[name] = self
 
     def __call__(self, *args: P.args, **_: P.kwargs) -> R:
-        """Call PyTorch's dispatcher or, if nobody watches it, what it would call in the end.
+        """Call PyTorch's dispatcher or, if nobody watches it, what the dispatcher would call.
 
         The dispatcher takes several times as long as a small op.
         """

@@ -1,8 +1,8 @@
 """The ops in plain PyTorch. This file defines what "correct" means; nothing here is fast.
 
-Every function has the name, the argument order and the results of its fast twins (`cpu.py`, `cuda.py`,
-`ldm_fast/kernels/`). float64 in means float64 throughout, which is what the tests compare against;
-every other dtype computes in float32 and rounds once, on the way out.
+Every function has the name, the arguments and the results of its fast twins (`cpu.py`, `cuda.py`, `ldm_fast/kernels/`).
+float64 in means float64 throughout, which is what the tests compare against. Every other dtype computes in float32 and
+rounds once, on the way out. Nothing is unsupported here.
 """
 
 from __future__ import annotations
@@ -13,40 +13,12 @@ from torch import Tensor
 from ldm_fast.ops.arguments import Norm
 
 
-def unavailable() -> str | None:
-    return None
-
-
-def attention_unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
-    return None
-
-
-def group_norm_silu_unsupported(norm: Norm) -> str | None:
-    return None
-
-
-def group_norm_stats_unsupported(x: Tensor, num_groups: int) -> str | None:
-    return None
-
-
-def group_norm_apply_unsupported(norm: Norm, stats: Tensor) -> str | None:
-    return None
-
-
-def nearest_codebook_unsupported(z: Tensor, codebook: Tensor) -> str | None:
-    return None
-
-
-def nearest_codebook_stats_unsupported(z: Tensor, codebook: Tensor) -> str | None:
-    return None
-
-
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Scaled and masked scores (B, H, N, M) in the accumulation dtype."""
+    """Return the scaled and masked scores (B, H, N, M) in the accumulation dtype."""
     dtype = _accumulation_dtype(q)
     scores = (q.to(dtype) * scale) @ k.to(dtype).transpose(-1, -2)
     if mask is None:
@@ -57,7 +29,7 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(q kᵀ · scale + mask) v, and the log-sum-exp of each row's scores.
+    """Return softmax(q kᵀ · scale + mask) v, and the log-sum-exp of each row's scores.
 
     q (B, H, N, D), k and v (B, H, M, D), mask broadcastable to (B, H, N, M). Returns out (B, H, N, D), whose memory is
     laid out (B, N, H, D) so that merging the heads costs nothing, and lse (B, H, N). A fully masked row gives zeros
@@ -71,7 +43,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attention` for q, k and v; the probabilities are recomputed (from lse they would lose digits).
+    """Return the gradients of `attention` for q, k and v. The probabilities are recomputed: lse would lose digits.
 
     With P the probabilities: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP - rowsum(dO ∘ O)), dQ = dS K · scale,
     dK = dSᵀ Q · scale (FlashAttention, arXiv:2205.14135, appendix B).
@@ -88,7 +60,7 @@ def attention_backward(
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax over the last dimension and its log-sum-exp; zeros and -inf for a row of nothing but -inf."""
+    """Return softmax over the last dimension and its log-sum-exp; zeros and -inf for a row of nothing but -inf."""
     largest = scores.amax(-1, keepdim=True)
     largest = largest.masked_fill(largest == float("-inf"), 0.0)  # exp(-inf - largest) must be 0, not NaN
     exponentials = torch.exp(scores - largest)
@@ -97,9 +69,9 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def group_norm_silu(norm: Norm) -> tuple[Tensor, Tensor]:
-    """silu(group_norm(x) · (1 + scale) + shift), and the mean and 1/std of each group.
+    """Return silu(group_norm(x) · (1 + scale) + shift), and the mean and 1/std of each group.
 
-    Returns y like x, mean and rstd as (2, B, num_groups).
+    y is like x; mean and rstd are (2, B, num_groups).
     """
     x = norm.x
     dtype = _accumulation_dtype(x)
@@ -113,7 +85,7 @@ def group_norm_silu(norm: Norm) -> tuple[Tensor, Tensor]:
 
 
 def group_norm_stats(x: Tensor, num_groups: int) -> Tensor:
-    """Count, mean and sum of squared deviations of each group: (B, num_groups, 3) in float64. x (B, C, *spatial)."""
+    """Return count, mean and sum of squared deviations of each group of x: (B, num_groups, 3) in float64."""
     groups = x.double().reshape(x.shape[0], num_groups, -1)  # (B, G, C/G · spatial)
     mean = groups.mean(-1)
     squares = (groups - mean[..., None]).square().sum(-1)
@@ -121,7 +93,7 @@ def group_norm_stats(x: Tensor, num_groups: int) -> Tensor:
 
 
 def group_norm_apply(norm: Norm, stats: Tensor) -> Tensor:
-    """`group_norm_silu` of x, a part of what `stats` (B, num_groups, 3) were measured on."""
+    """Return `group_norm_silu` of x, a part of the image that `stats` (B, num_groups, 3) were measured on."""
     x = norm.x
     dtype = _accumulation_dtype(x)
     count, mean, squares = stats.double().unbind(-1)  # (B, G) each
@@ -135,7 +107,7 @@ def group_norm_apply(norm: Norm, stats: Tensor) -> Tensor:
 def group_norm_silu_backward(
     grad: Tensor, norm: Norm, statistics: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `group_norm_silu` for x, weight, bias, scale and shift; y is recomputed from x.
+    """Return the gradients of `group_norm_silu` for x, weight, bias, scale and shift. y is recomputed from x.
 
     With x̂ the normalised x and g = dL/dx̂: dx = rstd · (g - mean(g) - x̂ · mean(g ∘ x̂)), means over a group.
     """
@@ -191,12 +163,12 @@ def _modulated(x_hat: Tensor, norm: Norm) -> Tensor:
 
 
 def _per_channel(a: Tensor, x: Tensor) -> Tensor:
-    """(B or 1, C) as (B or 1, C, 1, …), to broadcast over the pixels of x."""
+    """Return a (B or 1, C) as (B or 1, C, 1, …), to broadcast over the pixels of x."""
     return a.reshape(*a.shape, *(1,) * (x.ndim - 2))
 
 
 def _per_group(a: Tensor, x: Tensor, num_groups: int) -> Tensor:
-    """(B, G) as (B, C, 1, …), each group's value repeated for its channels."""
+    """Return a (B, G) as (B, C, 1, …): each group's value for its channels."""
     return _per_channel(a.repeat_interleave(x.shape[1] // num_groups, dim=1), x)
 
 
@@ -205,15 +177,15 @@ def _sum(a: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _like(y: Tensor, x: Tensor) -> Tensor:
-    """y in the dtype and memory layout of x."""
+    """Return y in the dtype and memory layout of x."""
     return torch.empty_like(x).copy_(y)
 
 
 def nearest_codebook(z: Tensor, codebook: Tensor) -> Tensor:
-    """argmin over k of ½‖e_k‖² - ⟨z_n, e_k⟩, which orders the codes as ‖z_n - e_k‖² does.
+    """Return argmin over k of ½‖e_k‖² - ⟨z_n, e_k⟩, which orders the codes as ‖z_n - e_k‖² does.
 
     z (..., d), codebook (K, d) → int64 (...). Evaluated in float64, a slab of rows at a time, so that memory stays O(K)
-    per row. Equal distances: the lowest index. A NaN distance never wins; a row of nothing but NaN gives 0.
+    per row. Equal distances give the lowest index. A NaN distance never wins; a row of nothing but NaN gives 0.
     """
     vectors, codes = z.reshape(-1, z.shape[-1]), codebook.double()
     half_norms = codes.square().sum(-1) / 2  # (K,)
@@ -229,7 +201,7 @@ def nearest_codebook(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def nearest_codebook_stats(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`nearest_codebook`, how many vectors chose each code, (K,) int64, and their sums, (K, d).
+    """Return `nearest_codebook`, how many vectors chose each code, (K,) int64, and their sums, (K, d).
 
     Sums are taken in float64 in the order of the vectors, then rounded to float32 (float64 for float64 input).
     """

@@ -20,7 +20,7 @@ def _perhaps(*_: object) -> bool:
 
 
 def _question(name: str) -> Callable[..., Any]:
-    """The function `torch.<name>`, or `_perhaps` if there is none."""
+    """Return the function `torch.<name>`, or `_perhaps` if there is none."""
     found: Any = torch
     for word in name.split("."):
         found = getattr(found, word, None)
