@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from _eager import attention as sdpa
 from _harness import OURS, Bench, add_impl_option, implementation, judge, largest_error, parser, too_large
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,10 +26,6 @@ from ldm_fast.ops.cases import TOLERANCE, Attention, bytes_moved, flops, make_in
 
 TINY = (Attention(2, 2, 33, 77, 40, layout="heads_last"), Attention(1, 1, 40, 40, 64, layout="heads_last"))
 PEER_SLACK = 64  # times TOLERANCE: what a peer may be off, whose softmax may be computed in its own dtype
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def sdpa_by(backend: SDPBackend) -> Callable[..., Tensor]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from _eager import group_norm_silu as eager
 from _harness import OURS, Bench, add_impl_option, implementation, judge, largest_error, parser
 from torch import Tensor
 
@@ -24,23 +24,6 @@ from ldm_fast.ops.cases import TOLERANCE, GroupNormSilu, bytes_moved, flops, mak
 TINY = (GroupNormSilu((2, 64, 7, 7), 32), GroupNormSilu((2, 64, 7, 7), 32, "channels_last"))
 GRADIENTS = ("x", "weight", "bias")
 PEER_SLACK = 64  # times TOLERANCE: what a peer may be off
-
-
-def eager(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-5,
-    *,
-    activation: str | None = "silu",
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    h = F.group_norm(x, num_groups, weight, bias, eps)
-    if scale is not None:
-        h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-    return F.silu(h) if activation == "silu" else h
 
 
 def exact(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ guidance, first stages one.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -205,6 +206,7 @@ def all_runs() -> Iterator[Callable[[], Any]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     with torch.device("meta"):
         recorded = record(all_runs())
     heads: dict[tuple[int, ...], list[tuple[int, int]]] = {}

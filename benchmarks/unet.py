@@ -13,17 +13,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
-import attention
-import group_norm_silu
 import torch
+from _eager import eager_ops
 from _harness import OURS, Bench, Verdict, parser
 from torch import Tensor
 
-from ldm_fast import UNet, UNetConfig, explain, ops, use_impl
+from ldm_fast import UNet, UNetConfig, explain, use_impl
 
 FULL = UNetConfig()
 HALF = UNetConfig(block_out_channels=(160, 320, 640, 640), num_attention_heads=4)
@@ -37,16 +35,6 @@ TINY = UNetConfig(
 FLOAT32_ERROR = 1e-5
 PEER_ERROR = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}  # all a peer must show is that it is the same network
 EAGER = "PyTorch's ops"
-EAGER_OPS = {"attention": attention.sdpa, "group_norm_silu": group_norm_silu.eager}
-
-
-@contextlib.contextmanager
-def eager_ops(*names: str) -> Iterator[None]:
-    """Inside, our modules run on PyTorch's functions for the ops named: sdpa, group_norm + silu."""
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(mock.patch.object(ops, name, EAGER_OPS[name]))
-        yield
 
 
 def build(config: UNetConfig, bench: Bench) -> UNet:
@@ -93,7 +81,7 @@ def make_contenders(model: UNet, theirs: Any | None, inputs: tuple[Any, ...], co
             return model(*inputs).sample
 
     def eager() -> Tensor:
-        with eager_ops(*EAGER_OPS):
+        with eager_ops():
             return model(*inputs).sample
 
     contenders = {OURS: ours, f"{OURS}, attention alone": one_op, EAGER: eager}
@@ -109,7 +97,7 @@ def compiled_twin(name: str, model: UNet, theirs: Any | None, inputs: tuple[Any,
     twin = torch.compile(theirs if name == "diffusers" else lambda *args: model(*args))
 
     def run() -> Tensor:
-        with eager_ops(*EAGER_OPS if name == EAGER else ()):
+        with eager_ops() if name == EAGER else contextlib.nullcontext():
             return twin(*inputs).sample
 
     return run

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from eager_torch import assert_same_gradients, eager_torch, gradients, relative_error
+from _eager import eager_ops
+from compare import assert_same_gradients, gradients, relative_error
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -67,7 +68,7 @@ def test_fast_equals_reference(name, size):
 def test_float64_agrees_with_plain_pytorch(name):
     model, x = make(name).double(), images(size=(10, 14)).double()
     ours = reconstruct(model, x)
-    with eager_torch():
+    with eager_ops():
         plain = reconstruct(model, x)
     for got, wanted in zip(ours, plain, strict=True):
         assert relative_error(got, wanted) <= 1e-6  # the reference's softmax is float32
@@ -90,7 +91,7 @@ def test_bfloat16_error(name, impl):
 
     with ldm_fast.use_impl(impl):
         ours = both(x, z)
-    with eager_torch():
+    with eager_ops():
         eager = both(x, z)
         model.double()
         exact = both(x.double(), z.double())

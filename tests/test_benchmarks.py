@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import attention
+import first_stage
+import nearest_codebook
 import pytest
 import torch
 
@@ -29,18 +31,6 @@ BENCHMARKS = {
     "unet": ([], {"PyTorch's ops", "ldm_fast, attention alone"}, {"diffusers"}, 2),
 }
 FIGURES = ("median_ms", "min_ms", "max_ms", "gflops", "gbs", "share_of_matmul_peak", "share_of_copy")
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a benchmark as its own process would, and forgets it (and its neighbours) after the test."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("_harness", *BENCHMARKS)
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 def last_line(output: str) -> dict[str, Any]:
@@ -73,11 +63,10 @@ def test_runs_as_a_script(name: str) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_attention_benchmark_measures_extra_memory(load: Callable[[str], ModuleType]) -> None:
-    extra_memory = load("attention").extra_memory
-    extra_memory(lambda: torch.ones(1 << 20))
-    assert 95 < extra_memory(lambda: torch.ones(25_000_000)) < 110
-    assert extra_memory(lambda: torch.ones(1 << 10)) < 5
+def test_attention_benchmark_measures_extra_memory() -> None:
+    attention.extra_memory(lambda: torch.ones(1 << 20))
+    assert 95 < attention.extra_memory(lambda: torch.ones(25_000_000)) < 110
+    assert attention.extra_memory(lambda: torch.ones(1 << 10)) < 5
 
 
 def off_by_little(op: str) -> Callable[..., torch.Tensor]:
@@ -95,17 +84,8 @@ def off_by_little(op: str) -> Callable[..., torch.Tensor]:
 
 
 def test_first_stage_compares_time_and_memory() -> None:
-    command = [
-        sys.executable,
-        str(FOLDER / "first_stage.py"),
-        "--quick",
-        "--threads",
-        "1",
-        "--size",
-        "64",
-        "--tile",
-        "8",
-    ]
+    options = ["--quick", "--threads", "1", "--size", "64", "--tile", "8"]
+    command = [sys.executable, str(FOLDER / "first_stage.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     record = last_line(done.stdout)
@@ -113,9 +93,17 @@ def test_first_stage_compares_time_and_memory() -> None:
     assert {"in bands", "whole"} <= set(record["rows"]) <= {"in bands", "whole", "diffusers"}
     for row in record["rows"].values():
         assert row["error"] <= 1e-4 and row["median_s"] > 0 and row["peak_mb"] >= row["before_mb"] > 0
-    wrong = [*command, "--dtype", "bfloat16", "--allow", "1e-9"]
-    done = subprocess.run(wrong, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "WRONG" in done.stdout and "in bands" in last_line(done.stdout)["wrong"]
+
+
+def test_first_stage_refuses_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    image = torch.rand(1, 3, 8, 8)
+    figures = {"seconds": [1.0], "peak_mb": 2.0, "before_mb": 1.0, "threads": 1}
+    results = {"whole": {"image": image, **figures}, "in bands": {"image": image + 2e-4, **figures}}
+    monkeypatch.setattr(first_stage, "results", lambda options, arguments: results)
+    for allowed, code, wrong in (([], 1, ["in bands"]), (["--allow", "1e-3"], 0, [])):
+        assert first_stage.main(["--quick", *allowed]) == code
+        printed = capsys.readouterr().out
+        assert last_line(printed)["wrong"] == wrong and ("in bands   WRONG: error" in printed) == bool(wrong)
 
 
 @pytest.mark.parametrize(
@@ -123,10 +111,8 @@ def test_first_stage_compares_time_and_memory() -> None:
     [(op, op) for op in dispatch.IMPLEMENTATIONS if op in BENCHMARKS]
     + [("unet", "group_norm_silu"), ("unet", "attention")],
 )
-def test_refuses_a_wrong_result(
-    name: str, op: str, load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    main = load(name).main
+def test_refuses_a_wrong_result(name: str, op: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    main = importlib.import_module(name).main
     monkeypatch.setattr(ops, op, off_by_little(op))
     assert main(["--quick", "--dtype", "float32", "--device", "cpu"]) == 1
     printed = capsys.readouterr().out
@@ -137,43 +123,34 @@ def test_refuses_a_wrong_result(
     assert " x\n" not in printed, "a speed-up was printed for a wrong result"
 
 
-def test_leaves_out_a_wrong_peer(
-    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    benchmark = load("attention")
-    monkeypatch.setattr(benchmark, "exact", lambda q, k, v: benchmark.sdpa(q.double(), k.double(), v.double()))
-    monkeypatch.setattr(benchmark, "eager", lambda q, k, v: q * 0)
-    assert benchmark.main(["--quick", "--dtype", "float32", "--device", "cpu"]) == 0
+def test_leaves_out_a_wrong_peer(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(attention, "exact", lambda q, k, v: attention.sdpa(q.double(), k.double(), v.double()))
+    monkeypatch.setattr(attention, "eager", lambda q, k, v: q * 0)
+    assert attention.main(["--quick", "--dtype", "float32", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     for row in last_line(printed)["rows"]:
         assert "eager" not in row["contenders"] and row["left_out"]["eager"].startswith("wrong: error of out")
     assert "eager                   not timed: wrong" in printed
 
 
-def test_peer_that_raises_and_unknown_shape(
-    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    benchmark = load("nearest_codebook")
+def test_peer_that_raises_and_unknown_shape(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
 
     def fails(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(benchmark, "cdist", fails)
-    assert benchmark.main(["--quick", "--shape", "d40", "--device", "cpu"]) == 0
+    monkeypatch.setattr(nearest_codebook, "cdist", fails)
+    assert nearest_codebook.main(["--quick", "--shape", "d40", "--device", "cpu"]) == 0
     (row,) = last_line(capsys.readouterr().out)["rows"]
     assert row["case"] == "n65-k130-d40" and "raises RuntimeError: out of memory" in row["left_out"]["torch.cdist"]
     with pytest.raises(SystemExit, match="no row is called 'd7'; there are: n65-k130-d4"):
-        benchmark.main(["--quick", "--shape", "d7", "--device", "cpu"])
+        nearest_codebook.main(["--quick", "--shape", "d7", "--device", "cpu"])
 
 
-def test_peers_too_large_for_the_memory_are_not_started(
-    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    benchmark = load("nearest_codebook")
-    assert benchmark.too_large(1, torch.device("cpu")) is None
-    assert "are free" in benchmark.too_large(1 << 60, torch.device("cpu"))
-    monkeypatch.setattr(benchmark, "too_large", lambda needed, device: "needs 9 GB")
-    assert benchmark.main(["--quick", "--device", "cpu"]) == 0
+def test_peers_too_large_for_the_memory_are_not_started(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert nearest_codebook.too_large(1, torch.device("cpu")) is None
+    assert "are free" in nearest_codebook.too_large(1 << 60, torch.device("cpu"))
+    monkeypatch.setattr(nearest_codebook, "too_large", lambda needed, device: "needs 9 GB")
+    assert nearest_codebook.main(["--quick", "--device", "cpu"]) == 0
     for row in last_line(capsys.readouterr().out)["rows"]:
         assert row["left_out"]["taming"] == row["left_out"]["torch.cdist"] == "needs 9 GB"
         assert "ldm_fast" in row["contenders"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from eager_torch import assert_same_gradients, gradients, relative_error
+from compare import assert_same_gradients, gradients, relative_error
 from torch import Tensor, nn
 
 from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig

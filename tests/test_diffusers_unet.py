@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from eager_torch import assert_same_gradients, gradients, relative_error
+from compare import assert_same_gradients, gradients, relative_error
 from torch import Tensor, nn
 
 from ldm_fast.configs.unet import UNetConfig

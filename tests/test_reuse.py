@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from eager_torch import relative_error
+from compare import relative_error
 from small_models import KL, UNET, same
 from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured

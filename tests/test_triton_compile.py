@@ -6,20 +6,21 @@ architectures.
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import golden
 import pytest
 import torch
 
 pytest.importorskip("triton", minversion="3.3", reason="Triton 3.2 compiles the kernels, some of them with spills")
+
+import gpu_static
+import model_shapes
 
 from ldm_fast import kernels
 from ldm_fast.interop.compvis import (
@@ -38,21 +39,7 @@ HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 
 
-@pytest.fixture
-def gpu_static(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module("gpu_static")
-
-
-@pytest.fixture
-def model_shapes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module("model_shapes")
-
-
-def check(
-    gpu_static: ModuleType, launches: Iterable[kernels.Launch], dtype: torch.dtype, arch: int, allowed: str = ""
-) -> None:
+def check(launches: Iterable[kernels.Launch], dtype: torch.dtype, arch: int, allowed: str = "") -> None:
     """Compiles all and finds no faults, but for one that is allowed."""
     for launch in launches:
         static = gpu_static.compile_launch(launch, arch)
@@ -70,8 +57,8 @@ def check(
     ],
     ids=str,
 )
-def test_attention(gpu_static: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, arch: int) -> None:
-    check(gpu_static, gpu_static.attention_launches(shape, dtype), dtype, arch)
+def test_attention(shape: tuple[int, ...], dtype: torch.dtype, arch: int) -> None:
+    check(gpu_static.attention_launches(shape, dtype), dtype, arch)
 
 
 @pytest.mark.parametrize(
@@ -83,11 +70,9 @@ def test_attention(gpu_static: ModuleType, shape: tuple[int, ...], dtype: torch.
     ],
     ids=str,
 )
-def test_group_norm_silu(
-    gpu_static: ModuleType, model_shapes: ModuleType, shape: tuple[int, ...], layout: torch.memory_format, arch: int
-) -> None:
+def test_group_norm_silu(shape: tuple[int, ...], layout: torch.memory_format, arch: int) -> None:
     launches = gpu_static.group_norm_silu_launches(model_shapes.GroupNormShape(*shape), HALF, layout)
-    check(gpu_static, launches, HALF, arch)
+    check(launches, HALF, arch)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +94,7 @@ def test_group_norm_silu(
     ],
     ids=str,
 )
-def test_what_tiles_need(
-    gpu_static: ModuleType, shape: tuple[int, ...], kernel: str, keys: list[int], columns: list[int]
-) -> None:
+def test_what_tiles_need(shape: tuple[int, ...], kernel: str, keys: list[int], columns: list[int]) -> None:
     """The gate on matrix work counts tiles composed of these pieces: 48 columns and 80 keys, not 64 and 128."""
     launch = next(x for x in gpu_static.attention_launches(shape, HALF) if x.kernel.__name__ == f"_{kernel}")
     lengths = gpu_static._lengths(launch)
@@ -120,7 +103,7 @@ def test_what_tiles_need(
     assert need == len(gpu_static._products(launch)) * launch.options["BLOCK_N"] * sum(keys) * sum(columns)
 
 
-def test_faults_are_found(gpu_static: ModuleType) -> None:
+def test_faults_are_found() -> None:
     """A plan whose tile has fewer rows than its warps: they compute everything twice, and the gate says so."""
     launch = gpu_static.attention_launches((2, 8, 256, 77, 160), HALF)[0]
     wasteful = launch._replace(options={**launch.options, "num_warps": 8}, resident=4)
@@ -129,7 +112,7 @@ def test_faults_are_found(gpu_static: ModuleType) -> None:
     assert {"matrix work", "occupancy"} <= set(gpu_static.faults(static, HALF))
 
 
-def test_faults_of_memory_are_found(gpu_static: ModuleType, model_shapes: ModuleType) -> None:
+def test_faults_of_memory_are_found() -> None:
     """Rows of which nothing is known, too few registers, and a loop that divides."""
     shape = model_shapes.GroupNormShape(2, 320, 64, 64, True, False)
     launches = gpu_static.group_norm_silu_launches(shape, HALF, CHANNELS_LAST)
@@ -140,54 +123,54 @@ def test_faults_of_memory_are_found(gpu_static: ModuleType, model_shapes: Module
     assert gpu_static.faults(replace(static, loop_divisions=divides), HALF)[-1] == "division in a loop"
 
 
-def test_sizes_of_one(gpu_static: ModuleType, model_shapes: ModuleType) -> None:
+def test_sizes_of_one() -> None:
     """One query, key, column, pixel or channel in a group, with a group in one piece and split."""
     tiny = gpu_static.attention_launches((1, 1, 1, 1, 1), HALF)  # tiles of fewer columns than there are warps for
-    check(gpu_static, tiny, HALF, 80, allowed="matrix work")
+    check(tiny, HALF, 80, allowed="matrix work")
     for side in (1, 139):
         shape = model_shapes.GroupNormShape(1, 32, side, side, True, True)
-        check(gpu_static, gpu_static.group_norm_silu_launches(shape, SINGLE, CONTIGUOUS), SINGLE, 80)
+        check(gpu_static.group_norm_silu_launches(shape, SINGLE, CONTIGUOUS), SINGLE, 80)
 
 
 @pytest.mark.parametrize(("m", "d"), [(77, 80), (1024, 64), (999, 40)])
-def test_masks(gpu_static: ModuleType, m: int, d: int) -> None:
+def test_masks(m: int, d: int) -> None:
     """A mask is read, and costs no spill."""
     b, h, n, m, d = shape = (2, 8, 1000, m, d)
     padding = torch.empty(b, 1, 1, m, dtype=torch.bool, device="meta").expand(b, h, n, m)
     additive = torch.empty(b, h, n, m, dtype=HALF, device="meta")
     for mask in (padding, additive):
         launches = gpu_static.attention_launches(shape, HALF, mask)
-        check(gpu_static, launches, HALF, 80, allowed="narrow loads")  # of the mask
+        check(launches, HALF, 80, allowed="narrow loads")  # of the mask
         args = launches[0].args
         unmasked = launches[0]._replace(args=(*args[:3], None, *args[4:]))
         assert gpu_static.compile_launch(launches[0], 80).loads > gpu_static.compile_launch(unmasked, 80).loads
 
 
-def check_that_it_fits(gpu_static: ModuleType, launches: Iterable[kernels.Launch], arch: int) -> None:
+def check_that_it_fits(launches: Iterable[kernels.Launch], arch: int) -> None:
     for launch in launches:
         static = gpu_static.compile_launch(launch, arch)
         assert static.resident >= 1, static
 
 
 @pytest.mark.parametrize(("m", "d"), [(77, 128), (80, 192), (64, 256)])
-def test_a_program_fits_small_gpus(gpu_static: ModuleType, m: int, d: int) -> None:
+def test_a_program_fits_small_gpus(m: int, d: int) -> None:
     """sm_86, sm_89 and sm_120 have 99 KB of shared memory for a program: one that takes more cannot start."""
-    check_that_it_fits(gpu_static, gpu_static.attention_launches((1, 1, 64, m, d), HALF)[:1], 86)
+    check_that_it_fits(gpu_static.attention_launches((1, 1, 64, m, d), HALF)[:1], 86)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", (86, 120))
 @pytest.mark.parametrize("masked", (False, True))
-def test_every_plan_fits_small_gpus(gpu_static: ModuleType, arch: int, masked: bool) -> None:
+def test_every_plan_fits_small_gpus(arch: int, masked: bool) -> None:
     short = [(1, 1, 64, m, d) for m in (64, 80, 96, 128) for d in (80, 96, 128, 160, 192)]
     long = [(1, 1, 300, 300, d) for d in (64, 80, 128, 160, 192, 256, 320, 512)]
     for shape in short + long:
         b, h, n, m, _ = shape
         mask = torch.empty(b, h, n, m, dtype=torch.bool, device="meta") if masked else None
-        check_that_it_fits(gpu_static, gpu_static.attention_launches(shape, HALF, mask), arch)
+        check_that_it_fits(gpu_static.attention_launches(shape, HALF, mask), arch)
 
 
-def test_one_kernel_for_every_size(gpu_static: ModuleType, model_shapes: ModuleType) -> None:
+def test_one_kernel_for_every_size() -> None:
     """Other numbers of images, heads, queries, keys, channels and pixels need no compiling."""
 
     def kernels_of(*all_launches: list[kernels.Launch]) -> int:
@@ -204,7 +187,7 @@ def test_one_kernel_for_every_size(gpu_static: ModuleType, model_shapes: ModuleT
 # ---- the published models ----
 
 
-def test_the_shapes_are_those_of_the_models(model_shapes: ModuleType) -> None:
+def test_the_shapes_are_those_of_the_models() -> None:
     """`python benchmarks/model_shapes.py` prints what the lists have to be."""
     with torch.device("meta"):
         recorded = model_shapes.record(model_shapes.all_runs())
@@ -213,7 +196,7 @@ def test_the_shapes_are_those_of_the_models(model_shapes: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_no_shape_of_the_zoo_is_missing(model_shapes: ModuleType) -> None:
+def test_no_shape_of_the_zoo_is_missing() -> None:
     """The published configurations, as they are: UNet, first stage and text encoder of each."""
     tokens = {"ClassEmbedder": 1, "BERTEmbedder": 77, "Identity": 11}  # the last one are ten neighbours and the prompt
     runs, seen = [], set()
@@ -239,7 +222,7 @@ def test_no_shape_of_the_zoo_is_missing(model_shapes: ModuleType) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("op", ("attention", "group_norm_silu"))
-def test_every_shape_of_the_models(gpu_static: ModuleType, op: str, arch: int) -> None:
+def test_every_shape_of_the_models(op: str, arch: int) -> None:
     wrong = {}
     for launch, label, _ in gpu_static.distinct(gpu_static.works([op], HALF)):
         static = gpu_static.compile_launch(launch, arch)
@@ -251,7 +234,7 @@ def test_every_shape_of_the_models(gpu_static: ModuleType, op: str, arch: int) -
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", (BFLOAT, SINGLE), ids=str)
-def test_other_dtypes(gpu_static: ModuleType, model_shapes: ModuleType, dtype: torch.dtype, arch: int) -> None:
+def test_other_dtypes(dtype: torch.dtype, arch: int) -> None:
     for case in CASES["attention"]:
         if case.acceptance:
             check(
@@ -263,7 +246,7 @@ def test_other_dtypes(gpu_static: ModuleType, model_shapes: ModuleType, dtype: t
                 model_shapes.GroupNormShape(*case.shape, True, False),
                 getattr(torch, case.layout, CONTIGUOUS),
             )
-            check(gpu_static, gpu_static.group_norm_silu_launches(shape, dtype, layout), dtype, arch)
+            check(gpu_static.group_norm_silu_launches(shape, dtype, layout), dtype, arch)
 
 
 def test_the_table_is_printed() -> None:

@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from eager_torch import assert_same_gradients, eager_torch, gradients, relative_error
+from _eager import eager_ops
+from compare import assert_same_gradients, gradients, relative_error
 from torch import Tensor
 
 import ldm_fast
@@ -86,7 +87,7 @@ def test_reference_in_float64_agrees_with_plain_pytorch(name, impl):
     unet, arguments = make(name).double(), to(inputs(CONFIGS[name], size=(9, 6)), torch.float64)
     with torch.no_grad(), ldm_fast.use_impl(impl):
         ours = unet(**arguments).sample
-    with torch.no_grad(), eager_torch():
+    with torch.no_grad(), eager_ops():
         plain = unet(**arguments).sample
     assert relative_error(ours, plain) <= 1e-6  # the reference's softmax and timestep embedding are float32
 
@@ -99,7 +100,7 @@ def test_bfloat16_error(name, impl):
     with torch.no_grad():
         with ldm_fast.use_impl(impl):
             ours = unet(**arguments).sample
-        with eager_torch():
+        with eager_ops():
             eager = unet(**arguments).sample
             exact = unet.double()(**to(arguments, torch.float64)).sample
     assert ours.dtype == torch.bfloat16

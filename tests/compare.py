@@ -1,52 +1,9 @@
-"""The peer that whole models are measured against: the same modules with PyTorch's own functions as their ops."""
+"""How outputs and gradients of two models are compared."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from unittest import mock
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from ldm_fast import ops
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-def group_norm_silu(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-5,
-    *,
-    activation: str | None = "silu",
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    h = F.group_norm(x, num_groups, weight, bias, eps)
-    if scale is not None:
-        h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-    return F.silu(h) if activation == "silu" else h
-
-
-def nearest_codebook(z: Tensor, codebook: Tensor) -> Tensor:
-    return torch.cdist(z.movedim(1, -1).float(), codebook.float()[None]).argmin(-1)
-
-
-@contextlib.contextmanager
-def eager_torch() -> Iterator[None]:
-    """Inside the `with` block models run on PyTorch's group_norm, silu, scaled_dot_product_attention and cdist: what
-    one would write without this package. Their parameters are the same objects, so outputs compare one to one.
-    """
-    with contextlib.ExitStack() as stack:
-        for op in (attention, group_norm_silu, nearest_codebook):
-            stack.enter_context(mock.patch.object(ops, op.__name__, op))
-        yield
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
