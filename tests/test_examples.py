@@ -60,11 +60,3 @@ def test_train_on_a_folder(tmp_path: Path) -> None:
     printed = run(tmp_path, "train_on_a_folder.py", "--steps", "4", "--run-dir", str(tmp_path / "run"))
     assert "model.safetensors: 2 pictures" in printed
     assert Image.open(tmp_path / "run" / "drawn.png").size == (64, 32)
-
-
-def test_the_code_of_the_first_guide(tmp_path: Path) -> None:
-    blocks = re.findall("```python\n(.*?)```", (ROOT / "docs/guides/first_picture.md").read_text(), flags=re.DOTALL)
-    code = "\n".join(block for block in blocks if "--8<--" not in block)
-    assert "use_impl" in code
-    (tmp_path / "guide.py").write_text(code)
-    assert "attention on cpu" in run(tmp_path, str(tmp_path / "guide.py"))
