@@ -148,6 +148,12 @@ class UNetConfig:
         """Transformer blocks in the middle: those of the first transformer of the last level."""
         return self.depths_down(len(self.block_out_channels) - 1)[0]
 
+    def given(self, name: str) -> int:
+        """Return a number that may be None, but is given: the checks have made sure, since another field needs it."""
+        value = getattr(self, name)
+        assert isinstance(value, int), f"UNetConfig: {name} is {value!r}"
+        return value
+
     def heads(self, level: int) -> tuple[int, int]:
         """(number of heads, width of one head) at a level."""
         channels, heads = self.block_out_channels[level], self.at_level("num_attention_heads", level)

@@ -1,4 +1,4 @@
-"""Attention as a layer: projections around `ops.attention`, and what IP-Adapters add to it."""
+"""Attention as a layer: projections around `ops.attention`, and what IP-Adapters add."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,23 +14,23 @@ from ldm_fast import ops
 from ldm_fast.models.joined import join, linears, separate
 from ldm_fast.models.memory import recall
 
-# Classes of diffusers that all compute attention as it is, each in its own way.
+# Classes of diffusers that compute plain attention, each in its own way.
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 
 
 class ImagePrompts(NamedTuple):
-    """What cross attention looks at beside the text (Ye et al., arXiv:2308.06721), one entry for each IP-Adapter."""
+    """What cross attention looks at besides the text (Ye et al., arXiv:2308.06721), one entry for each IP-Adapter."""
 
     embeds: Sequence[Tensor]  # (B, images, tokens, context channels)
     masks: Sequence[Tensor | None] | None = None  # (1, images, height, width) of any size: where each image counts
 
 
 class AttnProcessor:
-    """Attention as it is. Diffusers' loaders exchange such objects and go by the name of their class."""
+    """Plain attention. diffusers' loaders exchange such objects, and look at the names of their classes."""
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x to `context`, or to x itself where there is none.
+    """Multi-head attention from x to `context`, or to x itself if there is no context.
 
     Inside `fixed_weights`, keys and values of a context are computed once. After `join`, q, k and v of x (k and v
     of a context) come from one product. Both need plain linear layers (`joined.is_plain`).
@@ -57,7 +58,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         images: ImagePrompts | None = None,
     ) -> Tensor:
-        """x (B, N, C), context (B, L, context channels), mask as for `ops.attention` → (B, N, C)."""
+        """Attend from x (B, N, C) to context (B, L, context channels); the mask is that of `ops.attention`."""
         if context is None:
             q, k, v = linears(x, (self.to_q, self.to_k, self.to_v))
         else:
@@ -68,13 +69,15 @@ class Attention(nn.Module):
         out = ops.attention(q, self._split(k), self._split(v), mask=mask)  # (B, H, N, D)
         if images is not None:
             out = self._add_images(out, q, images)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, N, C)
+        result: Tensor = self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, N, C)
+        return result
 
     def _split(self, t: Tensor) -> Tensor:
-        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        """(B, N, H·D) → (B, H, N, D), as a view."""
+        return torch.unflatten(t, -1, (self.heads, -1)).transpose(1, 2)
 
     def _add_images(self, out: Tensor, q: Tensor, images: ImagePrompts) -> Tensor:
-        """out + Σ scale · mask · attention to the image, over the images of all IP-Adapters, (B, H, N, D)."""
+        """Return out + Σ scale · mask · attention to the image, over the images of all IP-Adapters, (B, H, N, D)."""
         adapters = self.processor
         if isinstance(adapters, AttnProcessor):
             raise ValueError("Attention: got image embeddings, but no IP-Adapter is loaded")
@@ -91,9 +94,9 @@ class Attention(nn.Module):
         return out
 
     def join(self) -> None:
-        """Puts the projections' weights one behind the other in memory, so that one product can use them all.
+        """Put the projections' weights one behind the other in memory, so that one product can use them all.
 
-        Copies and moves of the layer keep this layout; `train()` ends it, for those who train have ordinary parameters.
+        Copies and moves of the layer keep this layout. `train()` ends it: training has ordinary parameters.
         """
         self._joined = True
         join((self.to_k, self.to_v) if self.has_context else (self.to_q, self.to_k, self.to_v))
@@ -105,24 +108,25 @@ class Attention(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Attention:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._joined:
             self.join()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._joined:  # copy.deepcopy gives every weight memory of its own
             self.join()
 
     def get_processor(self) -> Any:
+        """Return what `set_processor` was given."""
         return self.processor
 
     def set_processor(self, processor: Any) -> None:
-        """Takes an IP-Adapter's processor (a module with to_k_ip, to_v_ip and scale), or a plain one, to go without.
+        """Take an IP-Adapter's processor (a module with to_k_ip, to_v_ip and scale), or a plain one for none.
 
-        Only their weights and scales are used, never their code: what is computed stays `forward`. ValueError for any
-        other processor.
+        Only its weights and scales are used, never its code: `forward` stays what is computed. ValueError for any other
+        processor.
         """
         if isinstance(processor, nn.Module) and hasattr(processor, "to_k_ip") and hasattr(processor, "to_v_ip"):
             self.processor = processor
@@ -137,7 +141,7 @@ class Attention(nn.Module):
 
 
 def join_projections(model: nn.Module) -> None:
-    """`Attention.join` for every attention in the model."""
+    """Call `Attention.join` of every attention in the model."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.join()
@@ -146,7 +150,7 @@ def join_projections(model: nn.Module) -> None:
 def _image_parts(
     embeds: Tensor, mask: Tensor | None, scale: float | list[float], q: Tensor
 ) -> list[tuple[Tensor, float, Tensor | None]]:
-    """[(tokens (B, L, C), weight, area (1, 1, N, 1))] of one IP-Adapter; without masks all its images at once."""
+    """Return [(tokens (B, L, C), weight, area (1, 1, N, 1))] of an IP-Adapter; without masks all its images at once."""
     if mask is None:
         if isinstance(scale, list):
             raise ValueError("Attention: one IP-Adapter scale for each image needs ip_adapter_masks")
@@ -164,9 +168,9 @@ def _image_parts(
 
 
 def _over_tokens(mask: Tensor, count: int) -> Tensor:
-    """A mask (1, images, H, W) at the resolution where a map of its proportions has `count` pixels, (images, count)."""
+    """Return a mask (1, images, H, W) as (images, count), resized to where its proportions have `count` pixels."""
     height, width = mask.shape[2:]
     rows = max(1, int(math.sqrt(count / (width / height))))
     rows += count % rows != 0
     flat = F.interpolate(mask, size=(rows, count // rows), mode="bicubic").flatten(2)[0]
-    return F.pad(flat, (0, count - flat.shape[1]))  # cut or filled with zeros where proportions differ
+    return F.pad(flat, (0, count - flat.shape[1]))  # cut or filled with zeros if the proportions differ

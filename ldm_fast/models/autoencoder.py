@@ -1,8 +1,8 @@
 """The first stage: encoder E, decoder D and the regularisation of the latent between them (arXiv:2112.10752, 3.1).
 
 `AutoencoderKL` regularises by a KL term towards the standard normal, `VQModel` by a vector-quantization layer absorbed
-into the decoder. Both compress by f = 2^m, m being the number of levels less one. Methods, outputs and the fields of
-the configuration have the names that diffusers gave them, so that its pipelines run on these classes as they are.
+into the decoder. Both compress by f = 2^m, where m is the number of levels less one. Methods, outputs and the fields of
+the configuration have diffusers' names, so that its pipelines run on these classes as they are.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from ldm_fast.models.tiles import in_tiles
 from ldm_fast.models.upcast import Float32Arithmetic
 
 
+@dataclass
 class Output:
-    """Results by name, by position (those that are None left out) or by name as a key."""
+    """Results by name, by position (without those that are None), or by name as a key."""
 
     def to_tuple(self) -> tuple[Any, ...]:
+        """Return the results that are not None."""
         values = (getattr(self, f.name) for f in fields(self))
         return tuple(value for value in values if value is not None)
 
@@ -39,23 +41,29 @@ class Output:
 
 @dataclass
 class DecoderOutput(Output):
+    """Images, and what regularises the latent."""
+
     sample: Tensor  # (B, out_channels, H, W)
     commit_loss: Tensor | None = None  # VQ-reg: the quantizer's loss
-    regulariser: DiagonalGaussian | QuantizerOutput | None = None  # of `forward`: what training regularises
+    regulariser: DiagonalGaussian | QuantizerOutput | None = None  # what training regularises
 
 
 @dataclass
 class AutoencoderKLOutput(Output):
+    """The latent of a KL-reg first stage: a distribution."""
+
     latent_dist: DiagonalGaussian
 
 
 @dataclass
 class VQEncoderOutput(Output):
+    """The latent of a VQ-reg first stage."""
+
     latents: Tensor  # (B, latent_channels, H/f, W/f), not yet quantized
 
 
 def _after_offloading(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Accelerate moves an offloaded model to its device before `forward`; this makes it do so before `method`, too."""
+    """Make accelerate move an offloaded model to its device before `method`, as it does before `forward`."""
 
     @functools.wraps(method)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -70,13 +78,15 @@ def _after_offloading(method: Callable[..., Any]) -> Callable[..., Any]:
 class _FirstStage(Pretrained):
     """What the two first stages share: E, D and the 1×1 convolutions on either side of the latent.
 
-    `encode` and `decode` take `tile`: a large image in the memory of tiles of `tile` latents a side, with the result of
-    the whole (see `ldm_fast.bands`); without gradients.
+    With `tile`, `encode` and `decode` work on a large image in the memory of tiles of `tile` latents a side, with the
+    result of the whole image (see `models.bands`), without gradients.
 
-    What users of diffusers know: `use_slicing`, one image at a time. `use_tiling`, images larger than a tile in
-    overlapping tiles that know nothing of one another, each side `tile_sample_min_size` pixels (`tile_latent_min_size`
-    in the latent) and `tile_overlap_factor` of it shared; the result is another one than that of the whole.
+    As in diffusers, `use_slicing` takes one image at a time, and `use_tiling` takes images larger than a tile in
+    overlapping tiles that know nothing of one another: `tile_sample_min_size` pixels a side (`tile_latent_min_size` in
+    the latent), of which they share `tile_overlap_factor`. The result differs from that of the whole image.
     """
+
+    config: AutoencoderConfig
 
     def __init__(self, config: AutoencoderConfig, moments: int):
         super().__init__()
@@ -95,13 +105,13 @@ class _FirstStage(Pretrained):
 
     @torch.no_grad()
     def open_latent_convs(self) -> None:
-        """Sets the 1×1 convolutions around the latent to the identity: how training is to start.
+        """Set the 1×1 convolutions around the latent to the identity, as training should start.
 
-        With the convolution on either side of them they are four linear layers in a row, and gradient descent on such a
-        chain from random weights finds maps of low rank: latents that lie in a plane, whatever their channels.
+        Together with the convolution on either side they are four linear layers in a row. From random weights, gradient
+        descent finds maps of low rank through such a chain: latents that lie in a plane, whatever their channels.
         """
         for conv in (self.quant_conv, self.post_quant_conv):
-            if conv is not None:
+            if conv is not None and conv.bias is not None:
                 nn.init.dirac_(conv.weight)
                 nn.init.zeros_(conv.bias)
 
@@ -125,7 +135,7 @@ class _FirstStage(Pretrained):
             yield torch.float32 if wide else self.dtype
 
     def join_projections(self) -> None:
-        """Lets q, k and v of every attention come from one product: a layout for inference. See the UNet's."""
+        """Compute q, k and v of every attention in one product: a layout for inference. See `UNet.join_projections`."""
         join_projections(self)
 
     def enable_slicing(self) -> None:
@@ -141,41 +151,39 @@ class _FirstStage(Pretrained):
         self.use_tiling = False
 
     def enable_gradient_checkpointing(self) -> None:
-        """Training keeps the inputs of the blocks alone and computes what is inside them twice."""
+        """In training, store only the inputs of blocks and compute what is inside them twice."""
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = True
 
     def disable_gradient_checkpointing(self) -> None:
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = False
 
     def _encode(self, x: Tensor, tile: int | None) -> Tensor:
-        """x (B, in_channels, H, W) → moments (B, latent_channels or twice that, H/f, W/f)."""
+        """Return the moments (B, latent_channels or twice that, H/f, W/f) of x (B, in_channels, H, W)."""
         channels = self.encoder.conv_in.in_channels
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"{type(self).__name__}: x must be (B, {channels}, H, W), got {tuple(x.shape)}")
         if tile is not None:
             pixels = self._pixels_of_a_band("encode", x, tile)
             with torch.no_grad():
-                h = encode_in_bands(self.encoder, x, pixels)
-                return h if self.quant_conv is None else self.quant_conv(h)
+                return self._encode_whole(x, functools.partial(encode_in_bands, self.encoder, pixels=pixels))
         sample, latent = self.tile_sample_min_size, self.tile_latent_min_size
         return self._in_parts(self._encode_whole, x, sample, latent)
 
-    def _encode_whole(self, x: Tensor) -> Tensor:
-        h = self.encoder(x)
+    def _encode_whole(self, x: Tensor, encoder: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        h = (encoder or self.encoder)(x)
         return h if self.quant_conv is None else self.quant_conv(h)
 
     def _decode(self, z: Tensor, tile: int | None) -> Tensor:
-        """z (B, latent_channels, h, w) → (B, out_channels, f·h, f·w)."""
+        """Return the images (B, out_channels, f·h, f·w) of z (B, latent_channels, h, w)."""
         if tile is not None:
             pixels = self._pixels_of_a_band("decode", z, tile)
             with torch.no_grad():
-                z = z if self.post_quant_conv is None else self.post_quant_conv(z)
-                return decode_in_bands(self.decoder, z, pixels)
+                return self._decode_whole(z, functools.partial(decode_in_bands, self.decoder, pixels=pixels))
         sample, latent = self.tile_sample_min_size, self.tile_latent_min_size
         return self._in_parts(self._decode_whole, z, latent, sample)
 
-    def _decode_whole(self, z: Tensor) -> Tensor:
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+    def _decode_whole(self, z: Tensor, decoder: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        return (decoder or self.decoder)(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def _pixels_of_a_band(self, method: str, x: Tensor, tile: int) -> int:
         name = f"{type(self).__name__}.{method}"
@@ -183,10 +191,11 @@ class _FirstStage(Pretrained):
             raise ValueError(f"{name}: tile must be a number of latents, at least 1, or None, got {tile!r}")
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: tile={tile} gives no gradients; leave it out, or use torch.no_grad()")
-        return max(1, (tile * self.config.downsampling_factor) ** 2 // BANDS_PER_TILE)
+        side = tile * self.config.downsampling_factor
+        return max(1, side * side // BANDS_PER_TILE)
 
     def _in_parts(self, function: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: int) -> Tensor:
-        """function(x), in slices and tiles where they are enabled."""
+        """Return function(x), in slices and tiles if they are enabled."""
         if self.use_tiling and max(x.shape[2:]) > size:
             function = functools.partial(
                 in_tiles, function, size=size, out_size=out_size, overlap=self.tile_overlap_factor
@@ -215,20 +224,23 @@ class AutoencoderKL(_FirstStage):
     def encode(
         self, x: Tensor, return_dict: bool = True, *, tile: int | None = None
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
-        """x (B, in_channels, H, W) → `.latent_dist` over z (B, latent_channels, H/f, W/f)."""
+        """Return `.latent_dist`, over z (B, latent_channels, H/f, W/f), of x (B, in_channels, H, W)."""
         posterior = DiagonalGaussian(self._encode(x, tile))
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
     def encode_latents(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The latent that the second stage learns: a sample of q(z | x)."""
-        return self.encode(x).latent_dist.sample(generator)
+        """Return the latent that the second stage learns: a sample of q(z | x)."""
+        z: Tensor = self.encode(x).latent_dist.sample(generator)
+        return z
 
     @_after_offloading
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: Any = None, *, tile: int | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """z (B, latent_channels, h, w) → `.sample` (B, out_channels, f·h, f·w). Nothing here is random: pipelines pass
-        a generator since some decoders of diffusers are."""
+        """Return `.sample` (B, out_channels, f·h, f·w) of z (B, latent_channels, h, w).
+
+        Nothing here is random. Pipelines pass a generator, since some decoders of diffusers are.
+        """
         self._check_latent(z)
         sample = self._decode(z, tile)
         return DecoderOutput(sample) if return_dict else (sample,)
@@ -240,9 +252,9 @@ class AutoencoderKL(_FirstStage):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Reconstruction of `sample` (B, in_channels, H, W) from the mode of q(z | x), or from a sample of it.
+        """Reconstruct `sample` (B, in_channels, H, W) from the mode of q(z | x), or from a sample of it as in training.
 
-        `.sample` like the input, `.regulariser` the distribution q. Training samples the posterior.
+        Returns `.sample`, like the input, and `.regulariser`, the distribution q.
         """
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
@@ -255,6 +267,7 @@ class VQModel(_FirstStage):
 
     config_class = VQConfig
     stands_for = ("VQModel",)
+    config: VQConfig
 
     def __init__(self, config: VQConfig):
         super().__init__(config, moments=1)
@@ -270,13 +283,14 @@ class VQModel(_FirstStage):
     def encode(
         self, x: Tensor, return_dict: bool = True, *, tile: int | None = None
     ) -> VQEncoderOutput | tuple[Tensor]:
-        """x (B, in_channels, H, W) → `.latents` (B, latent_channels, H/f, W/f), not yet quantized."""
+        """Return `.latents` (B, latent_channels, H/f, W/f), not yet quantized, of x (B, in_channels, H, W)."""
         latents = self._encode(x, tile)
         return VQEncoderOutput(latents) if return_dict else (latents,)
 
     def encode_latents(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The latent that the second stage learns: the one before quantization (decoding quantizes)."""
-        return self.encode(x).latents
+        """Return the latent that the second stage learns: the one before quantization (decoding quantizes)."""
+        z: Tensor = self.encode(x).latents
+        return z
 
     @_after_offloading
     def decode(
@@ -288,10 +302,10 @@ class VQModel(_FirstStage):
         *,
         tile: int | None = None,
     ) -> DecoderOutput | tuple[Tensor, Tensor]:
-        """z (B, latent_channels, h, w), quantized here unless told not to → `.sample` (B, out_channels, f·h, f·w).
+        """Return `.sample` (B, out_channels, f·h, f·w) of z (B, latent_channels, h, w), which is quantized first.
 
-        A model with `config.lookup_from_codebook` that is told not to quantize takes indices of codes, in any shape,
-        and `shape` (B, h, w, latent_channels) says what they make up.
+        With `force_not_quantize` it is not. A model with `config.lookup_from_codebook` then takes indices of codes, in
+        any shape, and `shape` (B, h, w, latent_channels) says which latent they make up.
         """
         if force_not_quantize and self.config.lookup_from_codebook:
             quantized, z = None, self.quantize.get_codebook_entry(z, shape)
@@ -304,6 +318,9 @@ class VQModel(_FirstStage):
         return DecoderOutput(sample, loss, quantized) if return_dict else (sample, loss)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor, Tensor]:
-        """Reconstruction of `sample` (B, in_channels, H, W): `.sample` like it, `.commit_loss`, and with indices and
-        perplexity `.regulariser`."""
-        return self.decode(self.encode(sample).latents, return_dict=return_dict)
+        """Reconstruct `sample` (B, in_channels, H, W).
+
+        Returns `.sample`, like it, `.commit_loss`, and `.regulariser` with indices and perplexity.
+        """
+        out: DecoderOutput | tuple[Tensor, Tensor] = self.decode(self.encode(sample).latents, return_dict=return_dict)
+        return out

@@ -1,18 +1,20 @@
 """E and D over a large image in bands of rows, with the result of the whole image: `decode(z, tile=…)`.
 
-What a layer needs of the rest of the image it gets. A 3×3 convolution: one row of either neighbour, which every band
-has beside its own rows (its rims). A group norm: the statistics of all bands, merged (`ops.merge_group_norm_stats`),
-before it is applied to the first one. Attention: the map put together; it stands where the map is small.
+Each layer gets what it needs of the rest of the image. A 3×3 convolution needs one row of either neighbour: every band
+has them beside its own rows, as its rims. A group norm needs the statistics of all bands, merged
+(`ops.merge_group_norm_stats`), before it is applied to the first one. Attention, which stands where maps are small,
+gets the map put together.
 
-What is kept is the input of a group norm until its second pass, and the sum that a residual block adds to: two maps at
-most. Bands are given up one by one as the next map grows out of them; nothing but the rims is computed twice. The rest
-of what a layer needs (the normalised band, what a convolution reorders) is as large as a band. Bands are channels_last:
-their rows lie one behind the other, and convolutions take and give them without a copy.
+At most two maps are kept: the input of a group norm until its second pass, and the sum that a residual block adds to.
+Bands are given up one by one as the next map grows out of them; only the rims are computed twice. Whatever else a layer
+needs (the normalised band, what a convolution reorders) is as large as a band. Bands are channels_last: their rows lie
+one behind the other, and convolutions take and give them without a copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,25 +24,25 @@ from ldm_fast import ops
 from ldm_fast.models.coders import Decoder, DecoderBlock, Encoder, EncoderBlock
 from ldm_fast.models.layers import Downsample, GroupNorm, ResBlock, Upsample, upsample_nearest
 
-BANDS_PER_TILE = 8  # beside the maps that are kept a layer needs a few bands: together less than a tile
+BANDS_PER_TILE = 8  # besides the maps that are kept, a layer needs a few bands: together less than a tile
 
 
 def decode_in_bands(decoder: Decoder, z: Tensor, pixels: int) -> Tensor:
-    """decoder(z) for z (B, z_channels, h, w), at any time with few bands of at most `pixels` pixels beside two maps."""
+    """Return decoder(z) for z (B, z_channels, h, w), in the memory of two maps and few bands of `pixels` pixels."""
     return torch.cat([_decode_one(decoder, latent, pixels) for latent in z.split(1)])
 
 
 def encode_in_bands(encoder: Encoder, x: Tensor, pixels: int) -> Tensor:
-    """encoder(x) for x (B, in_channels, H, W), likewise."""
+    """Return encoder(x) for x (B, in_channels, H, W), in the memory of two maps and few bands of `pixels` pixels."""
     return torch.cat([_encode_one(encoder, image, pixels) for image in x.split(1)])
 
 
 def _decode_one(decoder: Decoder, z: Tensor, pixels: int) -> Tensor:
     h = Bands.cut(decoder.mid_block(decoder.conv_in(z)), pixels)  # (1, C, H/f, W/f)
-    for block in decoder.up_blocks:
+    for block in cast("list[DecoderBlock]", decoder.up_blocks):
         _res_blocks(block, h)
         if block.upsamplers is not None:
-            _upsample(block.upsamplers[0], h, pixels)  # (1, C', 2H, 2W)
+            _upsample(cast("Upsample", block.upsamplers[0]), h, pixels)  # (1, C', 2H, 2W)
     _after_norm(decoder.conv_norm_out, h, decoder.conv_out)
     return h.joined()  # (1, out, H, W)
 
@@ -48,12 +50,12 @@ def _decode_one(decoder: Decoder, z: Tensor, pixels: int) -> Tensor:
 def _encode_one(encoder: Encoder, x: Tensor, pixels: int) -> Tensor:
     h = Bands.cut(x, pixels, multiple=2 ** (len(encoder.down_blocks) - 1))  # (1, in, H, W)
     h.replace(encoder.conv_in)
-    for block in encoder.down_blocks:
+    for block in cast("list[EncoderBlock]", encoder.down_blocks):
         _res_blocks(block, h)
         if block.downsamplers is not None:
-            _downsample(block.downsamplers[0], h)  # (1, C', H/2, W/2)
-    h = encoder.mid_block(h.joined())
-    return encoder.conv_out(encoder.conv_norm_out(h, "silu"))  # (1, outputs, H/f, W/f)
+            _downsample(cast("Downsample", block.downsamplers[0]), h)  # (1, C', H/2, W/2)
+    out: Tensor = encoder.conv_out(encoder.conv_norm_out(encoder.mid_block(h.joined()), "silu"))
+    return out  # (1, outputs, H/f, W/f)
 
 
 class Bands:
@@ -64,7 +66,7 @@ class Bands:
 
     @classmethod
     def cut(cls, x: Tensor, pixels: int, multiple: int = 1) -> Bands:
-        """x in bands of at most `pixels` pixels or one row, all but the last with a multiple of `multiple` rows."""
+        """Cut x into bands of `pixels` pixels at most, or one row; all but the last `multiple` times some rows high."""
         height, width = x.shape[2:]
         rows = max(multiple, pixels // width // multiple * multiple)
         starts = range(0, max(1, height - height % multiple), rows)  # a rest below `multiple` goes to the last band
@@ -72,26 +74,32 @@ class Bands:
         return cls([_copy(x[:, :, max(0, a - 1) : b + 1]) for a, b in zip(starts, ends, strict=True)])
 
     def own(self, i: int) -> Tensor:
-        """Band i without its rims."""
+        """Return band i without its rims, as a view."""
         top, bottom = self.rims(i)
         return self.parts[i][:, :, top : self.parts[i].shape[2] - bottom]
 
     def rims(self, i: int) -> tuple[int, int]:
-        """How many rims band i has above and below: none at the border of the image."""
+        """Return how many rims band i has above and below: none at the border of the image."""
         return int(i > 0), int(i < len(self.parts) - 1)
 
+    def take(self, i: int) -> Tensor:
+        """Return band i and give it up."""
+        part = self.parts[i]
+        self.parts[i] = part.new_empty(0)
+        return part
+
     def joined(self) -> Tensor:
+        """Return the map (1, C, H, W), contiguous."""
         return torch.cat([self.own(i) for i in range(len(self.parts))], dim=2).contiguous()
 
     def replace(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Each band by function(band with its rims), which must keep the number of rows."""
-        for i, part in enumerate(self.parts):
-            self.parts[i] = function(part)
-            del part
+        """Replace each band by function(band with its rims), which must keep the number of rows."""
+        for i in range(len(self.parts)):
+            self.parts[i] = function(self.take(i))
         self.update_rims()
 
     def update_rims(self) -> None:
-        """Every rim anew from the band it belongs to: at its rim a convolution has seen zeros, not the image."""
+        """Copy every rim from the band it belongs to: at the rim, a convolution has seen zeros instead of the image."""
         for i in range(1, len(self.parts)):
             self.parts[i][:, :, 0] = self.own(i - 1)[:, :, -1]
             self.parts[i - 1][:, :, -1] = self.own(i)[:, :, 0]
@@ -111,20 +119,20 @@ def _norm_silu(norm: GroupNorm, band: Tensor, stats: Tensor) -> Tensor:
 
 
 def _after_norm(norm: GroupNorm, x: Bands, conv: nn.Module) -> None:
-    """x by conv(silu(norm(x)))."""
+    """Replace x by conv(silu(norm(x)))."""
     stats = _statistics(norm, x)
     x.replace(lambda band: conv(_norm_silu(norm, band, stats)))
 
 
 def _res_blocks(block: EncoderBlock | DecoderBlock, x: Bands) -> None:
-    for i, resnet in enumerate(block.resnets):
+    for i, resnet in enumerate(cast("list[ResBlock]", block.resnets)):
         _res_block(resnet, x)
         if block.attentions is not None:
             _whole(block.attentions[i], x)
 
 
 def _res_block(block: ResBlock, x: Bands) -> None:
-    """x by block(x). The shortcut's result takes the place of its band, so that no third map is kept."""
+    """Replace x by block(x). The shortcut's result takes the place of its band, so that no third map is kept."""
     stats = _statistics(block.norm1, x)
     h = Bands([])
     for i, band in enumerate(x.parts):
@@ -135,13 +143,12 @@ def _res_block(block: ResBlock, x: Bands) -> None:
     h.update_rims()
     stats = _statistics(block.norm2, h)
     for i, band in enumerate(x.parts):
-        band += block.conv2(_norm_silu(block.norm2, h.parts[i], stats))
-        h.parts[i] = None
+        band += block.conv2(_norm_silu(block.norm2, h.take(i), stats))
     x.update_rims()
 
 
 def _whole(layer: nn.Module, x: Bands) -> None:
-    """x by layer(x), for a layer that looks at all of it."""
+    """Replace x by layer(x), for a layer that looks at all of it."""
     parts, bottom = [], 0
     result = layer(x.joined())
     for i in range(len(x.parts)):
@@ -151,16 +158,16 @@ def _whole(layer: nn.Module, x: Bands) -> None:
 
 
 def _upsample(layer: Upsample, x: Bands, pixels: int) -> None:
-    """x by layer(x), each band cut into as many as it takes."""
+    """Replace x by layer(x), each band cut into as many as are needed."""
     parts: list[Tensor] = []
     for i in range(len(x.parts)):
         top, bottom = x.rims(i)
-        large, x.parts[i] = upsample_nearest(x.parts[i]), None
+        large = upsample_nearest(x.take(i))
         large = large[:, :, top : large.shape[2] - bottom]  # a rim has become two rows
         rows = large.shape[2] - top - bottom
         step = max(1, pixels // large.shape[3])
         for start in range(0, rows, step):
-            # from the row before (a rim, or the band's own) to the row after
+            # From the row before (a rim, or the band's own) to the row after.
             first, last = max(0, start + top - 1), start + top + min(step, rows - start) + 1
             parts.append(layer.conv(large[:, :, first:last]))
     x.parts = parts
@@ -168,7 +175,7 @@ def _upsample(layer: Upsample, x: Bands, pixels: int) -> None:
 
 
 def _downsample(layer: Downsample, x: Bands) -> None:
-    """x by layer(x): row r sees the rows 2r to 2r + 2, so a band needs the rim below, and below the last one zeros."""
+    """Replace x by layer(x). Row r sees rows 2r to 2r + 2, so a band needs the rim below; below the last are zeros."""
     for i, band in enumerate(x.parts):
         top, bottom = x.rims(i)
         band = F.pad(band[:, :, top:], (0, 1, 0, 1 - bottom))

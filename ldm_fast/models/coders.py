@@ -1,6 +1,6 @@
 """Encoder E and decoder D of the first stage (arXiv:2112.10752, section 3.1 and appendix G).
 
-Convolutional, without skip connections between the two. Sub-modules are called as in diffusers.
+Both are convolutional, and there are no skip connections between them. Sub-modules have diffusers' names.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        run = _checkpointed if self.gradient_checkpointing else _plain
+        run = _recomputed if self.gradient_checkpointing else _plain
         h = self.conv_in(x)  # (B, C, H, W)
         for block in self.down_blocks:
             h = run(block, h)  # (B, C', H/2, W/2)
         h = run(self.mid_block, h)
-        return self.conv_out(self.conv_norm_out(h, "silu"))  # (B, outputs, H/f, W/f)
+        return _plain(self.conv_out, self.conv_norm_out(h, "silu"))  # (B, outputs, H/f, W/f)
 
 
 class Decoder(nn.Module):
@@ -50,20 +50,22 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, z: Tensor) -> Tensor:
-        run = _checkpointed if self.gradient_checkpointing else _plain
+        run = _recomputed if self.gradient_checkpointing else _plain
         h = run(self.mid_block, self.conv_in(z))  # (B, C, H/f, W/f)
         for block in self.up_blocks:
             h = run(block, h)  # (B, C', 2H, 2W)
-        return self.conv_out(self.conv_norm_out(h, "silu"))  # (B, out, H, W)
+        return _plain(self.conv_out, self.conv_norm_out(h, "silu"))  # (B, out, H, W)
 
 
 def _plain(block: nn.Module, h: Tensor) -> Tensor:
-    return block(h)
+    out: Tensor = block(h)
+    return out
 
 
-def _checkpointed(block: nn.Module, h: Tensor) -> Tensor:
-    """block(h) that keeps nothing for its backward but h, and computes the rest again."""
-    return checkpoint(block, h, use_reentrant=False)
+def _recomputed(block: nn.Module, h: Tensor) -> Tensor:
+    """block(h), of which only h is kept for the backward pass; that computes the rest again."""
+    out: Tensor = checkpoint(block, h, use_reentrant=False)
+    return out
 
 
 def _res_blocks(config: AutoencoderConfig, inputs: int, outputs: int, count: int) -> nn.ModuleList:
@@ -83,6 +85,8 @@ def _attentions(config: AutoencoderConfig, level: int, count: int) -> nn.ModuleL
 
 
 class EncoderBlock(nn.Module):
+    """One level of the encoder: residual blocks, perhaps with attention, then a reduction by 2 (not at the last)."""
+
     def __init__(self, config: AutoencoderConfig, level: int):
         super().__init__()
         channels, count = config.block_out_channels, config.layers_per_block
@@ -100,6 +104,8 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
+    """One level of the decoder: residual blocks, perhaps with attention, then a doubling (not at the last)."""
+
     def __init__(self, config: AutoencoderConfig, level: int):
         super().__init__()
         channels, count = config.block_out_channels, config.layers_per_block + 1
@@ -116,6 +122,8 @@ class DecoderBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """Residual block, perhaps attention, residual block at the lowest resolution."""
+
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         channels = config.block_out_channels[-1]
@@ -127,4 +135,4 @@ class MidBlock(nn.Module):
         h = self.resnets[0](h)
         if self.attentions is not None:
             h = self.attentions[0](h)
-        return self.resnets[1](h)
+        return _plain(self.resnets[1], h)

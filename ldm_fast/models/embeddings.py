@@ -1,4 +1,4 @@
-"""What becomes part of the UNet's time embedding: timesteps, labels, and texts as one vector each."""
+"""What makes up the UNet's time embedding: timesteps, labels, and texts as one vector each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm_fast.models.memory import open_scope
 
 
 def sinusoidal_embedding(t: Tensor, channels: int, max_period: float = 10000.0) -> Tensor:
-    """cos and sin of t at `channels`/2 frequencies, (B,) → (B, channels) float32 (arXiv:2006.11239, cosines first)."""
+    """Return cos and sin of t (B,) at `channels`/2 frequencies, (B, channels) float32 (arXiv:2006.11239)."""
     half = channels // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * frequencies
@@ -22,7 +22,7 @@ def sinusoidal_embedding(t: Tensor, channels: int, max_period: float = 10000.0) 
 
 
 class Timesteps(nn.Module):
-    """`sinusoidal_embedding` as a module, since programs that copy parts of a UNet copy it as one."""
+    """`sinusoidal_embedding` as a module, since programs that copy parts of a UNet expect one."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -35,8 +35,8 @@ class Timesteps(nn.Module):
 class TimestepEmbedding(nn.Module):
     """A two-layer network on top of a sinusoidal embedding, or of any other vector, (B, in) → (B, out).
 
-    `condition_channels`: width of a condition that is projected and added first (arXiv:2310.04378, the guidance scale).
-    The embeddings of a whole schedule may be computed at once, to be looked up later.
+    `condition_channels` is the width of a condition that is projected and added first (arXiv:2310.04378: the guidance
+    scale). The embeddings of a whole schedule may be computed at once, to be looked up later.
     """
 
     def __init__(self, in_channels: int, out_channels: int, condition_channels: int | None = None):
@@ -47,8 +47,10 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         if condition is not None:
+            assert self.cond_proj is not None, "TimestepEmbedding: there is no projection of the condition"
             x = x + self.cond_proj(condition)
-        return self.linear_2(F.silu(self.linear_1(x)))
+        embedding: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return embedding
 
     @torch.no_grad()
     def remember(self, t: Tensor, x: Tensor) -> None:
@@ -58,8 +60,10 @@ class TimestepEmbedding(nn.Module):
             scope[layers] = dict(zip(t.float().tolist(), self(x), strict=True))
 
     def look_up(self, t: Tensor | float, like: Tensor) -> Tensor | None:
-        """Return the embeddings (1 or B, out) of timesteps, as they are remembered in the dtype and on the device of
-        `like`. None if one is not, or if to look at its value is to wait for a GPU."""
+        """Return the embeddings (1 or B, out) that are remembered of these timesteps, like `like` in dtype and device.
+
+        None if one is not, or if looking at its value means waiting for a GPU.
+        """
         layers = (self.linear_1, self.linear_2)
         scope = open_scope(like, layers)
         if scope is None or layers not in scope or (isinstance(t, Tensor) and not t.is_cpu):
@@ -84,10 +88,8 @@ class AttentionPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean(dim=1, keepdim=True) + self.positional_embedding  # (B, 1, C)
         x = torch.cat([mean, x], dim=1)  # (B, 1 + L, C)
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for t in (self.q_proj(mean), self.k_proj(x), self.v_proj(x))
-        )
+        projected = self.q_proj(mean), self.k_proj(x), self.v_proj(x)
+        q, k, v = (torch.unflatten(t, -1, (self.heads, -1)).transpose(1, 2) for t in projected)
         return ops.attention(q, k, v).transpose(1, 2).flatten(1)
 
 
@@ -102,38 +104,38 @@ class TextTimeEmbedding(nn.Module):
         self.norm2 = nn.LayerNorm(out_channels)
 
     def forward(self, context: Tensor) -> Tensor:
-        return self.norm2(self.proj(self.pool(self.norm1(context))))
+        embedding: Tensor = self.norm2(self.proj(self.pool(self.norm1(context))))
+        return embedding
 
 
 def class_embedding(config: UNetConfig, time_channels: int) -> nn.Module | None:
-    """What embeds class labels, None if the model takes none."""
-    kind, width = config.class_embed_type, config.projection_class_embeddings_input_dim
+    """Return what embeds class labels, None if the model takes none."""
+    kind, width = config.class_embed_type, "projection_class_embeddings_input_dim"
     if kind == "timestep":
         return TimestepEmbedding(config.block_out_channels[0], time_channels)
     if kind == "projection":
-        return TimestepEmbedding(width, time_channels)
+        return TimestepEmbedding(config.given(width), time_channels)
     if kind == "simple_projection":
-        return nn.Linear(width, time_channels)
+        return nn.Linear(config.given(width), time_channels)
     if kind == "identity":
         return nn.Identity()
     return None if config.num_class_embeds is None else nn.Embedding(config.num_class_embeds, time_channels)
 
 
 def class_label_shape(config: UNetConfig, batch: int) -> tuple[int, ...]:
-    """Of the labels that `class_embedding` takes: a number for each image, or a vector."""
-    widths = {
-        "projection": config.projection_class_embeddings_input_dim,
-        "simple_projection": config.projection_class_embeddings_input_dim,
-        "identity": 4 * config.block_out_channels[0],
-    }
-    return (batch, widths[config.class_embed_type]) if config.class_embed_type in widths else (batch,)
+    """Return the shape of the labels that `class_embedding` takes: a number for each image, or a vector."""
+    if config.class_embed_type == "identity":
+        return batch, 4 * config.block_out_channels[0]
+    if config.class_embed_type in ("projection", "simple_projection"):
+        return batch, config.given("projection_class_embeddings_input_dim")
+    return (batch,)
 
 
 def add_embedding(config: UNetConfig, time_channels: int) -> nn.Module | None:
-    """What embeds the pooled text, None if the model takes none."""
+    """Return what embeds the pooled text, None if the model takes none."""
     if config.addition_embed_type == "text":
-        width = config.encoder_hid_dim or config.cross_attention_dim
+        width = config.encoder_hid_dim or config.given("cross_attention_dim")
         return TextTimeEmbedding(width, time_channels, config.addition_embed_type_num_heads)
     if config.addition_embed_type == "text_time":
-        return TimestepEmbedding(config.projection_class_embeddings_input_dim, time_channels)
+        return TimestepEmbedding(config.given("projection_class_embeddings_input_dim"), time_channels)
     return None

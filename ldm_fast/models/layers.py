@@ -1,12 +1,13 @@
-"""The blocks that UNet and first stage are made of. They hold weights and call `ldm_fast.ops`; nothing more.
+"""The layers that UNet and first stage are made of. They hold weights and call `ldm_fast.ops`, nothing more.
 
-Names of sub-modules follow diffusers, so LoRA, ControlNet and IP-Adapter files address them unchanged.
+Sub-modules have diffusers' names, since LoRA, ControlNet and IP-Adapter files address them by name.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from ldm_fast.models.attention import Attention, ImagePrompts
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm with the activation and the scale-shift modulation that follow it: `ops.group_norm_silu`."""
+    """Group norm with the scale-shift modulation and the activation that follow it: `ops.group_norm_silu`."""
 
     def forward(
         self, x: Tensor, activation: str | None = None, scale: Tensor | None = None, shift: Tensor | None = None
@@ -28,8 +29,8 @@ class GroupNorm(nn.GroupNorm):
 class ResBlock(nn.Module):
     """norm-silu-conv twice around a time embedding, plus the input (LDM's ResBlock, diffusers' ResnetBlock2D).
 
-    `scale_shift`: the time embedding modulates the second norm instead of being added before it. `resample`: "up" or
-    "down" changes the size of both branches by 2 between the first norm and the first convolution.
+    With `scale_shift` the time embedding modulates the second norm, instead of being added before it. If `resample` is
+    "up" or "down", both branches change their size by 2 between the first norm and the first convolution.
     """
 
     def __init__(
@@ -49,22 +50,22 @@ class ResBlock(nn.Module):
         self.resample = resample
         self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj: nn.Linear | None = None
         if time_channels is not None:
             self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
-        else:
-            self.time_emb_proj = None
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, temb: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        h = self.norm1(x, "silu")  # (B, C, H, W)
+        h: Tensor = self.norm1(x, "silu")  # (B, C, H, W)
         if self.resample is not None:
             h, x = (_resample(t, self.resample, size) for t in (h, x))
         h = self.conv1(h)  # (B, C', H', W')
         scale = shift = None
         if self.time_emb_proj is not None:
+            assert temb is not None, "ResBlock: the time embedding is missing"
             emb = self.time_emb_proj(F.silu(temb))  # (B, C') or (B, 2 C')
             if self.scale_shift:
                 scale, shift = emb.chunk(2, dim=1)
@@ -81,12 +82,12 @@ def _resample(x: Tensor, direction: str, size: tuple[int, int] | None) -> Tensor
 
 
 def upsample_nearest(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    """x twice as large, or of the size given (that of the skip connection, where it is odd)."""
+    """Return x twice as large, or of `size`: that of the skip connection, which may be odd."""
     return F.interpolate(x, scale_factor=2.0) if size is None else F.interpolate(x, size=size)
 
 
 class Downsample(nn.Module):
-    """3×3 convolution of stride 2. The first stage pads asymmetrically, on the right and below only."""
+    """3×3 convolution of stride 2. In the first stage it pads asymmetrically, on the right and below only."""
 
     def __init__(self, channels: int, *, asymmetric: bool = False):
         super().__init__()
@@ -94,7 +95,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+        h: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+        return h
 
 
 class Upsample(nn.Module):
@@ -105,11 +107,12 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, temb: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        return self.conv(upsample_nearest(x, size))
+        h: Tensor = self.conv(upsample_nearest(x, size))
+        return h
 
 
 class Conditions(NamedTuple):
-    """What the attention layers of a UNet look at beside the image."""
+    """What the attention layers of a UNet look at besides the image."""
 
     context: Tensor | None = None  # τ_θ(y), (B, L, context channels)
     context_mask: Tensor | None = None  # (B, 1, 1, L), added to the scores of cross attention
@@ -117,7 +120,7 @@ class Conditions(NamedTuple):
     images: ImagePrompts | None = None
 
     def mask_over(self, keys: int) -> Tensor | None:
-        """The mask of self attention over this many keys; ValueError if it is over others."""
+        """Return the mask of self attention over this many keys. ValueError if it is for another number."""
         if self.mask is not None and self.mask.shape[-1] != keys:
             raise ValueError(
                 f"UNet: attention_mask must be (B, {keys}) for this size, got (B, {self.mask.shape[-1]}); a UNet with "
@@ -133,19 +136,20 @@ class SelfAttention2d(Attention):
         super().__init__(channels, heads=heads, head_dim=head_dim, qkv_bias=True)
         self.group_norm = GroupNorm(groups, channels, eps)
 
-    def forward(self, x: Tensor, conditions: Conditions | None = None) -> Tensor:
+    def forward(self, x: Tensor, conditions: Conditions | None = None) -> Tensor:  # type: ignore[override]  # of a map
         tokens = _to_tokens(self.group_norm(x))  # (B, H·W, C)
         mask = None if conditions is None else conditions.mask_over(tokens.shape[1])
         return x + _to_map(super().forward(tokens, mask=mask), x)
 
 
 def _to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, H·W, C), in this order in memory, too: every norm and product of a view would copy it."""
+    """(B, C, H, W) → (B, H·W, C), contiguous: every norm and product of a view would copy it."""
     return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
 def _to_map(tokens: Tensor, like: Tensor) -> Tensor:
-    return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+    """(B, H·W, C) → (B, C, H, W) of the size of `like`, as a view."""
+    return torch.unflatten(tokens, 1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
 class GEGLU(nn.Module):
@@ -156,11 +160,13 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        value, gate = torch.chunk(self.proj(x), 2, dim=-1)
         return value * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
+    """GEGLU to `factor` times the width, and a projection back."""
+
     def __init__(self, channels: int, *, factor: int = 4):
         super().__init__()
         self.net = nn.Sequential(
@@ -168,13 +174,14 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        h: Tensor = self.net(x)
+        return h
 
 
 class TransformerBlock(nn.Module):
     """Self attention, cross attention, feed-forward, each after a layer norm and around a residual.
 
-    `only_cross_attention`: the first attention looks at the context, too.
+    With `only_cross_attention` the first attention looks at the context, too.
     """
 
     def __init__(
@@ -202,7 +209,8 @@ class TransformerBlock(nn.Module):
         mask = conditions.mask_over((x if own is None else own).shape[1])
         x = x + self.attn1(self.norm1(x), own, mask)
         x = x + self.attn2(self.norm2(x), context, conditions.context_mask, conditions.images)
-        return x + self.ff(self.norm3(x))
+        out: Tensor = x + self.ff(self.norm3(x))
+        return out
 
 
 class SpatialTransformer(nn.Module):
@@ -238,7 +246,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1)
 
     def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
-        h = self.norm(x)  # (B, C, H, W)
+        h: Tensor = self.norm(x)  # (B, C, H, W)
         h = self.proj_in(_to_tokens(h)) if self.linear else _to_tokens(self.proj_in(h))  # (B, H·W, C)
         for block in self.transformer_blocks:
             h = block(h, conditions)

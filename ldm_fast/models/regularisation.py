@@ -30,7 +30,7 @@ class DiagonalGaussian:
         return self.logvar.exp()
 
     def sample(self, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
-        """A random z. With one generator per sample, each depends on its own alone."""
+        """Return a random z. With one generator for each sample, a sample depends on its own alone."""
         if generator is None:  # not randn_like: it fills channels_last memory in another order
             noise = torch.randn(self.mean.shape, device=self.mean.device, dtype=self.mean.dtype)
         else:
@@ -38,45 +38,47 @@ class DiagonalGaussian:
         return self.mean + self.std * noise
 
     def mode(self) -> Tensor:
+        """Return the most likely z."""
         return self.mean
 
     def kl(self) -> Tensor:
-        """KL(q(z | x) ‖ N(0, 1)) of each sample, (B,), in nats."""
+        """Return KL(q(z | x) ‖ N(0, 1)) of each sample, (B,), in nats."""
         return 0.5 * (self.mean.square() + self.var - 1 - self.logvar).flatten(1).sum(1)
 
     def nll(self, z: Tensor) -> Tensor:
-        """-log q(z | x) of each sample, (B,), in nats."""
+        """Return -log q(z | x) of each sample, (B,), in nats."""
         squares = (z - self.mean).square() * (-self.logvar).exp()
         return 0.5 * (math.log(2 * math.pi) + self.logvar + squares).flatten(1).sum(1)
 
 
 @dataclass
 class QuantizerOutput:
+    """The codes of a latent, and what trains them."""
+
     z_q: Tensor  # (B, d, h, w): the codes, with the straight-through gradient
     indices: Tensor  # (B, h, w) int64
-    loss: Tensor  # what trains the encoder and, by gradient, the codebook
+    loss: Tensor  # trains the encoder and, by gradient, the codebook
     codes: int  # K, the size of the codebook
 
     @property
     def counts(self) -> Tensor:
-        """(K,) float32: how often each code was chosen in this batch."""
+        """How often each code was chosen in this batch, (K,) float32."""
         ones = torch.ones_like(self.indices, dtype=torch.float32).flatten()
         return ones.new_zeros(self.codes).scatter_add_(0, self.indices.flatten(), ones)
 
     @property
     def usage(self) -> Tensor:
-        """The share of the codes that were chosen in this batch at all."""
-        return (self.counts > 0).float().mean()
+        """The share of codes that were chosen at all in this batch."""
+        return torch.mean((self.counts > 0).float())
 
     @property
     def perplexity(self) -> Tensor:
-        """exp of the entropy of the codes in this batch: as many codes, used alike, would say as much."""
-        return torch.special.entr(self.counts / max(1, self.indices.numel())).sum().exp()
+        """exp of the entropy of the codes in this batch: K if all are chosen equally often, 1 if only one is chosen."""
+        return torch.exp(torch.special.entr(self.counts / max(1, self.indices.numel())).sum())
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest of `codes` vectors of width `channels`, with the straight-through estimator
-    (van den Oord et al., arXiv:1711.00937).
+    """Nearest of `codes` vectors of width `channels`, with the straight-through estimator (arXiv:1711.00937).
 
     The codebook learns by gradient from ‖sg[z] - e‖², unless `ema_decay` γ is given. Then every forward pass in
     training mode moves it to exponential moving averages of the vectors that chose each code (appendix A.1 there):
@@ -84,8 +86,8 @@ class VectorQuantizer(nn.Module):
         N_k <- γ N_k + (1 - γ) n_k        n_k vectors chose code k, s_k is their sum
         e_k <- e_k + (1 - γ) (s_k - n_k e_k) / N_k
 
-    This is m_k / N_k with m_k <- γ m_k + (1 - γ) s_k, of which only N (`ema_counts`) has to be kept: a code that
-    nothing chooses stays where it is, bit for bit. Every code starts as if one vector had chosen it. Where
+    This is m_k / N_k with m_k <- γ m_k + (1 - γ) s_k, but only N (`ema_counts`) needs to be kept, and a code that
+    nothing chooses stays where it is, bit for bit. Every code starts as if one vector had chosen it. If
     torch.distributed is initialised, n and s are summed over all processes. Keep the codebook in float32: its steps are
     small.
 
@@ -108,6 +110,7 @@ class VectorQuantizer(nn.Module):
         self.commitment_weight = commitment_weight
         self.legacy = legacy
         self.ema_decay = ema_decay
+        self.ema_counts: Tensor  # (K,), if `ema_decay` is given
         self.embedding = nn.Embedding(codes, channels)
         nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
         if ema_decay is not None:
@@ -115,7 +118,7 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("ema_counts", torch.ones(codes))
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """z (B, d, h, w) → its codes, their indices and the loss."""
+        """Return the codes of z (B, d, h, w), their indices and the loss."""
         codebook = self.embedding.weight  # (K, d)
         z = z.to(codebook)  # in its dtype; inside `Float32Arithmetic` both become float32
         codebook = codebook.to(z)
@@ -136,7 +139,8 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _follow(self, counts: Tensor, sums: Tensor) -> None:
-        """One step of the moving averages, from how often each code was chosen (K,) and the sums (K, d)."""
+        """Take a step of the moving averages, from how often each code was chosen (K,) and the sums (K, d)."""
+        assert self.ema_decay is not None, "VectorQuantizer: there are no moving averages"
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
             torch.distributed.all_reduce(sums)
@@ -148,7 +152,7 @@ class VectorQuantizer(nn.Module):
         codebook.add_(torch.where(chosen, move, 0).to(codebook.dtype))
 
     def get_codebook_entry(self, indices: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        """Codes by their indices, in any shape. With `shape` (B, h, w, d) they come as a latent (B, d, h, w)."""
+        """Return codes by their indices, in any shape. With `shape` (B, h, w, d), return a latent (B, d, h, w)."""
         codes = F.embedding(indices, self.embedding.weight)
         return codes if shape is None else codes.reshape(*shape).permute(0, 3, 1, 2).contiguous()
 
@@ -166,7 +170,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def revive_dead_codes(self, z: Tensor, counts: Tensor, generator: torch.Generator) -> int:
-        """Move every code with a count of 0 to a random one of the vectors z (N, d). Returns how many there were."""
+        """Move every code with a count of 0 to a random one of the vectors z (N, d). Return how many there were."""
         dead = counts == 0
         count = int(dead.sum())
         if count:
@@ -177,7 +181,7 @@ class VectorQuantizer(nn.Module):
 
 
 def _draw(z: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different rows of z at random, some of them again only where there are too few."""
+    """Draw `count` rows of z at random, different ones unless there are too few."""
     z = z.unique(dim=0)
     if count <= z.shape[0]:
         rows = torch.randperm(z.shape[0], generator=generator, device=generator.device)[:count]

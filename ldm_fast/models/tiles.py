@@ -1,7 +1,7 @@
 """A network over an image in overlapping tiles, blended where they meet: the memory of one tile, whatever the size.
 
-Each tile is computed as if there were nothing around it, so the result differs from that of the whole image; blending
-hides the seams. The grid and the linear blend are those that users of diffusers know.
+Each tile is computed as if there were nothing around it, so the result differs from that of the whole image. Blending
+hides the seams. The grid and the linear blend are diffusers'.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: int, overlap: float) -> Tensor:
-    """function over x (B, C, H, W) in tiles of `size`, one every `size` · (1 - `overlap`) pixels → (B, C', H', W').
+    """Apply `function` to x (B, C, H, W) in tiles of `size`, one every `size` · (1 - `overlap`) pixels.
 
-    out_size: what `function` makes of a whole tile's side. ValueError where the tiles would not advance.
+    out_size: the side of what `function` makes of a whole tile. ValueError if the tiles would not advance.
     """
     stride = int(size * (1 - overlap))
     blend = int(out_size * overlap)
@@ -25,9 +25,10 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, size: int, out_siz
             f"tiling: tiles of {size} (output {out_size}) that overlap by {overlap} of their size do not advance; "
             "larger tiles or a smaller overlap are needed"
         )
-    rows, above = [], []
+    rows: list[Tensor] = []
+    above: list[Tensor] = []
     for top in range(0, x.shape[2], stride):
-        row = []
+        row: list[Tensor] = []
         for column, left in enumerate(range(0, x.shape[3], stride)):
             tile = function(x[:, :, top : top + size, left : left + size])
             if above:
@@ -41,7 +42,7 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, size: int, out_siz
 
 
 def _blend(before: Tensor, tile: Tensor, extent: int, dim: int) -> Tensor:
-    """`tile` whose first `extent` rows (dim 2) or columns (dim 3) fade in over the last ones of `before`."""
+    """Return `tile`, its first `extent` rows (dim 2) or columns (dim 3) faded in over the last ones of `before`."""
     extent = min(before.shape[dim], tile.shape[dim], extent)
     weight = torch.arange(extent, device=tile.device, dtype=tile.dtype) / max(extent, 1)
     weight = weight[:, None] if dim == 2 else weight

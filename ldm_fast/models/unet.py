@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +12,22 @@ from torch import Tensor, nn
 from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.interop.names import UNET_PREFIX
 from ldm_fast.models.attention import Attention, AttnProcessor, ImagePrompts, join_projections
-from ldm_fast.models.embeddings import TimestepEmbedding, Timesteps, add_embedding, class_embedding, class_label_shape
+from ldm_fast.models.embeddings import TimestepEmbedding, Timesteps, add_embedding, class_embedding
 from ldm_fast.models.layers import Conditions, GroupNorm, ResBlock, SelfAttention2d, SpatialTransformer
 from ldm_fast.models.memory import recall
 from ldm_fast.models.pretrained import Pretrained
 from ldm_fast.models.unet_blocks import Block, DownBlock, MidBlock, UpBlock
+from ldm_fast.models.unet_inputs import (
+    add_extras,
+    add_residuals,
+    biases,
+    check_context,
+    check_dtypes,
+    check_labels,
+    check_residuals,
+    check_sample,
+    given,
+)
 from ldm_fast.ops.op import autocast_dtype
 
 
@@ -28,12 +40,14 @@ class UNetOutput(NamedTuple):
 class UNet(Pretrained):
     """UNet(config)(sample, timestep, encoder_hidden_states) → prediction in the parameterisation it was trained in.
 
-    Takes what diffusers' UNet2DConditionModel takes, ControlNet's and T2I-Adapter's residuals and IP-Adapters included.
-    Run a sampling loop of your own in `torch.no_grad()` and `ldm_fast.fixed_weights()`: then the keys and values of a
-    context are computed once for all steps.
-    Shapes in the comments are for the first-level size H × W; sizes that are not multiples of 2^levels work, since
-    upsampling goes to the size of the skip connection.
+    Takes what diffusers' UNet2DConditionModel takes, including the residuals of ControlNets and T2I-Adapters, and
+    IP-Adapters. Run a sampling loop of your own in `torch.no_grad()` and `ldm_fast.fixed_weights()`: then the keys and
+    values of a context are computed once for all steps.
+
+    Sizes that are not multiples of 2^levels work, since upsampling goes to the size of the skip connection.
     """
+
+    config: UNetConfig
 
     config_class = UNetConfig
     stands_for = ("UNet2DConditionModel", "UNet2DModel")
@@ -52,10 +66,10 @@ class UNet(Pretrained):
         self.class_embedding = class_embedding(config, time_channels)
         self.add_embedding = add_embedding(config, time_channels)
         takes_numbers = config.addition_embed_type == "text_time"
-        self.add_time_proj = Timesteps(config.addition_time_embed_dim) if takes_numbers else None
-        self.encoder_hid_proj = None  # a projection of the context, or of IP-Adapters' images where they are loaded
+        self.add_time_proj = Timesteps(config.given("addition_time_embed_dim")) if takes_numbers else None
+        self.encoder_hid_proj: nn.Module | None = None  # of the context, or of images once IP-Adapters are loaded
         if config.encoder_hid_dim_type == "text_proj":
-            self.encoder_hid_proj = nn.Linear(config.encoder_hid_dim, config.cross_attention_dim)
+            self.encoder_hid_proj = nn.Linear(config.given("encoder_hid_dim"), config.given("cross_attention_dim"))
 
         levels = range(len(channels))
         self.down_blocks = nn.ModuleList(DownBlock(config, level, time_channels) for level in levels)
@@ -80,19 +94,19 @@ class UNet(Pretrained):
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNetOutput | tuple[Tensor]:
-        """One evaluation of the network. Names, order and meaning of the arguments are those of diffusers.
+        """Evaluate the network. Names, order and meaning of the arguments are those of diffusers.
 
         Args:
             sample: z_t, (B, in_channels, H, W).
             timestep: int, float, 0-d or (B,) tensor.
             encoder_hidden_states: context τ_θ(y), (B, L, cross_attention_dim); needed by cross attention. With
                 IP-Adapters also (context, [projected images (B, images, tokens, cross_attention_dim) for each]).
-            class_labels: (B,) int64, for a UNet with class embeddings (conditioning key "adm"); numbers where
+            class_labels: (B,) int64, for a UNet with class embeddings (conditioning key "adm"); numbers if
                 class_embed_type is given, (B,) for "timestep", (B, width) for the others.
             timestep_cond: (B, time_cond_proj_dim), added to the timestep's embedding.
             attention_mask: (B, keys) of self attention, 1 = attend, 0 = do not.
             cross_attention_kwargs: "ip_adapter_masks", for each IP-Adapter (1, images, height, width).
-            added_cond_kwargs: "text_embeds" (B, width) and "time_ids" (B, numbers) where addition_embed_type is
+            added_cond_kwargs: "text_embeds" (B, width) and "time_ids" (B, numbers) if addition_embed_type is
                 "text_time"; "image_embeds" for IP-Adapters.
             down_block_additional_residuals, mid_block_additional_residual: a ControlNet's, for every skip connection
                 and for the middle.
@@ -103,13 +117,15 @@ class UNet(Pretrained):
         Raises:
             ValueError: an input is missing, has the wrong shape or dtype, or is not for this UNet.
         """
-        context, images = _split_context(encoder_hidden_states)
+        states = encoder_hidden_states
+        context, images = states if isinstance(states, tuple) else (states, None)
         added, extras = added_cond_kwargs or {}, list(down_intrablock_additional_residuals or ())
+        residuals, residual = down_block_additional_residuals, mid_block_additional_residual
         self._check(sample, timestep, context, class_labels, timestep_cond)
-        _check_residuals(down_block_additional_residuals, mid_block_additional_residual)
+        check_residuals(residuals, residual)
         temb = self._embed_time(sample, timestep, timestep_cond)  # (B, 4 C)
         temb = self._embed_conditions(temb, context, class_labels, added)
-        masks = _biases(attention_mask, encoder_attention_mask, sample, context)
+        masks = biases(attention_mask, encoder_attention_mask, sample, context)
         conditions = self._conditions(context, images, masks, cross_attention_kwargs or {}, added)
 
         h = self.conv_in(sample)  # (B, C, H, W)
@@ -117,11 +133,9 @@ class UNet(Pretrained):
         for block in self.down_blocks:
             h, skips_of_block = block(h, temb, conditions, extras.pop(0) if extras else None)  # (B, C', H/2, W/2)
             skips += skips_of_block
-        h = self.mid_block(h, temb, conditions)
-        h = _add_extras(h, extras)
-        if mid_block_additional_residual is not None:
-            h = h + mid_block_additional_residual
-            skips = _add_residuals(skips, down_block_additional_residuals)
+        h = add_extras(self.mid_block(h, temb, conditions), extras)
+        if residual is not None and residuals is not None:
+            h, skips = h + residual, add_residuals(skips, residuals)
         for block in self.up_blocks:
             h = block(h, skips, temb, conditions)  # (B, C', 2H, 2W)
         h = self.conv_out(self.conv_norm_out(h, "silu"))  # (B, out, H, W)
@@ -132,18 +146,21 @@ class UNet(Pretrained):
         if known is not None:
             return known.expand(sample.shape[0], -1)
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])  # (B,)
-        return self.time_embedding(self.time_proj(t).to(sample.dtype), condition)
+        temb: Tensor = self.time_embedding(self.time_proj(t).to(sample.dtype), condition)
+        return temb
 
     def _embed_conditions(
         self, temb: Tensor, context: Tensor | None, class_labels: Tensor | None, added: Mapping[str, Any]
     ) -> Tensor:
+        """Add what embeds the class and the pooled text to the time embedding (B, 4 C)."""
         if self.class_embedding is not None:
             if self.config.class_embed_type == "timestep":
                 class_labels = self.time_proj(class_labels).to(temb.dtype)
             temb = temb + self.class_embedding(class_labels).to(temb.dtype)
+        pooled = context
         if self.add_time_proj is not None:
-            numbers = self.add_time_proj(_given(added, "time_ids").flatten())  # (B · numbers, channels)
-            text = _given(added, "text_embeds")  # (B, width)
+            numbers = self.add_time_proj(given(added, "time_ids").flatten())  # (B · numbers, channels)
+            text = given(added, "text_embeds")  # (B, width)
             both = torch.cat([text, numbers.reshape(text.shape[0], -1)], dim=-1).to(temb.dtype)
             needed = self.config.projection_class_embeddings_input_dim
             if both.shape != (temb.shape[0], needed):
@@ -151,8 +168,8 @@ class UNet(Pretrained):
                     f"UNet: text_embeds and time_ids must come to ({temb.shape[0]}, {needed}), got {tuple(both.shape)} "
                     f"from {tuple(text.shape)} and {tuple(added['time_ids'].shape)}"
                 )
-            return temb + self.add_embedding(both)
-        return temb if self.add_embedding is None else temb + self.add_embedding(context)
+            pooled = both
+        return temb if self.add_embedding is None else temb + self.add_embedding(pooled)
 
     def _conditions(
         self,
@@ -171,11 +188,10 @@ class UNet(Pretrained):
         elif kind == "ip_image_proj":
             if self.encoder_hid_proj is None:
                 raise ValueError("UNet: encoder_hid_dim_type is 'ip_image_proj', but no IP-Adapter is loaded")
-            images = self.encoder_hid_proj(_given(added, "image_embeds"))
+            images = self.encoder_hid_proj(given(added, "image_embeds"))
             project_text = getattr(self, "text_encoder_hid_proj", None)  # where a loader puts what was here before
-        if project_text is not None:
-            given = context
-            context = recall(given, (project_text,), lambda: project_text(given))
+        if project_text is not None and context is not None:
+            context = recall(context, (project_text,), functools.partial(project_text, context))
         self_mask, context_mask = masks
         area = attention_arguments.get("ip_adapter_masks")
         if isinstance(area, Tensor):  # (adapters, 1, height, width)
@@ -191,39 +207,13 @@ class UNet(Pretrained):
         class_labels: Tensor | None,
         timestep_cond: Tensor | None,
     ) -> None:
-        config = self.config
-        if sample.ndim != 4 or sample.shape[1] != config.in_channels:
-            raise ValueError(f"UNet: sample must be (B, {config.in_channels}, H, W), got {tuple(sample.shape)}")
+        check_sample(self.config, sample, timestep, timestep_cond)
         plain = "forward" not in self.conv_in.__dict__ and not self.conv_in._forward_pre_hooks  # else these may convert
         if plain and autocast_dtype(sample) is None:
-            inputs = {"sample": sample, "encoder_hidden_states": context, "timestep_cond": timestep_cond}
-            for name, tensor in inputs.items():
-                if tensor is not None and tensor.dtype != self.dtype:
-                    raise ValueError(f"UNet: {name} must be {self.dtype} as the weights are, got {tensor.dtype}")
-        batch, width = sample.shape[0], self.context_channels
-        given = () if isinstance(timestep, (float, int)) else getattr(timestep, "shape", None)  # NumPy's have one, too
-        if given is None or tuple(given) not in ((), (1,), (batch,)):
-            given = repr(timestep) if given is None else tuple(given)
-            raise ValueError(f"UNet: timestep must be a number or a tensor ({batch},), got {given}")
-        if context is None:
-            if self.uses_context:
-                raise ValueError("UNet: encoder_hidden_states is missing; this UNet has cross attention")
-        elif width is None:
-            raise ValueError("UNet: encoder_hidden_states given, but this UNet has no cross attention")
-        elif context.ndim != 3 or context.shape[0] != batch or context.shape[2] != width:
-            raise ValueError(f"UNet: encoder_hidden_states must be ({batch}, L, {width}), got {tuple(context.shape)}")
-        if (class_labels is None) != (self.class_embedding is None):
-            needed = "needs" if class_labels is None else "does not take"
-            kind = f"class_embed_type is {config.class_embed_type}, num_class_embeds is {config.num_class_embeds}"
-            raise ValueError(f"UNet: this UNet {needed} class_labels ({kind})")
-        labels = class_label_shape(config, batch)
-        if class_labels is not None and tuple(class_labels.shape) != labels:
-            raise ValueError(f"UNet: class_labels must be {labels}, got {tuple(class_labels.shape)}")
-        if isinstance(self.class_embedding, nn.Embedding) and class_labels.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"UNet: class_labels must be int64, got {class_labels.dtype}")
-        needed = None if config.time_cond_proj_dim is None else (batch, config.time_cond_proj_dim)
-        if timestep_cond is not None and tuple(timestep_cond.shape) != needed:
-            raise ValueError(f"UNet: timestep_cond must be {needed}, got {tuple(timestep_cond.shape)}")
+            check_dtypes(self.dtype, sample=sample, encoder_hidden_states=context, timestep_cond=timestep_cond)
+        batch = sample.shape[0]
+        check_context(context, batch, self.context_channels, needed=self.uses_context)
+        check_labels(self.config, class_labels, batch, self.class_embedding)
 
     def precompute_time(self, timesteps: Tensor | Sequence[float]) -> None:
         """Embed a whole schedule (T,) at once, for the calls in this scope of `fixed_weights`; no effect outside one.
@@ -234,19 +224,18 @@ class UNet(Pretrained):
         self.time_embedding.remember(t, self.time_proj(t).to(self.dtype))
 
     def join_projections(self) -> None:
-        """Lets q, k and v (k and v of a context) of every attention come from one product: a layout for inference.
+        """Compute q, k and v (k and v of a context) of every attention in one product: a layout for inference.
 
         Moves weights in memory, layer by layer; changes no value and exchanges no parameter. Copies, other devices and
-        dtypes keep the layout, `train()` ends it. Needed again after weights were exchanged for other tensors
-        (`load_state_dict(assign=True)`).
+        dtypes keep the layout, `train()` ends it. Call it again after `load_state_dict(assign=True)`.
 
         Joined weights share memory. Programs that look at storages (accelerate, `safetensors.torch.save_model`) take
-        them for tied ones and leave some out of what they store: have them store models that are not joined.
+        them for tied ones and leave some of them out: let them store models that are not joined.
         """
         join_projections(self)
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Training computes the inside of blocks twice instead of storing it; gradients are the same, bit for bit."""
+        """In training, compute the inside of blocks twice instead of storing it; gradients are the same bit for bit."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.gradient_checkpointing = enabled
@@ -256,11 +245,14 @@ class UNet(Pretrained):
 
     @property
     def attn_processors(self) -> dict[str, Any]:
-        """{"….attn1.processor": processor} of all attentions, in diffusers' order: way down, way up, middle."""
+        """{"….attn1.processor": processor} of all attentions in diffusers' order: way down, way up, middle."""
         return {f"{name}.processor": layer.get_processor() for name, layer in self._attention_layers().items()}
 
     def set_attn_processor(self, processor: Any | dict[str, Any]) -> None:
-        """One processor for all attentions, or one for each as in `attn_processors`; see `Attention.set_processor`."""
+        """Set one processor for all attentions, or one for each as in `attn_processors`.
+
+        See `Attention.set_processor`. ValueError if a dictionary does not have exactly the names of the attentions.
+        """
         layers = self._attention_layers()
         if not isinstance(processor, dict):
             processor = {f"{name}.processor": processor for name in layers}
@@ -272,7 +264,7 @@ class UNet(Pretrained):
             layer.set_processor(processor[f"{name}.processor"])
 
     def set_default_attn_processor(self) -> None:
-        """Attention without IP-Adapters again."""
+        """Go back to attention without IP-Adapters."""
         self.set_attn_processor(AttnProcessor())
 
     def _attention_layers(self) -> dict[str, Attention]:
@@ -286,20 +278,18 @@ class UNet(Pretrained):
 
     @torch.no_grad()
     def zero_residuals(self) -> None:
-        """Sets the last layer of every residual branch, and of the whole, to zero: how training is to start."""
+        """Set the last layer of every residual branch, and of the whole, to zero, as training should start."""
+        last: list[nn.Module] = [self.conv_out]
         for module in self.modules():
             if isinstance(module, ResBlock):
-                last = module.conv2
+                last.append(module.conv2)
             elif isinstance(module, SpatialTransformer):
-                last = module.proj_out
+                last.append(module.proj_out)
             elif isinstance(module, SelfAttention2d):
-                last = module.to_out[0]
-            else:
-                continue
-            last.weight.zero_()
-            last.bias.zero_()
-        self.conv_out.weight.zero_()
-        self.conv_out.bias.zero_()
+                last.append(module.to_out[0])
+        for layer in last:
+            for parameter in layer.parameters():
+                parameter.zero_()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -308,56 +298,3 @@ class UNet(Pretrained):
     @property
     def device(self) -> torch.device:
         return self.conv_in.weight.device
-
-
-def _split_context(context: Any) -> tuple[Tensor | None, Sequence[Tensor] | None]:
-    return context if isinstance(context, tuple) else (context, None)
-
-
-def _given(added: Mapping[str, Any], name: str) -> Any:
-    if added.get(name) is None:
-        raise ValueError(f"UNet: added_cond_kwargs needs {name!r} for this UNet, got {', '.join(added) or 'nothing'}")
-    return added[name]
-
-
-def _biases(
-    mask: Tensor | None, context_mask: Tensor | None, sample: Tensor, context: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Masks (B, keys), 1 = attend, as what is added to the scores, (B, 1, 1, keys): 0, and -10000 for a 0."""
-    batch, tokens = sample.shape[0], None if context is None else context.shape[1]
-    if mask is not None and (mask.ndim != 2 or mask.shape[0] != batch):
-        raise ValueError(f"UNet: attention_mask must be ({batch}, keys), got {tuple(mask.shape)}")
-    if context_mask is not None and tuple(context_mask.shape) != (batch, tokens):
-        needed = "None without encoder_hidden_states" if context is None else (batch, tokens)
-        raise ValueError(f"UNet: encoder_attention_mask must be {needed}, got {tuple(context_mask.shape)}")
-    mask, context_mask = (
-        None if m is None else ((1 - m.to(sample.dtype)) * -10000.0)[:, None, None, :] for m in (mask, context_mask)
-    )
-    return mask, context_mask
-
-
-def _add_extras(h: Tensor, extras: Sequence[Tensor]) -> Tensor:
-    """What is left of a T2I-Adapter's residuals after the way down belongs to the middle."""
-    if not extras:
-        return h
-    if len(extras) > 1 or extras[0].shape != h.shape:
-        shapes = ", ".join(str(tuple(extra.shape)) for extra in extras)
-        raise ValueError(
-            "UNet: down_intrablock_additional_residuals must be one for each level and perhaps one of "
-            f"{tuple(h.shape)} for the middle; left over: {shapes}"
-        )
-    return h + extras[0]
-
-
-def _check_residuals(down: Sequence[Tensor] | None, mid: Tensor | None) -> None:
-    if (down is None) != (mid is None):
-        raise ValueError(
-            "UNet: down_block_additional_residuals and mid_block_additional_residual go together (a ControlNet gives "
-            "both); a T2I-Adapter's residuals are down_intrablock_additional_residuals"
-        )
-
-
-def _add_residuals(skips: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
-    if len(skips) != len(residuals):
-        raise ValueError(f"UNet: down_block_additional_residuals must be {len(skips)} tensors, got {len(residuals)}")
-    return [skip + residual for skip, residual in zip(skips, residuals, strict=True)]

@@ -51,7 +51,7 @@ def _attention(
 class Block(nn.Module):
     """Residual blocks and attention; with `gradient_checkpointing` their inside is computed twice instead of stored.
 
-    A block without attention has no attribute `attentions`: programs made for diffusers' blocks go by `hasattr`.
+    A block without attention has no attribute `attentions`: programs made for diffusers' blocks ask `hasattr`.
     """
 
     resnets: nn.ModuleList
@@ -65,18 +65,18 @@ class Block(nn.Module):
             self.attentions = nn.ModuleList(_attention(config, level, block_type, n, only_cross) for n in depths)
 
     def _pair(self, i: int, h: Tensor, temb: Tensor, conditions: Conditions) -> Tensor:
-        """The i-th residual block and the attention after it, where there is one."""
+        """Run the i-th residual block and, if there is one, the attention after it."""
         h = self._run(self.resnets[i], h, temb)
         return self._run(self.attentions[i], h, conditions) if hasattr(self, "attentions") else h
 
     def _run(self, module: nn.Module, *inputs: Any) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        h: Tensor = checkpoint(module, *inputs, use_reentrant=False) if recompute else module(*inputs)
+        return h
 
 
 class DownBlock(Block):
-    """One level on the way down: residual blocks, attention after each, then a reduction by 2 (not at the last)."""
+    """One level on the way down: residual blocks, each with attention, then a reduction by 2 (not at the last)."""
 
     def __init__(self, config: UNetConfig, level: int, time_channels: int):
         super().__init__()
@@ -96,7 +96,10 @@ class DownBlock(Block):
     def forward(
         self, h: Tensor, temb: Tensor, conditions: Conditions, extra: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """(h, skips). `extra` is a T2I-Adapter's: added before the reduction with cross attention, else after it."""
+        """Return h and the skips.
+
+        `extra` is a T2I-Adapter's residual. With cross attention it is added before the reduction, else after it.
+        """
         skips = []
         for i in range(len(self.resnets)):
             h = self._pair(i, h, temb, conditions)
@@ -128,7 +131,7 @@ class MidBlock(Block):
 
 
 class UpBlock(Block):
-    """One level on the way up: residual blocks over h and a skip each, attention after each, then doubling."""
+    """One level on the way up: residual blocks over h and a skip, each with attention, then a doubling."""
 
     def __init__(self, config: UNetConfig, level: int, time_channels: int):
         super().__init__()
@@ -148,7 +151,7 @@ class UpBlock(Block):
             self.upsamplers = nn.ModuleList([up])
 
     def forward(self, h: Tensor, skips: list[Tensor], temb: Tensor, conditions: Conditions) -> Tensor:
-        """Takes its skips from the end of the list."""
+        """Take the skips of this level from the end of the list."""
         for i in range(len(self.resnets)):
             h = self._pair(i, torch.cat([h, skips.pop()], dim=1), temb, conditions)
         if self.upsamplers is not None:
