@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.simplefilter("default")
         warnings.showwarning = _show_warning
         try:
-            return options.run(options) or 0
+            return int(options.run(options) or 0)
         except KeyboardInterrupt:
             return _fail(options, "interrupted", 130)
         except Stopped as stopped:

@@ -1,4 +1,4 @@
-"""`python -m ldm_fast.cli`, for where the script `ldm-fast` is not on the path."""
+"""`python -m ldm_fast.cli` is `ldm-fast`, for systems on which that script is not on the path."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The commands. Each takes the parsed options; errors are raised and become one line in `main`."""
+"""The commands. Each takes the parsed options. It raises errors, which `main` turns into one line."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _load_model(options: argparse.Namespace) -> LatentDiffusion:
 def _conditions(
     model: LatentDiffusion, prompts: list[str], negative: str | None
 ) -> tuple[list[str] | list[int] | int, str | int | None]:
-    """Prompts and negative prompt as the model takes them: words, labels of classes, or only how many images."""
+    """Return prompts and negative prompt as the model takes them: words, class labels, or only how many images."""
     from ldm_fast.models.encoders import ClassEmbedder
 
     if model.conditioning_key is None:
@@ -144,7 +144,9 @@ def _read_init_and_mask(options: argparse.Namespace, size: tuple[int, int]) -> t
         shapes = [tuple(read(path).shape[:2]) for read, path in ((read_image, options.init), (read_mask, options.mask))]
         if shapes[0] != shapes[1]:
             (h, w), (mh, mw) = shapes
-            raise ValueError(f"--mask {options.mask} is {mw}x{mh} pixels, --init {options.init} {w}x{h}; both must fit")
+            raise ValueError(
+                f"--mask {options.mask} is {mw}x{mh} pixels, --init {options.init} {w}x{h}; they must agree"
+            )
     mask = None if options.mask is None else read_mask(options.mask, size)
     return read_image(options.init, size), mask
 
@@ -164,6 +166,7 @@ def reconstruct(options: argparse.Namespace) -> None:
     """Send a picture through the first stage and back."""
     from ldm_fast.files import images as pictures
     from ldm_fast.files.atomic import check_writable
+    from ldm_fast.training.metrics import psnr
 
     source = Path(options.image)
     out = Path(options.out or source.with_name(f"{source.stem}-reconstructed.png"))
@@ -175,12 +178,11 @@ def reconstruct(options: argparse.Namespace) -> None:
         raise ValueError(f"{source} is {image.shape[1]}x{image.shape[0]}; give --size with at most {MAX_SIDE} a side")
     model = _load_model(options)
     again = model.reconstruct(image[None])[0]
-    error = (again.double() - image.double()).square().mean().clamp(min=1e-4)
-    psnr = float(10 * (255**2 / error).log10())
+    decibels = float(psnr((again.double() - image.double()).square().mean()))
     pictures.write_png(
         out, again, {"source": source.name, "model": model.origin, "software": f"ldm_fast {__version__}"}
     )
-    print(f"{out}: {again.shape[1]}x{again.shape[0]} pixels, PSNR {psnr:.2f} dB")
+    print(f"{out}: {again.shape[1]}x{again.shape[0]} pixels, PSNR {decibels:.2f} dB")
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What can be typed after `ldm-fast`, and the help that teaches it."""
+"""The options of every command, and its help."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ examples:
   ldm-fast generate "cat face" --negative "tear" --out cat.png      steer away from something
   ldm-fast generate "grinning face" --init me.png --strength 0.6    start from a picture (img2img)
   ldm-fast generate "blue heart" --init me.png --mask mask.png      repaint where the mask is white
-  ldm-fast generate "" --num 9 --grid                               no words: whatever comes
-  ldm-fast generate 3 7 --model classes.safetensors                 a class each, for a model that draws classes
+  ldm-fast generate "" --num 9 --grid                               no words: anything may come
+  ldm-fast generate 3 7 --model classes.safetensors                 one class each, if the model draws classes
 
-Every PNG carries prompt, seed, model and settings as text; image i of a run is the one that seed + i gives alone.
+Every PNG holds its prompt, seed, model and settings as text. Image i of a run is the one that seed + i gives alone.
 """
 RECONSTRUCT_EXAMPLES = """\
-Shows what the first stage keeps of a picture: encode it to a latent, decode it again.
+Shows what the first stage keeps of a picture: it is encoded to a latent and decoded again.
 
 example:
   ldm-fast reconstruct photo.png --out again.png
@@ -39,16 +39,16 @@ examples:
   ldm-fast evaluate --model runs/emoji/model.safetensors --seen 50 --held-out 20    a quick look
 """
 TRAIN_EXAMPLES = """\
-Trains a first stage, then a second stage on its latents. Stop it when you like, even by kill -9: the same command goes
-on from the last checkpoint and gives bit for bit what an uninterrupted run would have given.
+Trains a first stage, then a second stage on its latents. You may stop it at any time, even by kill -9: the same command
+continues from the last checkpoint, and the result is bit for bit that of an uninterrupted run.
 
 examples:
-  ldm-fast train emoji --run-dir runs/emoji                 the shipped model, by the recipe that comes along
+  ldm-fast train emoji --run-dir runs/emoji                 the shipped model, by its recipe
   ldm-fast train my/recipe.toml --run-dir runs/mine --stage first
-  ldm-fast train my/recipe.toml --first-stage sd-v1-4/vae   on the latents of another's first stage; none is trained
+  ldm-fast train my/recipe.toml --first-stage sd-v1-4/vae   on the latents of a first stage that exists
 """
 DOCTOR_EXAMPLES = """\
-Tells what was built, which implementation each op would use on this machine, and why not a better one.
+Tells what was built, which implementation each op uses on this machine, and why not a better one.
 """
 BENCH_EXAMPLES = """\
 Runs the benchmarks of a checkout: each verifies, then times, and ends with one line of JSON.
@@ -60,7 +60,7 @@ examples:
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line, without the usage before them."""
+    """A parser whose errors are one line, without the usage before them."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="ldm-fast",
         description="Latent diffusion on your own machine.",
-        epilog="ldm-fast COMMAND --help teaches each command by examples.",
+        epilog="ldm-fast COMMAND --help shows examples of each command.",
     )
     parser.add_argument("--version", action="version", version=f"ldm-fast {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = command(commands.reconstruct, "send a picture through the first stage", RECONSTRUCT_EXAMPLES, with_model)
     p.add_argument("image", metavar="IMAGE")
     p.add_argument("--out", metavar="PNG", help="default: IMAGE's name with -reconstructed")
-    p.add_argument("--size", type=_size, metavar="W[xH]", help="scale and cut to this size first")
+    p.add_argument("--size", type=_size, metavar="W[xH]", help="first scale and crop the picture to this size")
 
     p = command(commands.evaluate, "measure the model card's figures", EVALUATE_EXAMPLES, with_model)
     p.add_argument("--seen", type=_count, default=200, metavar="N", help="captions seen in training (default 200)")
@@ -106,15 +106,15 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch-size", type=_positive, default=48, metavar="N")
 
-    p = command(commands.train, "train both stages by a recipe", TRAIN_EXAMPLES, with_device)
+    p = command(commands.train, "train both stages as a recipe says", TRAIN_EXAMPLES, with_device)
     p.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or the path of a .toml file")
     p.add_argument("--run-dir", metavar="DIR", help="checkpoints, samples, metrics (default: runs/RECIPE)")
     p.add_argument("--stage", choices=("all", "first", "second"), default="all")
-    trained = "a first stage already trained: a run's folder, a model file or a published checkpoint"
+    trained = "a trained first stage: a run's folder, a model file or a published checkpoint"
     p.add_argument("--first-stage", metavar="PATH", help=trained)
-    p.add_argument("--restart", action="store_true", help="start again instead of going on from the last checkpoint")
+    p.add_argument("--restart", action="store_true", help="start again instead of continuing from the last checkpoint")
 
-    command(commands.doctor, "what was built, and which code would run here", DOCTOR_EXAMPLES)
+    command(commands.doctor, "show what was built, and which code runs here", DOCTOR_EXAMPLES)
 
     p = command(commands.bench, "run the benchmarks of a checkout", BENCH_EXAMPLES)
     p.add_argument("names", nargs="*", metavar="OP", help="attention, unet, ... (default: all)")
@@ -128,23 +128,23 @@ def _generate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--grid", action="store_true", help="all images in one picture")
     p.add_argument("--seed", type=int, default=0, help="default 0")
     p.add_argument("--negative", metavar="PROMPT", help="what to steer away from")
-    p.add_argument("--steps", type=int, metavar="N", help="more are finer and slower (default: the model's)")
+    p.add_argument("--steps", type=int, metavar="N", help="more steps are finer and slower (default: the model's)")
     p.add_argument("--guidance", type=float, metavar="G", help="how closely to follow the words; 1 is no guidance")
     p.add_argument("--sampler", metavar="NAME", help="ddim, ddpm, plms, dpm_solver_pp_2m")
     p.add_argument("--eta", type=float, metavar="E", help="ddim's noise at every step, 0 to 1")
-    p.add_argument("--spacing", metavar="NAME", help="of the steps: leading, trailing, linspace")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in (default float32)")
+    p.add_argument("--spacing", metavar="NAME", help="how steps are spaced: leading, trailing, linspace")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="what to compute in (default float32)")
     p.add_argument("--size", type=_size, metavar="W[xH]", help="in pixels (default: what the model was trained on)")
-    p.add_argument("--init", metavar="IMAGE", help="a picture to start from; scaled and cut to the size")
+    p.add_argument("--init", metavar="IMAGE", help="a picture to start from; it is scaled and cropped to the size")
     p.add_argument("--strength", type=float, metavar="S", help="how much of --init to change, above 0 to 1")
-    p.add_argument("--mask", metavar="IMAGE", help="white where --init is to be repainted, black where it stays")
+    p.add_argument("--mask", metavar="IMAGE", help="white where --init is to be repainted, black where it is kept")
 
 
 def _size(text: str) -> tuple[int, int]:
     """ "64" or "96x64" (width x height) -> (height, width)."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; 64 or 96x64 (width x height) is one")
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give 64, or 96x64 (width x height)")
     width, height = int(match[1]), int(match[2] or match[1])
     if max(width, height) > commands.MAX_SIDE or min(width, height) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: sides must be between 1 and {commands.MAX_SIDE}")

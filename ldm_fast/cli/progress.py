@@ -1,4 +1,4 @@
-"""Progress on stderr."""
+"""Progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class Progress:
-    """Bars that appear when the work takes longer than a second; called with (what is done, done, of how many).
+    """Bars that appear if the work takes longer than a second. Call it with what is done, how much, and of how much.
 
-    A log file gets a line now and then, not one for every step.
+    A log file gets a line every ten seconds, not one for every step.
     """
 
     def __init__(self) -> None:

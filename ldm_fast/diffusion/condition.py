@@ -20,10 +20,11 @@ def classifier_free_guidance(
     uncondition: C | None,
     scale: float,
 ) -> Denoise:
-    """denoise(z, t) = model(uncondition) + scale * (model(condition) - model(uncondition)) (Ho & Salimans 2022, eq. 6).
+    """Return denoise(z, t) = model(uncondition) + scale * (model(condition) - model(uncondition)).
 
-    Both halves go through the model in one batched call. At scale 1 the unconditional half has no influence and is
-    not computed.
+    This is eq. 6 of Ho & Salimans (arXiv:2207.12598), with the scale 1 + w there.
+    Both halves go through the model in one batched call. At scale 1 the unconditional half has no influence and is not
+    computed. ValueError if `uncondition` is None at another scale.
     """
     if scale == 1:
         return lambda z, t: model(z, t, condition)
@@ -52,19 +53,20 @@ class Condition:
             raise ValueError(f"Condition: batch sizes differ: {sizes}")
 
     def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are given, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
     def __getitem__(self, rows: slice | Tensor) -> Condition:
         return Condition(**{name: t[rows] for name, t in self.tensors().items()})
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Condition:
-        """On a device, floating point tensors in a dtype."""
+        """Move to a device, and floating point tensors to a dtype."""
         return Condition(
             **{name: t.to(device, dtype if t.is_floating_point() else None) for name, t in self.tensors().items()}
         )
 
     def cat(self, other: Condition) -> Condition:
-        """Both batches, one after the other. ValueError when they do not hold tensors of the same kinds and shapes."""
+        """Join two batches. ValueError if they do not hold the same kinds of tensors, or shapes differ beyond B."""
         mine, theirs = self.tensors(), other.tensors()
         if mine.keys() != theirs.keys():
             raise ValueError(f"Condition.cat: one has {sorted(mine)}, the other {sorted(theirs)}")
@@ -85,10 +87,10 @@ CONDITIONING_KEYS: dict[str | None, tuple[str, ...]] = {
 
 
 def unet_arguments(key: str | None, z_t: Tensor, condition: Condition) -> dict[str, Tensor]:
-    """The UNet's arguments for a noisy latent z_t (B, C, H, W) under a conditioning key.
+    """Return the UNet's arguments for a noisy latent z_t (B, C, H, W) under a conditioning key.
 
     crossattn -> encoder_hidden_states; concat -> channels appended to the sample; hybrid -> both; adm -> class_labels.
-    ValueError for an unknown key or where the condition does not hold exactly what the key needs, a map in z_t's size.
+    ValueError if the key is unknown, the condition is not exactly what the key needs, or a map has not z_t's size.
     """
     if key not in CONDITIONING_KEYS:
         raise ValueError(

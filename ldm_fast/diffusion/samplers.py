@@ -8,12 +8,12 @@ Every sampler has the signature
     z                (B, C, H, W) noise, or a latent noised to timesteps[0]; keeps its dtype
     schedule         NoiseSchedule
     timesteps        strictly decreasing, each in [0, schedule.num_train_timesteps); see `spaced_timesteps`
-    generator        where random numbers come from: one torch.Generator, or one per image
-    on_step(step)    called after every step; a tensor it returns replaces the latent
+    generator        the source of random numbers: one torch.Generator, or one per image
+    on_step(step)    called after every step; if it returns a tensor, that replaces the latent
     alpha_end        abar of the latent returned; 1.0 for the clean one. Default: abar of timestep 0, where the original
-                     LDM samplers end (but 1.0 when timestep 0 is itself a step)
+                     LDM samplers end (but 1.0 if timestep 0 is itself a step)
 
-Below, abar is the cumulative product of (1 - beta), "t" the step's timestep and "s" the next one. Coefficients are
+Below, abar is the cumulative product of (1 - beta), "t" is a step's timestep and "s" the next one. Coefficients are
 computed in float64.
 """
 
@@ -49,9 +49,9 @@ OnStep = Callable[[Step], Tensor | None]
 
 
 def spaced_timesteps(num_train_timesteps: int, steps: int, spacing: str = "leading") -> list[int]:
-    """`steps` timesteps, strictly decreasing (Lin et al. 2023, table 2).
+    """Return `steps` timesteps, strictly decreasing (Lin et al., arXiv:2305.08891, table 2).
 
-    "leading": 1, 1 + T // steps, ... as the original LDM samplers; "trailing": ends with the last timestep T - 1;
+    "leading": ..., 1 + T // steps, 1, as in the original LDM samplers. "trailing": starts at the last timestep T - 1.
     "linspace": from T - 1 down to 0.
     """
     total, steps = num_train_timesteps, whole_number("steps", steps)
@@ -69,7 +69,7 @@ def spaced_timesteps(num_train_timesteps: int, steps: int, spacing: str = "leadi
 
 
 def _noise_levels(schedule: NoiseSchedule, timesteps: Sequence[int], alpha_end: float | None) -> list[float]:
-    """abar at every timestep and, last, where the sampler ends."""
+    """Return abar at every timestep and, last, where the sampler ends."""
     timesteps, total = [int(t) for t in timesteps], schedule.num_train_timesteps
     decreasing = all(a > b for a, b in pairwise(timesteps))
     if not timesteps or not decreasing or timesteps[0] >= total or timesteps[-1] < 0:
@@ -83,7 +83,7 @@ def _noise_levels(schedule: NoiseSchedule, timesteps: Sequence[int], alpha_end: 
 
 
 def _batch(z: Tensor, t: int) -> Tensor:
-    """On the CPU: whoever wants to know the timestep's value need not wait for z's device."""
+    """Return the timestep for each image, on the CPU, where its value can be read without waiting for z's device."""
     return torch.full((len(z),), int(t), dtype=torch.int64)
 
 
@@ -103,7 +103,7 @@ def ddim(
     alpha_end: float | None = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """DDIM (Song et al. 2021, eq. 12 and 16): deterministic at eta 0, ancestral sampling at eta 1.
+    """DDIM (Song et al., arXiv:2010.02502, eq. 12 and 16): deterministic at eta 0, ancestral sampling at eta 1.
 
     z_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - sigma^2) eps + sigma noise,
     sigma^2 = eta^2 (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s)
@@ -132,9 +132,11 @@ def ddpm(
     on_step: OnStep | None = None,
     alpha_end: float | None = None,
 ) -> Tensor:
-    """Ancestral sampling with the posterior q(z_s | z_t, x0) (Ho et al. 2020, eq. 6 and 7), on any subset of timesteps.
+    """Ancestral sampling with the posterior q(z_s | z_t, x0) on any subset of timesteps (Ho et al., arXiv:2006.11239).
 
-    mean = sqrt(abar_s) (1 - r) / (1 - abar_t) x0 + sqrt(r) (1 - abar_s) / (1 - abar_t) z_t, r = abar_t / abar_s,
+    Equations 6 and 7 there, with r = abar_t / abar_s:
+
+    mean = sqrt(abar_s) (1 - r) / (1 - abar_t) x0 + sqrt(r) (1 - abar_s) / (1 - abar_t) z_t,
     variance = (1 - r) (1 - abar_s) / (1 - abar_t)
     """
     alphas = _noise_levels(schedule, timesteps, alpha_end)
@@ -151,7 +153,7 @@ def ddpm(
     return z
 
 
-# Adams-Bashforth weights, newest first, by the number of predictions at hand.
+# Adams-Bashforth weights, newest first, by the number of predictions available.
 ADAMS_BASHFORTH = {
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
@@ -169,9 +171,10 @@ def plms(
     on_step: OnStep | None = None,
     alpha_end: float | None = None,
 ) -> Tensor:
-    """Pseudo linear multi-step (Liu et al. 2022, PNDM), as the original LDM runs it: one evaluation more than steps.
+    """Pseudo linear multi-step (PNDM, Liu et al., arXiv:2202.09778), as the original LDM runs it.
 
-    The first step is a pseudo improved Euler step, the later ones combine up to four eps predictions.
+    The first step is a pseudo improved Euler step with two evaluations; the later ones combine up to four predictions
+    of eps. ValueError if the schedule has abar 0 at the first timestep.
     """
     alphas = _noise_levels(schedule, timesteps, alpha_end)
     if alphas[0] <= 0:
@@ -190,15 +193,17 @@ def plms(
             euler, _ = _transfer(z, history[0], alphas[0], alphas[1])
             eps = (history[0] + predict(euler, timesteps[min(1, len(timesteps) - 1)])) / 2
         else:
-            weighted = (w * e for w, e in zip(ADAMS_BASHFORTH[len(history)], history, strict=True))
-            eps = sum(weighted, start=z.new_zeros(()))
+            weights = ADAMS_BASHFORTH[len(history)]
+            eps = weights[0] * history[0]
+            for weight, before in zip(weights[1:], history[1:], strict=True):
+                eps = eps + weight * before
         z, x0 = _transfer(z, eps, alphas[i], alphas[i + 1])
         z = _finish(on_step, Step(i, len(timesteps), int(t), alphas[i + 1], z, x0))
     return z
 
 
 def _transfer(z: Tensor, eps: Tensor, now: float, then: float) -> tuple[Tensor, Tensor]:
-    """The deterministic DDIM step for a given eps: (z_s, x0)."""
+    """Return the deterministic DDIM step for a given eps: (z_s, x0)."""
     x0 = (z - math.sqrt(1 - now) * eps) / math.sqrt(now)
     return math.sqrt(then) * x0 + math.sqrt(1 - then) * eps, x0
 
@@ -213,11 +218,11 @@ def dpm_solver_pp_2m(
     on_step: OnStep | None = None,
     alpha_end: float | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): second order in the data prediction, one evaluation a step.
+    """DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, algorithm 2): second order in x0, one evaluation per step.
 
     z_s = sigma_s / sigma_t z_t + alpha_s (1 - exp(-h)) D, h = lambda_s - lambda_t, lambda = log(alpha / sigma),
     D = (1 + 1 / 2r) x0 - (1 / 2r) x0_before, r = h_before / h.
-    The first step is of first order, and so is the last one when there are fewer than 15 or when it ends at sigma 0.
+    The first step is of first order. So is the last one if there are fewer than 15 steps or it ends at sigma 0.
     """
     alphas = _noise_levels(schedule, timesteps, alpha_end)
     log_snr = [_half_log_snr(a) for a in alphas]
@@ -238,7 +243,7 @@ def dpm_solver_pp_2m(
 
 
 def _half_log_snr(alpha: float) -> float:
-    """log(sqrt(abar) / sqrt(1 - abar)); infinite at pure noise and at the clean latent."""
+    """Return log(sqrt(abar) / sqrt(1 - abar)), infinite at pure noise and at the clean latent."""
     if alpha <= 0 or alpha >= 1:
         return math.inf if alpha >= 1 else -math.inf
     return 0.5 * math.log(alpha / (1 - alpha))

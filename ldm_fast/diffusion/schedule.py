@@ -16,11 +16,11 @@ from ldm_fast.configs.diffusion import SCHEDULES, DiffusionConfig
 
 
 def beta_schedule(name: str, steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
-    """β_1 … β_T as a float64 tensor (steps,) on the CPU.
+    """Return β_1 … β_T, float64 (steps,) on the CPU.
 
-    "scaled_linear" is linear in √β and what the LDM code calls "linear"; "linear" is linear in β and what it calls
-    "sqrt_linear"; "cosine" is that of Nichol & Dhariwal (arXiv:2102.09672) and ignores start and end; "sqrt" is the
-    square root of a linear one.
+    "scaled_linear" is linear in √β; the LDM code calls it "linear". "linear" is linear in β; the LDM code calls it
+    "sqrt_linear". "cosine" is that of Nichol & Dhariwal (arXiv:2102.09672) and ignores start and end. "sqrt" is the
+    square root of a linear schedule.
 
     Raises:
         ValueError: unknown name, or steps < 1.
@@ -70,8 +70,10 @@ class NoiseSchedule:
         return self.config.prediction_type
 
     def _at(self, t: Tensor, table: Tensor) -> Tensor:
-        """table (T,) -> its values at t (B,), on t's device. Where reading t would wait for a device, or break a graph
-        that is being compiled, its range is not checked."""
+        """Return the values of table (T,) at t (B,), on t's device.
+
+        The range of t is not checked if reading t would wait for a device or break a graph that is being compiled.
+        """
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"NoiseSchedule: t must hold integers, got {t.dtype}")
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -81,9 +83,9 @@ class NoiseSchedule:
         return _to(table, t.device)[t.long()]
 
     def signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ_t and √(1 - ᾱ_t), each (B, 1, 1, …) to multiply `like`, in its dtype and on its device.
+        """Return √ᾱ_t and √(1 - ᾱ_t), each (B, 1, 1, …) to multiply `like`, in its dtype and on its device.
 
-        TypeError for a t that does not hold integers, ValueError for one on the CPU out of range.
+        TypeError if t does not hold integers, ValueError if it is on the CPU and out of range.
         """
         shape = (-1, *(1,) * (like.ndim - 1))
         signal, noise = (_to(self._at(t, table.to(like.dtype)), like.device) for table in self._signal_and_noise)
@@ -128,7 +130,7 @@ class NoiseSchedule:
         """
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         clipped = snr.clamp(max=gamma)
-        divisor = {"sample": torch.ones(()), "epsilon": snr, "v_prediction": snr + 1}[self.prediction_type]
+        divisor = {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[self.prediction_type]
         return self._at(t, (clipped / divisor).float())
 
 
@@ -138,7 +140,7 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """√ᾱ shifted so that the last is 0 and scaled so that the first stays (arXiv:2305.08891, algorithm 1)."""
+    """Shift √ᾱ so that the last is 0, and scale it so that the first stays (arXiv:2305.08891, algorithm 1)."""
     roots = alphas_cumprod.sqrt()
     return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
 
@@ -147,7 +149,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def noise_like(z: Tensor, generator: Generators = None) -> Tensor:
-    """Standard normal noise of z's shape, dtype and device.
+    """Draw standard normal noise of z's shape, dtype and device.
 
     With one generator per image, image i's noise depends on generator i alone, whatever the batch size. Numbers are
     drawn on the generator's device, so a CPU generator gives the same noise on every device.
