@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -64,15 +64,8 @@ def skip_unless_it_runs(op: str, impl: str, dtype: torch.dtype = torch.float32) 
 @functools.cache
 def why_not(op: str, impl: str, dtype: torch.dtype = torch.float32) -> str | None:
     """Why ordinary inputs cannot run here: what `explain` says, for any dtype."""
-    ordinary = {
-        "attention": Attention(1, 2, 16, 77, 40),
-        "group_norm_silu": GroupNormSilu((1, 64, 8, 8), 32),
-        "group_norm_stats": GroupNormSilu((1, 64, 8, 8), 32),
-        "group_norm_apply": GroupNormSilu((1, 64, 8, 8), 32),
-        "nearest_codebook": NearestCodebook(16, 32, 4),
-        "nearest_codebook_stats": NearestCodebook(16, 32, 4),
-    }[op]
-    return dispatch.why_not(op, impl, positional(op, make_inputs(op, ordinary, dtype, device_of(impl))))
+    device = device_of(impl)
+    return dispatch.why_not(op, impl, OPS[op].ordinary(lambda *shape: torch.zeros(shape, dtype=dtype, device=device)))
 
 
 def positional(op: str, inputs: dict[str, Any]) -> tuple[Any, ...]:
@@ -572,6 +565,15 @@ def test_wrong_codes_are_told() -> None:
 
 
 # ---- registration ----
+
+
+@pytest.mark.parametrize("op", ["group_norm_silu", "group_norm_silu_backward", "group_norm_apply"])
+def test_a_field_of_the_record_is_an_argument_of_the_registered_op(op: str) -> None:
+    arguments = getattr(torch.ops.ldm_fast, op).default._schema.arguments
+    first = 1 if op.endswith("backward") else 0
+    assert [a.name for a in arguments][first : first + len(Norm._fields)] == list(Norm._fields)
+    optional = {name for name, kind in get_type_hints(Norm).items() if type(None) in get_args(kind)}
+    assert {a.name for a in arguments if str(a.type).startswith("Optional")} == {*optional, "impl"}
 
 
 def op_arguments(op: str, impl: str, case: Any, dtype: torch.dtype, *, requires_grad: bool) -> tuple[Any, ...]:
