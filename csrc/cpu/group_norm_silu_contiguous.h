@@ -105,11 +105,30 @@ inline void apply(const T* x, T* y, int64_t n, float mean, float gain, float off
     });
 }
 
+// Computes y of `channels` channels from number `first` of all B * C on. Like apply_and_measure it is never inlined:
+// what GCC makes of a loop depends on the function around it, and one for each case gives the same code whoever calls
+// it.
+template <class T, bool silu, bool streamed>
+[[gnu::noinline]] void apply_slab(const GroupNormSilu& a, int64_t first, int64_t channels, Centre centre,
+                                  int64_t ahead) {
+    const T* const x = static_cast<const T*>(a.x);
+    T* const y = static_cast<T*>(a.y);
+    float gains[AT_ONCE], offsets[AT_ONCE];
+    for (int64_t begin = 0; begin < channels; begin += AT_ONCE) {
+        const int64_t count = channels - begin < AT_ONCE ? channels - begin : AT_ONCE, channel = first + begin;
+        write_affine(a, channel / a.channels, channel % a.channels, count, centre, gains, offsets);
+        for (int64_t k = 0; k < count; ++k) {
+            const int64_t from = (channel + k) * a.spatial;
+            apply<T, silu, streamed>(x + from, y + from, a.spatial, centre.mean, gains[k], offsets[k], ahead);
+        }
+    }
+}
+
 // Computes y of the `channels` of a group and the moments of the next group, as measure(next, channels * spatial) finds
 // them: while one is computed, the other comes from memory. spatial is a multiple of 4 W.
 template <class T, bool silu, bool streamed>
-inline Moments apply_and_measure(const T* x, T* y, int64_t channels, int64_t spatial, float mean, const float* gains,
-                                 const float* offsets, const T* next) {
+[[gnu::noinline]] Moments apply_and_measure(const T* x, T* y, int64_t channels, int64_t spatial, float mean,
+                                            const float* gains, const float* offsets, const T* next) {
     constexpr int64_t LINE = 64 / sizeof(T);
     const float near = near_mean(next, channels * spatial);
     const F m = set(mean), shift = set(near);
@@ -165,20 +184,11 @@ bool forward(const GroupNormSilu& a, bool streamed) {
     };
     const auto last = [&](int64_t unit, int64_t slab, int) {
         if (a.phases == Phases::measure) return;
-        const int64_t sample = unit / a.groups, end = slabs.end(slab);
-        float gains[AT_ONCE], offsets[AT_ONCE];
-        for (int64_t begin = slabs.begin(slab); begin < end; begin += AT_ONCE) {
-            const int64_t count = end - begin < AT_ONCE ? end - begin : AT_ONCE;
-            const int64_t channel = unit * slabs.channels_per_group + begin;  // of all B * C
-            write_affine(a, sample, channel - sample * a.channels, count, centres.data[unit], gains, offsets);
-            choose(a.silu, streamed, [&](auto silu, auto streamed) {
-                for (int64_t k = 0; k < count; ++k) {
-                    const int64_t from = (channel + k) * a.spatial;
-                    apply<T, silu.value, streamed.value>(x + from, y + from, a.spatial, centres.data[unit].mean,
-                                                         gains[k], offsets[k], slabs.ahead(a.spatial));
-                }
-            });
-        }
+        const int64_t begin = slabs.begin(slab), channel = unit * slabs.channels_per_group + begin;
+        choose(a.silu, streamed, [&](auto silu, auto streamed) {
+            apply_slab<T, silu.value, streamed.value>(a, channel, slabs.end(slab) - begin, centres.data[unit],
+                                                      slabs.ahead(a.spatial));
+        });
         if (streamed) finish_streaming();
     };
     const int threads = team(a);
