@@ -139,12 +139,14 @@ class _FirstStage(Pretrained):
         join_projections(self)
 
     def enable_slicing(self) -> None:
+        """Encode and decode one image of a batch at a time."""
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
         self.use_slicing = False
 
     def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Encode and decode images larger than a tile in overlapping tiles, which changes the result; see `tile=`."""
         self.use_tiling = use_tiling
 
     def disable_tiling(self) -> None:

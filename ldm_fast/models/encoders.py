@@ -38,7 +38,7 @@ class ConditionEncoder(Protocol):
 
 
 class TrainedEncoder(ConditionEncoder, Protocol):
-    """What an encoder offers to training besides: it is split where the data's part ends and the weights' begins."""
+    """What training also needs of an encoder: a first half without weights (`inputs`), and the rest."""
 
     def inputs(self, conditions: Any, /) -> Tensor:
         """Return the conditions as int64, one row each: what the weights are applied to."""
