@@ -32,8 +32,10 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def check_seed(seed: Any, count: int = 1) -> int:
-    """Return the first of `count` seeds in a row. ValueError if one of them does not fit in 32 bits: PyTorch's
-    generator on the CPU looks at no more, so two larger seeds could silently be the same."""
+    """Return the first of `count` seeds in a row. ValueError if one of them does not fit in 32 bits.
+
+    PyTorch's generator on the CPU looks at no more, so two larger seeds could silently be the same.
+    """
     first, highest = whole_number("seed", seed), (1 << 32) - count
     if not 0 <= first <= highest:
         raise ValueError(f"seed must be between 0 and {highest}, got {seed}")

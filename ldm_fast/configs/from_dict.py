@@ -19,7 +19,7 @@ class ConfigError(ValueError):
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
-    """Return the dataclass `cls` made from nested dictionaries; lists become tuples where the annotation says so.
+    """Return the dataclass `cls` made from nested dictionaries; lists become tuples if its annotation says so.
 
     path: what errors put before a field's name.
 
@@ -101,8 +101,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
 
 
 def _convert_union(value: Any, hint: Any, path: str) -> Any:
-    """Return the value as the first member of the union that takes it. If one member is left beside None, its error
-    is raised, which says more than that of the union."""
+    """Return the value as the first member of the union that takes it; a single one beside None raises its error."""
     if value is None and type(None) in typing.get_args(hint):
         return None
     members = [member for member in typing.get_args(hint) if member is not type(None)]

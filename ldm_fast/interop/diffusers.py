@@ -107,8 +107,10 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> DiffusionConfig:
 
 
 def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
-    """Return the inverse of `config_from_diffusers`. A model that none of diffusers' classes can be is written field by
-    field, under the name of our configuration."""
+    """Return the inverse of `config_from_diffusers`.
+
+    A model that none of diffusers' classes can be is written field by field, under the name of our configuration.
+    """
     if isinstance(config, VQConfig):
         config = config.trained
     if isinstance(config, UNetConfig):

@@ -1,4 +1,4 @@
-"""A reader for dictionaries of which every entry must be understood."""
+"""A reader for dictionaries: every entry must be understood."""
 
 from __future__ import annotations
 

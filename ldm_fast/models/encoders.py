@@ -38,7 +38,7 @@ class ConditionEncoder(Protocol):
 
 
 class TrainedEncoder(ConditionEncoder, Protocol):
-    """What training also needs of an encoder: a first half without weights (`inputs`), and the rest."""
+    """What training needs besides: the part of an encoder that has no weights, and the part that has."""
 
     def inputs(self, conditions: Any, /) -> Tensor:
         """Return the conditions as int64, one row each: what the weights are applied to."""
