@@ -1,6 +1,6 @@
 """The CUDA source of nearest_codebook, run on the CPU under sanitizers (tests/cuda_host), against the formula.
 
-One program per sanitizer is compiled once and runs all cases in one process; each case is then a test of its own.
+One program per sanitizer is compiled once and runs all cases in two processes; each case is then a test of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,9 +38,9 @@ HEADERS = sorted((ROOT / "csrc/cuda").glob("nearest_codebook*.cuh"))
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
 
 
-def run(program: Path, cases: list[Case], without: str = "") -> subprocess.CompletedProcess[str]:
-    """Run the cases, leaving out a barrier ("file:line") or the "bounds"; what comes out is in <program>.results."""
-    inputs, results = Path(f"{program}.cases"), Path(f"{program}.results")
+def run(program: Path, cases: list[Case], without: str = "", part: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the cases, leaving out a barrier ("file:line") or the "bounds"; the output is in <program>.results<part>."""
+    inputs, results = Path(f"{program}.cases{part}"), Path(f"{program}.results{part}")
     write_cases(inputs, cases)
     command = [str(program), str(inputs), str(results), without]
     # The first report ends the program; leaks are not this test's business where ptrace is forbidden.
@@ -48,9 +49,14 @@ def run(program: Path, cases: list[Case], without: str = "") -> subprocess.Compl
 
 
 def run_cleanly(program: Path, cases: list[Case]) -> dict[Case, Results]:
-    done = run(program, cases)
-    assert done.returncode == 0, done.stderr
-    return read_results(Path(f"{program}.results"), cases)
+    """Two processes run every other case each."""
+    parts, results = (cases[0::2], cases[1::2]), {}
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(lambda number: run(program, parts[number], part=number), (0, 1)))
+    for number, done in enumerate(both):
+        assert done.returncode == 0, done.stderr
+        results |= read_results(Path(f"{program}.results{number}"), parts[number])
+    return results
 
 
 def build(folder: Path, name: str) -> Path:
@@ -59,9 +65,9 @@ def build(folder: Path, name: str) -> Path:
         pytest.skip("no C++ compiler found (c++, g++, clang++)")
     flags = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-pthread"]
     flags += [f"-fsanitize={SANITIZERS[name]}", "-fno-sanitize-recover=all"]
-    probe = folder / "probe.cpp"
+    probe = folder / f"probe_{name}.cpp"
     probe.write_text("int main() { return 0; }\n")
-    for command in ([compiler, *flags, str(probe), "-o", str(folder / "probe")], [str(folder / "probe")]):
+    for command in ([compiler, *flags, str(probe), "-o", str(probe.with_suffix(""))], [str(probe.with_suffix(""))]):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(
@@ -81,13 +87,20 @@ def folder():
 
 
 @pytest.fixture(scope="module")
-def asan_program(folder):
-    return build(folder, "asan")
+def programs(folder):
+    """Both are compiled at the same time."""
+    with ThreadPoolExecutor() as pool:
+        yield {name: pool.submit(build, folder, name) for name in SANITIZERS}
 
 
 @pytest.fixture(scope="module")
-def tsan_program(folder):
-    return build(folder, "tsan")
+def asan_program(programs):
+    return programs["asan"].result()
+
+
+@pytest.fixture(scope="module")
+def tsan_program(programs):
+    return programs["tsan"].result()
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +210,7 @@ def test_without_the_bounds_the_tensor_cores_are_wrong(data, asan_program):
     case = next(c for c in CASES if c.method == "tensor" and c.data == data and c.dtype == "float32")
     done = run(asan_program, [case], without="bounds")
     assert done.returncode == 0, done.stderr
-    results = read_results(Path(f"{asan_program}.results"), [case])[case]
+    results = read_results(Path(f"{asan_program}.results0"), [case])[case]
     assert (results.kernel.index != results.formula.index).any()
 
 
