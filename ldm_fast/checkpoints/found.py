@@ -48,8 +48,9 @@ class Part:
         check_names(self.tensors, shapes, f"{self.layout} state dict of {self}")
 
     def load(self, dtype: torch.dtype | None) -> nn.Module:
-        """Build the model around the tensors as they are in memory, or cast to `dtype`. CheckpointError if they do not
-        fit.
+        """Build the model around the tensors as they are in memory, or cast to `dtype`.
+
+        CheckpointError if they do not fit.
         """
         ours = self.tensors
         if self.layout == "compvis":
@@ -112,8 +113,10 @@ def _few(names: list[str]) -> str:
 
 @dataclass
 class Checkpoint:
-    """The models of a checkpoint, None for a part that it does not have. `LatentDiffusion.from_checkpoint` makes one
-    model of them."""
+    """The models of a checkpoint, None for a part that it does not have.
+
+    `LatentDiffusion.from_checkpoint` makes one model of them.
+    """
 
     found: Found
     schedule: NoiseSchedule | None = None

@@ -35,10 +35,11 @@ def load(
     variant: str | None = None,
     torch_dtype: torch.dtype | None = None,
 ) -> Checkpoint:
-    """Load what is at a path: a folder as diffusers writes it (of a pipeline or of one model), a single .safetensors,
-    an original .ckpt, or a model file of ours. No code from the file is ever run.
+    """Load what is at a path. No code from a file is ever run.
 
-    Weights are mapped into memory, so the file has to stay as it is; those of a model file of ours are read.
+    That is a folder as diffusers writes it (of a pipeline or of one model), a single .safetensors, an original .ckpt,
+    or a model file of ours. Weights are mapped into memory, so the file has to stay as it is; those of a model file of
+    ours are read.
 
     Args:
         config: the architecture, if it cannot be found out, or to overrule what is found: our configuration of the only
@@ -153,8 +154,9 @@ def _inspect_folder(path: Path, given: Mapping[str, Config], variant: str | None
 def _inspect_pipeline(
     path: Path, given: dict[str, Config], parts: Collection[str] | None, variant: str | None
 ) -> Found:
-    """Find the UNet, the first stage and the schedule in a pipeline's folder. Text encoders need tokenizers, and
-    `clip.load_text_encoder` loads both.
+    """Find the UNet, the first stage and the schedule in a pipeline's folder.
+
+    Text encoders need tokenizers, and `clip.load_text_encoder` loads both.
     """
     index = read_json(path / "model_index.json")
     found = Found(path, str(index.get("_class_name")), {}, conditioning_key="crossattn")

@@ -85,8 +85,9 @@ def _transformer_fields(shapes: Shapes, transformers: list[str], by_level: list[
 
 
 def _looks_at_context_alone(shapes: Shapes, name: str) -> bool:
-    """Whether the first attention of a transformer block takes the context, too: its keys then have that width. If the
-    two widths are the same this cannot be told, but no published model of such widths does it.
+    """Whether the first attention of a transformer block takes the context, too: its keys then have that width.
+
+    If the two widths are the same, this cannot be told, but no published model of such widths does it.
     """
     key = f"{name}.transformer_blocks.0.attn1.to_k.weight"
     return key in shapes and shapes[key][0] != shapes[key][1]

@@ -63,8 +63,10 @@ def inspect_tensors(
     parts: Collection[str] | None = None,
     others: Mapping[str, Any] | None = None,
 ) -> Found:
-    """Return what a state dict holds: a whole checkpoint of the original code, its parts under prefixes, or one part
-    alone, with the names of the original or of diffusers.
+    """Return what a state dict holds.
+
+    That is a whole checkpoint of the original code, with its parts under prefixes, or one part alone, with the names of
+    the original or of diffusers.
 
     given: configurations of parts, which are not to be recognised then.
     parts: those that have to be understood, None for all.
@@ -137,8 +139,10 @@ def _takes_pooled_text(found: Found) -> bool:
 def _sort(
     tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], dict[str, list[str]]]:
-    """Return (the tensors of each part without their prefix, of "ema" and of the "rest"; the parts' prefixes; the names
-    of what is not a weight, by its kind).
+    """Sort the tensors of a state dict into parts.
+
+    Returns the tensors of each part without their prefix, of "ema" and of the "rest"; the parts' prefixes; and the
+    names of what is not a weight, by its kind.
     """
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in (*PARTS, "ema", "rest")}
     ignored: dict[str, list[str]] = {}

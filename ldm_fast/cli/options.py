@@ -67,6 +67,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
     common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     with_device = Parser(add_help=False)
@@ -141,7 +142,7 @@ def _generate_options(p: argparse.ArgumentParser) -> None:
 
 
 def _size(text: str) -> tuple[int, int]:
-    """ "64" or "96x64" (width x height) -> (height, width)."""
+    """Read "64" or "96x64" (width x height) as (height, width)."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; give 64, or 96x64 (width x height)")

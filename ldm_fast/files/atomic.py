@@ -12,9 +12,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to. At the end it is flushed to the disk and renamed to `path`; after an
-    error it is gone, and `path` is as it was. If several write at once, the last one stands, as a whole. If `path` is a
-    symbolic link, the file it points to is replaced. Raises OSError with the path.
+    """Yield a path beside `path` to write to, which takes the place of `path` at the end.
+
+    It is flushed to the disk and renamed; after an error it is gone, and `path` is as it was. If several write at once,
+    the last one stands, as a whole. If `path` is a symbolic link, the file it points to is replaced. Raises OSError
+    with the path.
     """
     target = Path(os.path.realpath(path))
     unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
@@ -40,8 +42,9 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write `content` so that, even after a crash, `path` holds either all of it or what it held before. Raises OSError
-    with the path.
+    """Write `content` so that, even after a crash, `path` holds either all of it or what it held before.
+
+    Raises OSError with the path.
     """
     with replacing(path) as unfinished:
         unfinished.write_bytes(content)

@@ -35,8 +35,10 @@ def as_images(pictures: Any) -> Tensor:
 
 
 def as_masks(masks: Any) -> Tensor:
-    """Return (B, H, W), not 0 where a picture is masked, of a Pillow image (masked where lighter than mid-grey), a
-    tensor or array (H, W) or (B, H, W), or a list of these.
+    """Return masks as (B, H, W), not 0 where a picture is masked.
+
+    masks: a Pillow image (masked where it is lighter than mid-grey), a tensor or array (H, W) or (B, H, W), or a list
+    of these.
     """
     tensor = _as_tensor(masks, as_masks, _lighter_than_mid_grey)
     return tensor if tensor.ndim == 3 else tensor[None]
@@ -101,8 +103,10 @@ def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def _eight_bits(picture: Image) -> Image:
-    """Return the upper eight bits of 16-bit greyscale, as Pillow does for 16-bit colours; its own conversion would clip
-    most values to white. ValueError for other numbers: the file does not say which are black and white.
+    """Return the upper eight bits of 16-bit greyscale, as Pillow does for 16-bit colours.
+
+    Its own conversion would clip most values to white. ValueError for other numbers: the file does not say which of
+    them are black and white.
     """
     from PIL import Image
 

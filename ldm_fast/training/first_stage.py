@@ -248,8 +248,10 @@ class FirstStage:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The averaged weights' PSNR on held-out images (on trained ones if nothing is held out), and, on trained
-        images, the use of the codebook."""
+        """Measure the averaged weights: the PSNR on held-out images, and the use of the codebook on trained ones.
+
+        If nothing is held out, the PSNR is that on trained images.
+        """
         squares = []
         for part in torch.arange(min(len(self.measured), EVALUATION_IMAGES)).split(self.loop.batch_size):
             images = self.measured.batch(part)

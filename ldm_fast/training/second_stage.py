@@ -138,8 +138,11 @@ class SecondStage:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The averaged weights' loss on held-out images: the mean square at the first phase's timesteps, with the same
-        noise every time. If nothing is held out, it is the loss on trained images, and is called so."""
+        """Measure the averaged weights' loss on held-out images.
+
+        That is the mean square at the first phase's timesteps, with the same noise every time. If nothing is held out,
+        it is the loss on trained images, and is called so.
+        """
         recipe = replace(self.recipe, loss_levels=1)
         generator, total = seeded(self.seed, self.name, "evaluate"), 0.0
         for index in torch.arange(len(self.measured)).split(self.loop.batch_size):

@@ -48,7 +48,7 @@ class Stage(Protocol):
 
 
 def capture(stage: Stage) -> dict[str, Tensor]:
-    """Copy every tensor of a stage's state to the CPU, under flat names. (A device may have no room for a copy.)"""
+    """Copy every tensor of a stage's state to the CPU, under flat names; a device may have no room for a copy."""
     tensors: dict[str, Tensor] = {}
     for name, module in stage.modules().items():
         tensors.update({f"weights/{name}/{key}": value for key, value in module.state_dict().items()})
