@@ -9,53 +9,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import small_models
 import torch
 from PIL import Image
 
 import ldm_fast
 from ldm_fast.cli import commands, main
-from ldm_fast.configs.diffusion import Defaults, DiffusionConfig
+from ldm_fast.configs.diffusion import Defaults
 from ldm_fast.configs.encoders import ClassEmbedderConfig
-from ldm_fast.configs.first_stage import VQConfig
-from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.diffusion.samplers import SAMPLERS
-from ldm_fast.diffusion.schedule import NoiseSchedule
 from ldm_fast.files import images as pictures
-from ldm_fast.models.autoencoder import VQModel
-from ldm_fast.models.encoders import ClassEmbedder, TextEncoder, WordTokenizer
+from ldm_fast.models.encoders import ClassEmbedder
 from ldm_fast.models.unet import UNet
 from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    torch.manual_seed(0)
-    unet = UNetConfig(
-        sample_size=4,
-        down_block_types=("CrossAttnDownBlock2D",),
-        block_out_channels=(16,),
-        layers_per_block=1,
-        cross_attention_dim=8,
-        num_attention_heads=1,
-        norm_num_groups=8,
-    )
-    first_stage = VQConfig(
-        block_out_channels=(8, 8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        num_vq_embeddings=16,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-    )
-    tokenizer = WordTokenizer.from_captions(["red apple", "green tree"], max_length=6)
-    model = LatentDiffusion(
-        UNet(unet),
-        VQModel(first_stage),
-        TextEncoder.from_tokenizer(tokenizer, width=8, depth=1, heads=1, head_dim=8),
-        NoiseSchedule(DiffusionConfig(prediction_type="v_prediction")),
-        defaults=Defaults(steps=2, guidance=2.0),
-    )
-    torch.nn.init.normal_(model.first_stage.quantize.embedding.weight)
+    model = small_models.text_model(defaults=Defaults(steps=2, guidance=2.0))
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     model.save(path)
     return path
@@ -65,7 +36,7 @@ def model_path(tmp_path_factory):
 def class_model_path(model_path):
     """Five classes, the last of which stands for no condition; two have names."""
     model = LatentDiffusion.load(model_path)
-    model.cond_stage = ClassEmbedder(ClassEmbedderConfig(num_classes=5, width=8, null_class=4))
+    model.cond_stage = ClassEmbedder(ClassEmbedderConfig(num_classes=5, width=16, null_class=4))
     model.card["classes"] = ["cat", "dog"]
     path = model_path.with_name("classes.safetensors")
     model.save(path)
@@ -75,7 +46,7 @@ def class_model_path(model_path):
 @pytest.fixture(scope="module")
 def unconditional_model_path(model_path):
     model = LatentDiffusion.load(model_path)
-    unet = {"down_block_types": ("DownBlock2D",), "mid_block_type": "UNetMidBlock2D", "cross_attention_dim": None}
+    unet = {"down_block_types": ("DownBlock2D",) * 2, "mid_block_type": "UNetMidBlock2D", "cross_attention_dim": None}
     model.unet = UNet(replace(model.unet.config, **unet))
     model.cond_stage = model.conditioning_key = None
     path = model_path.with_name("unconditional.safetensors")
@@ -284,7 +255,7 @@ BAD_INPUT = {
     "device that is not here": (["generate", "x", "--device", "cuda:77"], "--device cuda:77: "),
     "seed": (["generate", "x", "--seed", -1], "seed must be between 0 and"),
     "num": (["generate", "x", "--num", 0], "'0' is not a whole number of at least 1"),
-    "size": (["generate", "x", "--size", 18], "size must be a multiple of 4, got 18; nearest are 16 and 20"),
+    "size": (["generate", "x", "--size", 17], "size must be a multiple of 2, got 17; nearest are 16 and 18"),
     "size 0": (["generate", "x", "--size", 0], "sides must be between 1 and"),
     "size huge": (["generate", "x", "--size", "100000"], "sides must be between 1 and"),
     "size a word": (["generate", "x", "--size", "big"], "'big' is no size"),

@@ -10,77 +10,37 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import small_models
 import torch
 from PIL import Image
+from small_models import TEXT_UNET
 
 from ldm_fast.checkpoints import model_file
-from ldm_fast.configs.diffusion import Defaults, DiffusionConfig
+from ldm_fast.configs.diffusion import Defaults
 from ldm_fast.configs.encoders import ClassEmbedderConfig
-from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
-from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.diffusion.condition import Condition
 from ldm_fast.diffusion.samplers import SAMPLERS
-from ldm_fast.diffusion.schedule import NoiseSchedule
 from ldm_fast.files.tensors import tensors_digest
 from ldm_fast.models import attention
-from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
-from ldm_fast.models.encoders import ClassEmbedder, TextEncoder, WordTokenizer
+from ldm_fast.models.encoders import ClassEmbedder
 from ldm_fast.models.unet import UNet
 from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
 from ldm_fast.training import evaluation
 from ldm_fast.training.image_set import ImageSet
 from ldm_fast.training.metrics import rank, thumbnails
 
-CHANNELS, WIDTH = 4, 16
-UNET = UNetConfig(
-    sample_size=8,
-    in_channels=CHANNELS,
-    out_channels=CHANNELS,
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    block_out_channels=(16, 16),
-    layers_per_block=1,
-    cross_attention_dim=WIDTH,
-    num_attention_heads=2,
-    norm_num_groups=8,
-)
 UNCONDITIONAL_UNET = replace(
-    UNET,
+    TEXT_UNET,
     down_block_types=("DownBlock2D",) * 2,
     mid_block_type="UNetMidBlock2D",
     cross_attention_dim=None,
 )
-FIRST_STAGE = {
-    "block_out_channels": (16, 16),
-    "layers_per_block": 1,
-    "latent_channels": CHANNELS,
-    "norm_num_groups": 8,
-    "mid_block_add_attention": False,
-}
 QUICK = Defaults(steps=3, guidance=2.0)
 
 
 def text_model(kl=False, **options):
-    torch.manual_seed(0)
-    tokenizer = WordTokenizer.from_captions(["red apple", "green tree"], max_length=6)
-    first_stage = (
-        AutoencoderKL(AutoencoderConfig(**FIRST_STAGE))
-        if kl
-        else VQModel(VQConfig(num_vq_embeddings=32, **FIRST_STAGE))
-    )
-    if not kl:
-        torch.nn.init.normal_(first_stage.quantize.embedding.weight)
-    options = {
-        "defaults": QUICK,
-        "scaling_factor": 1.5,
-        "card": {"licence": "none", "metrics": {"psnr": 1.5}},
-    } | options
-    return LatentDiffusion(
-        UNet(UNET),
-        first_stage,
-        TextEncoder.from_tokenizer(tokenizer, width=WIDTH, depth=1, heads=2, head_dim=8),
-        NoiseSchedule(DiffusionConfig(prediction_type="v_prediction")),
-        **options,
-    ).eval()
+    card = {"licence": "none", "metrics": {"psnr": 1.5}}
+    return small_models.text_model(kl, **{"defaults": QUICK, "scaling_factor": 1.5, "card": card} | options)
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +228,7 @@ def test_a_first_stage_that_overflows_in_float16(force_upcast):
     with torch.no_grad():  # a norm follows: what is too large for float16 does no harm to the picture
         model.first_stage.decoder.conv_in.weight.mul_(3e5)
     model.first_stage.half().float()
-    x, z = picture()[None], torch.ones(1, CHANNELS, 8, 8)
+    x, z = picture()[None], torch.ones(1, 4, 8, 8)
     encoded, decoded = model.encode(x, torch.Generator().manual_seed(0)), model.decode(z)
     model.first_stage.half()
     before = {name: (t, t.data_ptr(), t.clone()) for name, t in model.first_stage.state_dict(keep_vars=True).items()}
@@ -287,7 +247,7 @@ def test_two_threads_decode_one_float16_model():
     """A hundred times the pictures that one after the other gives."""
     model = text_model(kl=True).half()
     model.first_stage.config = replace(model.first_stage.config, force_upcast=True)
-    latents = [torch.randn(1, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    latents = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     wanted = [model.decode(z) for z in latents]
     together = threading.Barrier(2)
 
@@ -341,7 +301,7 @@ def test_a_batch_of_inits_and_masks(model):
 
 def test_class_conditional_model():
     model = text_model()
-    model.cond_stage = ClassEmbedder(ClassEmbedderConfig(num_classes=4, width=WIDTH, null_class=3))
+    model.cond_stage = ClassEmbedder(ClassEmbedderConfig(num_classes=4, width=16, null_class=3))
     images = model.generate([0, 2])
     assert images.shape == (2, 16, 16, 3)
     assert close(model.generate([0], guidance=3.0, negative=[3]), model.generate([0], guidance=3.0))
@@ -375,7 +335,7 @@ def test_unconditional_and_concat_models():
         model.generate(1, guidance=2.0, negative=1)
     with pytest.raises(ValueError, match="takes a number of images, got 'red apple'"):
         model.generate("red apple", guidance=1.0)
-    model.unet = UNet(replace(UNCONDITIONAL_UNET, in_channels=CHANNELS + 3)).eval()
+    model.unet = UNet(replace(UNCONDITIONAL_UNET, in_channels=7)).eval()
     model.conditioning_key = "concat"
     maps = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model.generate(maps, guidance=1.0), model.generate(Condition(concat=maps), guidance=1.0))
@@ -384,7 +344,7 @@ def test_unconditional_and_concat_models():
 def test_hybrid_model():
     """What is steered away from is the context, under the map of the condition."""
     model = text_model(conditioning_key="hybrid")
-    model.unet = UNet(replace(UNET, in_channels=CHANNELS + 3)).eval()
+    model.unet = UNet(replace(TEXT_UNET, in_channels=7)).eval()
     maps = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     context = {prompt: model.cond_stage([prompt] * 2).detach() for prompt in ("red apple", "green tree", "")}
     condition = Condition(context["red apple"], maps)

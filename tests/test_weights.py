@@ -8,7 +8,7 @@ from dataclasses import replace
 import golden
 import pytest
 import torch
-from small_models import compvis_to_ours, ours_to_compvis
+from small_models import UNET, compvis_to_ours, ours_to_compvis
 from torch import Tensor
 
 from ldm_fast.checkpoints.catalogue import layout
@@ -105,63 +105,30 @@ def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
+THREE_LEVELS = replace(
+    UNET,
+    block_out_channels=(32, 64, 64),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    use_linear_projection=True,
+)
+ONE_LEVEL = replace(UNET, block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), layers_per_block=2)
 CONFIGS = {
-    "unet": UNetConfig(
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        cross_attention_dim=8,
-        num_attention_heads=2,
-        layers_per_block=1,
-        transformer_layers_per_block=2,
-    ),
-    "unet-linear-classes": UNetConfig(
-        block_out_channels=(32,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        cross_attention_dim=8,
-        num_attention_heads=2,
-        use_linear_projection=True,
-        num_class_embeds=5,
-    ),
-    "unet-2": UNetConfig(
-        in_channels=9,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        cross_attention_dim=8,
-        num_attention_heads=(1, 2),
-        layers_per_block=1,
-        use_linear_projection=True,
-    ),
-    "unet-xl": UNetConfig(
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        cross_attention_dim=8,
+    "unet": replace(UNET, transformer_layers_per_block=2),
+    "unet-linear-classes": replace(ONE_LEVEL, use_linear_projection=True, num_class_embeds=5),
+    "unet-2": replace(UNET, in_channels=9, num_attention_heads=(1, 2), use_linear_projection=True),
+    "unet-xl": replace(
+        THREE_LEVELS,
         num_attention_heads=(1, 2, 2),
-        layers_per_block=1,
         transformer_layers_per_block=(1, 2, 3),
-        use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=56,
     ),
-    "unet-upscaler": UNetConfig(
-        in_channels=7,
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        cross_attention_dim=8,
-        num_attention_heads=2,
-        layers_per_block=1,
-        only_cross_attention=(True, True, False),
-        use_linear_projection=True,
-        num_class_embeds=10,
+    "unet-upscaler": replace(
+        THREE_LEVELS, in_channels=7, only_cross_attention=(True, True, False), num_class_embeds=10
     ),
-    "unet-guided-by-image": UNetConfig(
-        block_out_channels=(32,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        cross_attention_dim=8,
-        num_attention_heads=2,
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=12,
-        time_cond_proj_dim=6,
+    "unet-guided-by-image": replace(
+        ONE_LEVEL, class_embed_type="projection", projection_class_embeddings_input_dim=12, time_cond_proj_dim=6
     ),
     "unet-resnet-resampling": UNetConfig(
         block_out_channels=(32, 64, 64),

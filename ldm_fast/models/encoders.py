@@ -37,20 +37,6 @@ class ConditionEncoder(Protocol):
         """Return `batch` rows of "no condition". ValueError if the model has none."""
 
 
-class TrainedEncoder(ConditionEncoder, Protocol):
-    """What training needs besides: the part of an encoder that has no weights, and the part that has."""
-
-    def inputs(self, conditions: Any, /) -> Tensor:
-        """Return the conditions as int64, one row each: what the weights are applied to."""
-
-    def encode_inputs(self, inputs: Tensor, /) -> Tensor:
-        """Return rows of `inputs` encoded, on the weights' device; `self(c)` is `encode_inputs(inputs(c))`."""
-
-    @property
-    def null_input(self) -> Tensor:
-        """The row of `inputs` that means "no condition"."""
-
-
 class ClassEmbedder(nn.Module):
     """Class label → context of one token, (B,) int64 → (B, 1, width)."""
 
