@@ -1,12 +1,14 @@
-"""Classes that stand for diffusers' own: a model of ours with what diffusers' pipelines and loaders look for.
+"""Classes that stand for diffusers' own: a model of ours that is a diffusers model, too.
 
-That is diffusers' mixins that load LoRA and IP-Adapter files, and the `config` of the module that is replaced. They
-carry the names of the classes they stand for, since diffusers decides some things by name.
+Such a class derives from ours and from the class it stands for, in this order: `isinstance` holds for both, and every
+method of diffusers' that we do not define ourselves works on our module. It also carries the name of that class and of
+its module, since diffusers decides some things by name.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, SupportsIndex
 
 from torch import nn
@@ -23,7 +25,8 @@ def require_diffusers() -> Any:
 
 def stand_in(base: type[nn.Module], kind: str) -> type[nn.Module]:
     """Return the class of the name `kind`, as in diffusers, made from our class `base` or from a stand-in's."""
-    return _made(_ours(base), kind)
+    cls: type[nn.Module] = _made(_ours(base), kind)
+    return cls
 
 
 def _ours(cls: type) -> Any:
@@ -32,16 +35,38 @@ def _ours(cls: type) -> Any:
 
 
 @functools.cache
-def _made(base: Any, kind: str) -> type[nn.Module]:
-    parts = {"UNet2DConditionModel": _conditional_unet, "UNet2DModel": _unconditional_unet}.get(kind, _first_stage)
-    mixins, members = parts(base)
-    about = {"__module__": __name__, "__doc__": f"`ldm_fast.{base.__name__}` in the place of diffusers' {kind}."}
-    return type(kind, (_Described, base, *mixins), {**about, **members})
+def _made(base: Any, kind: str) -> Any:
+    theirs = getattr(require_diffusers(), kind)
+    members = {
+        "__module__": theirs.__module__,
+        "__doc__": f"`ldm_fast.{base.__name__}` in the place of diffusers' {kind}.",
+        "_stands_for": theirs,
+        **{name: _built_by_theirs(getattr(theirs, name)) for name in FACTORIES if hasattr(theirs, name)},
+        **{"UNet2DConditionModel": _conditional_unet, "UNet2DModel": _unconditional_unet}.get(kind, _first_stage)(base),
+    }
+    # `super().__init__()` of our classes leads to diffusers', which would build all of its layers first.
+    unbuilt = type(kind, (theirs,), {"__init__": require_diffusers().ModelMixin.__init__})
+    return _StandsFor(kind, (_Described, base, unbuilt), members)
 
 
-def _conditional_unet(base: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    diffusers = require_diffusers()
-    from diffusers.models.attention import AttentionMixin
+FACTORIES = ("from_config", "from_pretrained", "from_single_file")
+
+
+def _built_by_theirs(build: Callable[..., Any]) -> Any:
+    """Return a class method that builds a model with this one of diffusers', and takes its place."""
+
+    @functools.wraps(build)
+    def method(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        made = build(*args, **kwargs)
+        if isinstance(made, tuple):  # and what diffusers says about it
+            return cls.from_diffusers(made[0]), *made[1:]
+        return cls.from_diffusers(made)
+
+    return classmethod(method)
+
+
+def _conditional_unet(base: Any) -> dict[str, Any]:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
     from diffusers.utils import peft_utils
 
     lora: Any = peft_utils
@@ -56,34 +81,107 @@ def _conditional_unet(base: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         finally:
             lora.unscale_lora_layers(self, scale)
 
-    loaders = (diffusers.loaders.UNet2DConditionLoadersMixin, diffusers.loaders.PeftAdapterMixin)
-    # `compile_repeated_blocks` compiles the blocks named here.
-    members = {"forward": forward, "_repeated_blocks": ["TransformerBlock"]}
-    return (*loaders, AttentionMixin, diffusers.ModelMixin), members
+    theirs: Any = UNet2DConditionModel
+    return {
+        "forward": forward,
+        "output_class": UNet2DConditionOutput,
+        "sample_size": property(lambda self: self.config.sample_size),
+        "num_upsamplers": property(lambda self: len(self.up_blocks) - 1),
+        # Our blocks: what `compile_repeated_blocks` compiles, and what `device_map` leaves in one piece.
+        "_repeated_blocks": [*theirs._repeated_blocks, "TransformerBlock"],
+        "_no_split_modules": [*theirs._no_split_modules, "TransformerBlock", "ResBlock", "UpBlock"],
+    }
 
 
-def _unconditional_unet(base: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _unconditional_unet(base: Any) -> dict[str, Any]:
+    from diffusers.models.unets.unet_2d import UNet2DOutput
+
     def forward(self: Any, sample: Any, timestep: Any, class_labels: Any = None, return_dict: bool = True) -> Any:
         """As `UNet.forward`, without a context."""
         return base.forward(self, sample, timestep, class_labels=class_labels, return_dict=return_dict)
 
-    return (require_diffusers().ModelMixin,), {"forward": forward}
+    size = property(lambda self: self.config.sample_size)
+    return {"forward": forward, "output_class": UNet2DOutput, "sample_size": size}
 
 
-def _first_stage(base: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (require_diffusers().ModelMixin,), {}
+def _first_stage(base: Any) -> dict[str, Any]:
+    from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+    from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+    from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+    latent = {"AutoencoderKLOutput": AutoencoderKLOutput, "VQEncoderOutput": VQEncoderOutput}
+    return {
+        "distribution_class": DiagonalGaussianDistribution,
+        "latent_class": latent[base.latent_class.__name__],
+        "output_class": DecoderOutput,
+    }
+
+
+class _StandsFor(type):
+    """The type of stand-ins: they are built as the class they stand for is, and equal to it.
+
+    diffusers' `from_pipe` asks for `type(component) in (UNet2DConditionModel,)`. Classes derived from a stand-in are
+    ordinary ones.
+    """
+
+    def __call__(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """Build from our configuration, or from the arguments of diffusers' class."""
+        theirs = cls.__dict__.get("_stands_for")
+        if theirs is None or (len(args) == 1 and isinstance(args[0], cls.config_class)):
+            return super().__call__(*args, **kwargs)
+        return cls.from_diffusers(theirs(*args, **kwargs))
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (other is not None and cls.__dict__.get("_stands_for") is other)
+
+    def __hash__(cls) -> int:
+        return hash(cls.__dict__.get("_stands_for")) if "_stands_for" in cls.__dict__ else super().__hash__()
 
 
 class _Described:
     """A model whose `config` is that of the module it replaces: pipelines read it, loaders write to it."""
 
+    _stands_for: Any
+    config_class: Any
+
     @property
     def config(self) -> Any:
-        return self.__dict__.get("_their_config", self.__dict__.get("_our_config"))
+        return self.__dict__.get("_internal_dict", self.__dict__.get("_our_config"))
 
     @config.setter
     def config(self, value: Any) -> None:
         self.__dict__["_our_config"] = value
+
+    @property
+    def _internal_dict(self) -> Any:
+        """The configuration under the name by which diffusers' pipelines exchange it."""
+        return self.config
+
+    @_internal_dict.setter
+    def _internal_dict(self, value: Any) -> None:
+        self.describe_as(value)
+
+    def describe_as(self, config: dict[str, Any]) -> None:
+        """Make `config` this dictionary, with our own fields for names that are not in it."""
+        self.__dict__["_internal_dict"] = _PipelineConfig(config, self.__dict__["_our_config"])
+
+    def register_to_config(self, **values: Any) -> None:
+        """Change or add entries of the configuration, for a layer that was exchanged."""
+        self.describe_as({**self.__dict__.get("_internal_dict", {}), **values})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)  # type: ignore[arg-type]  # it is a module
+        except AttributeError:
+            if name not in self.__dict__.get("_internal_dict", ()):
+                raise
+        return super().__getattr__(name)  # type: ignore[misc]  # diffusers', which warns: entries of the configuration
+
+    def fuse_qkv_projections(self) -> None:
+        """Do nothing: attention here is as fast with separate projections; see `join_projections`."""
+
+    def unfuse_qkv_projections(self) -> None:
+        """Do nothing, as `fuse_qkv_projections`."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickle and copy by our class and the name of the class it stands for: no module holds the class by name."""
@@ -92,10 +190,6 @@ class _Described:
         if cls.__name__ not in base.stands_for or _made(base, cls.__name__) is not cls:  # somebody's subclass
             return super().__reduce_ex__(protocol)
         return _empty, (base, cls.__name__), self.__dict__.copy()
-
-    def describe_as(self, config: dict[str, Any]) -> None:
-        """Make `config` this dictionary, with our own fields for names that are not in it."""
-        self.__dict__["_their_config"] = _PipelineConfig(config, self.__dict__["_our_config"])
 
 
 def _empty(base: type[nn.Module], kind: str) -> nn.Module:

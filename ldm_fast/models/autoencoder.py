@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,46 +19,11 @@ from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
 from ldm_fast.models.attention import join_projections
 from ldm_fast.models.bands import BANDS_PER_TILE, decode_in_bands, encode_in_bands
 from ldm_fast.models.coders import Decoder, Encoder
+from ldm_fast.models.outputs import AutoencoderKLOutput, DecoderOutput, VQEncoderOutput
 from ldm_fast.models.pretrained import Pretrained
 from ldm_fast.models.regularisation import DiagonalGaussian, QuantizerOutput, VectorQuantizer
 from ldm_fast.models.tiles import in_tiles
 from ldm_fast.models.upcast import Float32Arithmetic
-
-
-@dataclass
-class Output:
-    """Results by name, by position (without those that are None), or by name as a key."""
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """Return the results that are not None."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return tuple(value for value in values if value is not None)
-
-    def __getitem__(self, key: int | slice | str) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
-
-
-@dataclass
-class DecoderOutput(Output):
-    """Images, and what regularises the latent."""
-
-    sample: Tensor  # (B, out_channels, H, W)
-    commit_loss: Tensor | None = None  # VQ-reg: the quantizer's loss
-    regulariser: DiagonalGaussian | QuantizerOutput | None = None  # what training regularises
-
-
-@dataclass
-class AutoencoderKLOutput(Output):
-    """The latent of a KL-reg first stage: a distribution."""
-
-    latent_dist: DiagonalGaussian
-
-
-@dataclass
-class VQEncoderOutput(Output):
-    """The latent of a VQ-reg first stage."""
-
-    latents: Tensor  # (B, latent_channels, H/f, W/f), not yet quantized
 
 
 def _after_offloading(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,6 +51,9 @@ class _FirstStage(Pretrained):
     """
 
     config: AutoencoderConfig
+    distribution_class: ClassVar[type[Any]] = DiagonalGaussian
+    latent_class: ClassVar[type[Any]]  # of what `encode` returns
+    output_class: ClassVar[type[Any]] = DecoderOutput
 
     def __init__(self, config: AutoencoderConfig, moments: int):
         super().__init__()
@@ -152,13 +119,6 @@ class _FirstStage(Pretrained):
     def disable_tiling(self) -> None:
         self.use_tiling = False
 
-    def enable_gradient_checkpointing(self) -> None:
-        """In training, store only the inputs of blocks and compute what is inside them twice."""
-        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = True
-
-    def disable_gradient_checkpointing(self) -> None:
-        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = False
-
     def _encode(self, x: Tensor, tile: int | None) -> Tensor:
         """Return the moments (B, latent_channels or twice that, H/f, W/f) of x (B, in_channels, H, W)."""
         channels = self.encoder.conv_in.in_channels
@@ -206,6 +166,18 @@ class _FirstStage(Pretrained):
             return torch.cat([function(image) for image in x.split(1)])
         return function(x)
 
+    def _output(
+        self,
+        sample: Tensor,
+        loss: Tensor | None = None,
+        regulariser: DiagonalGaussian | QuantizerOutput | None = None,
+    ) -> DecoderOutput:
+        results = {"sample": sample} if loss is None else {"sample": sample, "commit_loss": loss}
+        output: DecoderOutput = self.output_class(**results)
+        if regulariser is not None:
+            output.regulariser = regulariser
+        return output
+
     def _check_latent(self, z: Tensor) -> None:
         if z.ndim != 4 or z.shape[1] != self.latent_channels:
             raise ValueError(
@@ -218,6 +190,7 @@ class AutoencoderKL(_FirstStage):
 
     config_class = AutoencoderConfig
     stands_for = ("AutoencoderKL",)
+    latent_class = AutoencoderKLOutput
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__(config, moments=2)
@@ -227,8 +200,11 @@ class AutoencoderKL(_FirstStage):
         self, x: Tensor, return_dict: bool = True, *, tile: int | None = None
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
         """Return `.latent_dist`, over z (B, latent_channels, H/f, W/f), of x (B, in_channels, H, W)."""
-        posterior = DiagonalGaussian(self._encode(x, tile))
-        return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
+        posterior: DiagonalGaussian = self.distribution_class(self._encode(x, tile))
+        if not return_dict:
+            return (posterior,)
+        latent: AutoencoderKLOutput = self.latent_class(latent_dist=posterior)
+        return latent
 
     def encode_latents(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return the latent that the second stage learns: a sample of q(z | x)."""
@@ -245,7 +221,7 @@ class AutoencoderKL(_FirstStage):
         """
         self._check_latent(z)
         sample = self._decode(z, tile)
-        return DecoderOutput(sample) if return_dict else (sample,)
+        return self._output(sample) if return_dict else (sample,)
 
     def forward(
         self,
@@ -261,7 +237,7 @@ class AutoencoderKL(_FirstStage):
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         reconstruction = self.decode(z).sample
-        return DecoderOutput(reconstruction, regulariser=posterior) if return_dict else (reconstruction,)
+        return self._output(reconstruction, regulariser=posterior) if return_dict else (reconstruction,)
 
 
 class VQModel(_FirstStage):
@@ -269,6 +245,7 @@ class VQModel(_FirstStage):
 
     config_class = VQConfig
     stands_for = ("VQModel",)
+    latent_class = VQEncoderOutput
     config: VQConfig
 
     def __init__(self, config: VQConfig):
@@ -287,7 +264,10 @@ class VQModel(_FirstStage):
     ) -> VQEncoderOutput | tuple[Tensor]:
         """Return `.latents` (B, latent_channels, H/f, W/f), not yet quantized, of x (B, in_channels, H, W)."""
         latents = self._encode(x, tile)
-        return VQEncoderOutput(latents) if return_dict else (latents,)
+        if not return_dict:
+            return (latents,)
+        latent: VQEncoderOutput = self.latent_class(latents=latents)
+        return latent
 
     def encode_latents(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return the latent that the second stage learns: the one before quantization (decoding quantizes)."""
@@ -317,7 +297,7 @@ class VQModel(_FirstStage):
             quantized = None if force_not_quantize else self.quantize(z)
         sample = self._decode(z if quantized is None else quantized.z_q, tile)
         loss = z.new_zeros(len(z)) if quantized is None else quantized.loss
-        return DecoderOutput(sample, loss, quantized) if return_dict else (sample, loss)
+        return self._output(sample, loss, quantized) if return_dict else (sample, loss)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor, Tensor]:
         """Reconstruct `sample` (B, in_channels, H, W).

@@ -6,15 +6,15 @@ Both are convolutional, and there are no skip connections between them. Sub-modu
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldm_fast.configs.first_stage import AutoencoderConfig
 from ldm_fast.models.layers import Downsample, GroupNorm, ResBlock, SelfAttention2d, Upsample
+from ldm_fast.models.recompute import Recomputed
 
 EPS = 1e-6  # of every group norm in the first stage
 
 
-class Encoder(nn.Module):
+class Encoder(Recomputed):
     """Image (B, in, H, W) → features (B, outputs, H/f, W/f)."""
 
     def __init__(self, config: AutoencoderConfig, outputs: int):
@@ -25,18 +25,16 @@ class Encoder(nn.Module):
         self.mid_block = MidBlock(config)
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], outputs, 3, padding=1)
-        self.gradient_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        run = _recomputed if self.gradient_checkpointing else _plain
         h = self.conv_in(x)  # (B, C, H, W)
         for block in self.down_blocks:
-            h = run(block, h)  # (B, C', H/2, W/2)
-        h = run(self.mid_block, h)
+            h = self._run(block, h)  # (B, C', H/2, W/2)
+        h = self._run(self.mid_block, h)
         return _plain(self.conv_out, self.conv_norm_out(h, "silu"))  # (B, outputs, H/f, W/f)
 
 
-class Decoder(nn.Module):
+class Decoder(Recomputed):
     """Latent (B, z, H/f, W/f) → image (B, out, H, W)."""
 
     def __init__(self, config: AutoencoderConfig):
@@ -47,24 +45,16 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList(DecoderBlock(config, level) for level in reversed(range(len(channels))))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], EPS)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
-        self.gradient_checkpointing = False
 
     def forward(self, z: Tensor) -> Tensor:
-        run = _recomputed if self.gradient_checkpointing else _plain
-        h = run(self.mid_block, self.conv_in(z))  # (B, C, H/f, W/f)
+        h = self._run(self.mid_block, self.conv_in(z))  # (B, C, H/f, W/f)
         for block in self.up_blocks:
-            h = run(block, h)  # (B, C', 2H, 2W)
+            h = self._run(block, h)  # (B, C', 2H, 2W)
         return _plain(self.conv_out, self.conv_norm_out(h, "silu"))  # (B, out, H, W)
 
 
 def _plain(block: nn.Module, h: Tensor) -> Tensor:
     out: Tensor = block(h)
-    return out
-
-
-def _recomputed(block: nn.Module, h: Tensor) -> Tensor:
-    """block(h), of which only h is kept for the backward pass; that computes the rest again."""
-    out: Tensor = checkpoint(block, h, use_reentrant=False)
     return out
 
 

@@ -29,6 +29,7 @@ from ldm_fast.interop.names import (
     without_training_state,
 )
 from ldm_fast.interop.stand_ins import stand_in
+from ldm_fast.models.recompute import set_recompute
 
 M = TypeVar("M", bound="Pretrained")
 N = TypeVar("N", bound=nn.Module)
@@ -158,6 +159,18 @@ class Pretrained(nn.Module):
         """Return the state dict under the names and in the shapes of the original code."""
         cls = type(self)
         return to_compvis(self.state_dict(), layout_of(cls, self._own_config()), cls.__name__)
+
+    _supports_gradient_checkpointing = True  # diffusers asks for this name
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+        """In training, compute the inside of blocks twice instead of storing it; gradients are the same bit for bit.
+
+        `gradient_checkpointing_func(module, *inputs)` takes the place of PyTorch's `checkpoint`.
+        """
+        set_recompute(self, True, gradient_checkpointing_func)
+
+    def disable_gradient_checkpointing(self) -> None:
+        set_recompute(self, False, None)
 
     @classmethod
     def _read_config(cls, config: Mapping[str, Any]) -> ModelConfig:

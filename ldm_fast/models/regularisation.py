@@ -15,10 +15,11 @@ from ldm_fast.diffusion.schedule import noise_like
 
 
 class DiagonalGaussian:
-    """The encoder's distribution q(z | x) = N(mean, diag(exp(logvar)))."""
+    """The encoder's distribution q(z | x) = N(mean, diag(exp(logvar))), from `parameters` (B, 2 C, h, w)."""
 
-    def __init__(self, moments: Tensor):
-        self.mean, logvar = moments.chunk(2, dim=1)  # (B, C, h, w) each
+    def __init__(self, parameters: Tensor):
+        self.parameters = parameters
+        self.mean, logvar = parameters.chunk(2, dim=1)  # (B, C, h, w) each
         self.logvar = logvar.clamp(-30.0, 20.0)
 
     @property
@@ -41,14 +42,17 @@ class DiagonalGaussian:
         """Return the most likely z."""
         return self.mean
 
-    def kl(self) -> Tensor:
-        """Return KL(q(z | x) ‖ N(0, 1)) of each sample, (B,), in nats."""
-        return 0.5 * (self.mean.square() + self.var - 1 - self.logvar).flatten(1).sum(1)
+    def kl(self, other: DiagonalGaussian | None = None) -> Tensor:
+        """Return KL(q(z | x) ‖ other) of each sample, (B,), in nats. `other` is N(0, 1) by default."""
+        if other is None:
+            return 0.5 * (self.mean.square() + self.var - 1 - self.logvar).flatten(1).sum(1)
+        squares = ((self.mean - other.mean).square() + self.var) * (-other.logvar).exp()
+        return 0.5 * (squares - 1 - self.logvar + other.logvar).flatten(1).sum(1)
 
-    def nll(self, z: Tensor) -> Tensor:
-        """Return -log q(z | x) of each sample, (B,), in nats."""
-        squares = (z - self.mean).square() * (-self.logvar).exp()
-        return 0.5 * (math.log(2 * math.pi) + self.logvar + squares).flatten(1).sum(1)
+    def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
+        """Return -log q(z | x) of a z, summed over `dims`: by default of each sample, (B,), in nats."""
+        squares = (sample - self.mean).square() * (-self.logvar).exp()
+        return 0.5 * (math.log(2 * math.pi) + self.logvar + squares).sum(tuple(dims))
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from ldm_fast.models.attention import Attention, AttnProcessor, ImagePrompts, jo
 from ldm_fast.models.embeddings import TimestepEmbedding, Timesteps, add_embedding, class_embedding
 from ldm_fast.models.layers import Conditions, GroupNorm, ResBlock, SelfAttention2d, SpatialTransformer
 from ldm_fast.models.memory import recall
+from ldm_fast.models.outputs import UNetOutput
 from ldm_fast.models.pretrained import Pretrained
-from ldm_fast.models.unet_blocks import Block, DownBlock, MidBlock, UpBlock
+from ldm_fast.models.unet_blocks import DownBlock, MidBlock, UpBlock
 from ldm_fast.models.unet_inputs import (
     add_extras,
     add_residuals,
@@ -29,12 +30,6 @@ from ldm_fast.models.unet_inputs import (
     given,
 )
 from ldm_fast.ops.op import autocast_dtype
-
-
-class UNetOutput(NamedTuple):
-    """What a UNet returns: `output.sample`, or `output[0]`."""
-
-    sample: Tensor  # (B, out_channels, H, W)
 
 
 class UNet(Pretrained):
@@ -52,6 +47,7 @@ class UNet(Pretrained):
     config_class = UNetConfig
     stands_for = ("UNet2DConditionModel", "UNet2DModel")
     compvis_prefix = UNET_PREFIX
+    output_class: ClassVar[type[Any]] = UNetOutput
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -139,7 +135,10 @@ class UNet(Pretrained):
         for block in self.up_blocks:
             h = block(h, skips, temb, conditions)  # (B, C', 2H, 2W)
         h = self.conv_out(self.conv_norm_out(h, "silu"))  # (B, out, H, W)
-        return UNetOutput(h) if return_dict else (h,)
+        if not return_dict:
+            return (h,)
+        output: UNetOutput = self.output_class(sample=h)
+        return output
 
     def _embed_time(self, sample: Tensor, timestep: Tensor | float | int, condition: Tensor | None) -> Tensor:
         known = self.time_embedding.look_up(timestep, sample) if condition is None else None
@@ -233,15 +232,6 @@ class UNet(Pretrained):
         them for tied ones and leave some of them out: let them store models that are not joined.
         """
         join_projections(self)
-
-    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """In training, compute the inside of blocks twice instead of storing it; gradients are the same bit for bit."""
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.gradient_checkpointing = enabled
-
-    def disable_gradient_checkpointing(self) -> None:
-        self.enable_gradient_checkpointing(False)
 
     @property
     def attn_processors(self) -> dict[str, Any]:

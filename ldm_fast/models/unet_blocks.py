@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.models.layers import Conditions, Downsample, ResBlock, SelfAttention2d, SpatialTransformer, Upsample
+from ldm_fast.models.recompute import Recomputed
 
 
 def _res_block(
@@ -48,7 +47,7 @@ def _attention(
     )
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """Residual blocks and attention; with `gradient_checkpointing` their inside is computed twice instead of stored.
 
     A block without attention has no attribute `attentions`: programs made for diffusers' blocks ask `hasattr`.
@@ -56,7 +55,6 @@ class Block(nn.Module):
 
     resnets: nn.ModuleList
     has_cross_attention = False
-    gradient_checkpointing = False
 
     def _add_attentions(self, config: UNetConfig, level: int, depths: Sequence[int]) -> None:
         block_type, only_cross = config.down_block_types[level], config.at_level("only_cross_attention", level)
@@ -68,11 +66,6 @@ class Block(nn.Module):
         """Run the i-th residual block and, if there is one, the attention after it."""
         h = self._run(self.resnets[i], h, temb)
         return self._run(self.attentions[i], h, conditions) if hasattr(self, "attentions") else h
-
-    def _run(self, module: nn.Module, *inputs: Any) -> Tensor:
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        h: Tensor = checkpoint(module, *inputs, use_reentrant=False) if recompute else module(*inputs)
-        return h
 
 
 class DownBlock(Block):

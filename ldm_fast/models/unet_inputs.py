@@ -24,7 +24,7 @@ def check_sample(config: UNetConfig, sample: Tensor, timestep: Any, timestep_con
     if sample.ndim != 4 or sample.shape[1] != config.in_channels:
         raise ValueError(f"UNet: sample must be (B, {config.in_channels}, H, W), got {tuple(sample.shape)}")
     batch = sample.shape[0]
-    shape = () if isinstance(timestep, float | int) else getattr(timestep, "shape", None)  # NumPy's have one, too
+    shape = () if isinstance(timestep, (float, int)) else getattr(timestep, "shape", None)  # NumPy's have one, too
     if shape is None or tuple(shape) not in ((), (1,), (batch,)):
         got = repr(timestep) if shape is None else tuple(shape)
         raise ValueError(f"UNet: timestep must be a number or a tensor ({batch},), got {got}")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
+from torch.utils import _pytree as tree
 
 
 def _perhaps(*_: object) -> bool:
@@ -66,3 +67,14 @@ def global_hooks_may_exist() -> bool:
     """Whether hooks may be registered for the forward pass of all modules. If so, call the module."""
     names = ("_global_forward_hooks", "_global_forward_pre_hooks")
     return any(getattr(modules, name, True) for name in names)
+
+
+def register_as_tree(cls: type[Any]) -> None:
+    """Let PyTorch's tree functions (DDP, export, compilers) see the values of this class of dictionaries."""
+    tree.register_pytree_node(
+        cls,
+        tree._dict_flatten,
+        lambda values, context: cls(**tree._dict_unflatten(values, context)),
+        serialized_type_name=f"{cls.__module__}.{cls.__name__}",
+        flatten_with_keys_fn=tree._dict_flatten_with_keys,
+    )

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ldm_fast.configs.first_stage import VQConfig
 from ldm_fast.files.images import grid, to_uint8
 from ldm_fast.interop.names import without_training_state
-from ldm_fast.models.autoencoder import AutoencoderKL, DecoderOutput, VQModel
+from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.models.outputs import DecoderOutput
 from ldm_fast.models.pretrained import assemble
 from ldm_fast.models.regularisation import DiagonalGaussian
 from ldm_fast.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
