@@ -74,6 +74,7 @@ class Found:
 
     model: the name of a published model, or OUR_FILE.
     ignored: names that are not weights of a model, by their kind.
+    marks: keys that say what the network predicts, "v_pred" and "ztsnr".
     assumed: what the checkpoint does not tell and was assumed.
     defaults: sampling settings, and about: the whole description, both of a model file of ours.
     """
@@ -85,6 +86,7 @@ class Found:
     scaling_factor: float = 1.0
     conditioning_key: str | None = None
     ignored: dict[str, list[str]] = field(default_factory=dict)
+    marks: list[str] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
     defaults: Defaults | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -99,9 +101,18 @@ class Found:
         self.parts.pop(part, None)
         self.ignored[f"the {part}, which was not asked for"] = [str(error)]
 
+    def _describe_schedule(self, schedule: DiffusionConfig) -> str:
+        betas = "" if schedule.schedule == "cosine" else f", betas from {schedule.beta_start} to {schedule.beta_end}"
+        snr = ", zero terminal SNR" if schedule.zero_terminal_snr else ""
+        marks = f" (marked {', '.join(self.marks)})" if self.marks else ""
+        return (
+            f"{schedule.schedule}{betas}, {schedule.num_train_timesteps} steps, {schedule.prediction_type}{snr}{marks}"
+        )
+
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.model or 'not a published model'}"]
         lines += [f"  {name}: {part.describe()}" for name, part in self.parts.items()]
+        lines += [] if self.schedule is None else [f"  schedule: {self._describe_schedule(self.schedule)}"]
         lines += [f"  ignored, {what}: {_few(names)}" for what, names in self.ignored.items()]
         lines += [f"  assumed: {what}" for what in self.assumed]
         return "\n".join(lines)

@@ -12,17 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldm_fast.checkpoints import published, recognise
 from ldm_fast.checkpoints.catalogue import MODELS, layout
 from ldm_fast.checkpoints.found import Found, Part
-from ldm_fast.configs.diffusion import DiffusionConfig
+from ldm_fast.checkpoints.schedules import note_schedule
 from ldm_fast.configs.encoders import CLIPShape
 from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
 from ldm_fast.configs.unet import UNetConfig, conditioning_key
-from ldm_fast.diffusion.schedule import beta_schedule
 from ldm_fast.files.tensors import CheckpointError
 from ldm_fast.interop.clip_names import with_text_model
 from ldm_fast.interop.names import UNET_PREFIX, Config, check_names, current_names, without_dots
@@ -50,7 +48,7 @@ NO_WEIGHTS = {
     "tables of positions and masks": re.compile(r"\S+\.(position_ids|attn_mask)"),
     "the scale of CLIP's own loss": re.compile(r"\S+\.logit_scale"),
     "colours to show label maps in": re.compile(r"(first_stage_model\.)?colorize"),
-    "marks of the parameterisation": re.compile(r"v_pred|ztsnr|scale_factor"),  # `_note_schedule` reads them
+    "marks of the parameterisation": re.compile(r"v_pred|ztsnr|scale_factor"),  # `note_schedule` reads them
 }
 
 
@@ -104,7 +102,7 @@ def inspect_tensors(
                 found.leave_out(part, error)
     if problems or not found.parts:
         raise CheckpointError("; ".join(problems or elsewhere) or "there are no weights in it")
-    _note_schedule(found, tensors, others or {})
+    note_schedule(found, tensors, others or {})
     return found
 
 
@@ -260,36 +258,3 @@ RECOGNISERS: dict[str, Callable[[Mapping[str, Tensor], Found], Config]] = {
     "cond_stage": _recognise_encoder,
     "cond_stage_2": _recognise_encoder,
 }
-
-
-def _note_schedule(found: Found, tensors: Mapping[str, Tensor], others: Mapping[str, Any]) -> None:
-    """Put into `found` what the file itself says about noise schedule, parameterisation and scaling factor."""
-    if "unet" not in found.parts:
-        return
-    schedule = found.schedule or DiffusionConfig()
-    if "betas" in tensors:
-        schedule = _schedule_of(tensors["betas"], schedule, found)
-    else:
-        found.assumed.append("noise schedule")
-    if "v_pred" in tensors:
-        schedule = replace(schedule, prediction_type="v_prediction", zero_terminal_snr="ztsnr" in tensors)
-    elif found.model == "Stable Diffusion 2.x":
-        # The base model and the one for v-prediction have the same shapes; the number of steps tells them apart.
-        if others.get("global_step") == 875000:
-            schedule = replace(schedule, prediction_type="epsilon")
-        found.assumed.append(f"prediction type {schedule.prediction_type}")
-    found.schedule = schedule
-    if "scale_factor" in tensors:
-        found.scaling_factor = float(tensors["scale_factor"])
-    else:
-        found.assumed.append(f"scaling factor {found.scaling_factor}")
-
-
-def _schedule_of(betas: Tensor, schedule: DiffusionConfig, found: Found) -> DiffusionConfig:
-    start, end = float(betas[0]), float(betas[-1])
-    for name in ("scaled_linear", "linear"):
-        if torch.allclose(beta_schedule(name, len(betas), start, end), betas.double(), rtol=1e-4, atol=0):
-            start, end = float(f"{start:.6g}"), float(f"{end:.6g}")
-            return replace(schedule, schedule=name, num_train_timesteps=len(betas), beta_start=start, beta_end=end)
-    found.assumed.append("noise schedule (the file's betas belong to no schedule that we have)")
-    return schedule
