@@ -175,6 +175,31 @@ def test_zero_terminal_snr(name):
     assert out.mean().item() == pytest.approx(MEAN, abs=0.05)
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_one_or_two_steps_of_plms(spacing, prediction_type):
+    """One is that of DDIM. Of two, the first is: what the network says of a latent without noise changes nothing."""
+    schedule = schedule_of(prediction_type)
+    network, z, asked = gaussian_denoise(schedule), latent(1, 1, 4, 4), []
+
+    def denoise(z, t):
+        asked.append(int(t))
+        return network(z, t)
+
+    one = spaced_timesteps(1000, 1, spacing)
+    for alpha_end in (None, 1.0):
+        outputs = [sampler(network, z, schedule, one, alpha_end=alpha_end) for sampler in (plms, ddim)]
+        torch.testing.assert_close(*outputs)
+    two = spaced_timesteps(1000, 2, spacing)
+    for steps in (one, two):
+        asked.clear()
+        seen, seen_by_ddim = [], []
+        plms(denoise, z, schedule, steps, on_step=seen.append)
+        assert asked == steps
+        ddim(network, z, schedule, steps, on_step=seen_by_ddim.append)
+        torch.testing.assert_close(seen[0].z, seen_by_ddim[0].z)
+
+
 def test_plms_says_why_it_cannot_start_from_pure_noise():
     schedule = schedule_of("v_prediction", zero_terminal_snr=True)
     with pytest.raises(ValueError, match="no signal at its first timestep"):

@@ -155,6 +155,7 @@ def ddpm(
 
 # Adams-Bashforth weights, newest first, by the number of predictions available.
 ADAMS_BASHFORTH = {
+    1: (1.0,),
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
@@ -174,7 +175,9 @@ def plms(
     """Pseudo linear multi-step (PNDM, Liu et al., arXiv:2202.09778), as the original LDM runs it.
 
     The first step is a pseudo improved Euler step with two evaluations; the later ones combine up to four predictions
-    of eps. ValueError if the schedule has abar 0 at the first timestep.
+    of eps. With one or two steps the first one is that of DDIM: it ends at, or next to, a clean latent, whose noise the
+    network cannot tell, so a second evaluation there would spoil it. ValueError if the schedule has abar 0 at the first
+    timestep.
     """
     alphas = _noise_levels(schedule, timesteps, alpha_end)
     if alphas[0] <= 0:
@@ -189,9 +192,9 @@ def plms(
 
     for i, t in enumerate(timesteps):
         history = [predict(z, t), *history[:3]]
-        if i == 0:
+        if i == 0 and len(timesteps) > 2:
             euler, _ = _transfer(z, history[0], alphas[0], alphas[1])
-            eps = (history[0] + predict(euler, timesteps[min(1, len(timesteps) - 1)])) / 2
+            eps = (history[0] + predict(euler, timesteps[1])) / 2
         else:
             weights = ADAMS_BASHFORTH[len(history)]
             eps = weights[0] * history[0]
