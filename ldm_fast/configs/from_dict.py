@@ -30,7 +30,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]  # cls is a dataclass
     for name in values:
         if name not in fields:
-            hint = _nearest(name, fields) or f"; known fields: {', '.join(fields)}"
+            hint = nearest(name, fields) or f"; known fields: {', '.join(fields)}"
             raise ConfigError(f"{_join(path, name)}: there is no such field{hint}")
     for name, f in fields.items():
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -83,7 +83,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         return _convert_union(value, hint, path)
     if origin is Literal:
         if not any(value == known and type(value) is type(known) for known in arguments):
-            raise ConfigError(f"{path}: {value!r} is not {_describe(hint)}{_nearest(str(value), map(str, arguments))}")
+            raise ConfigError(f"{path}: {value!r} is not {_describe(hint)}{nearest(str(value), map(str, arguments))}")
         return value
     if origin in (tuple, list) or hint in (tuple, list):
         return _convert_sequence(value, hint, path)
@@ -136,7 +136,8 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return what an error says of the known name that is most like `name`; nothing if none is."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

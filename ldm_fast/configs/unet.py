@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm_fast.configs.checks import check_positive
+from ldm_fast.configs.unet_details import UNetDetails
 
 DOWN_BLOCK_TYPES = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D")
 MID_BLOCK_TYPES = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
@@ -14,16 +15,23 @@ CHOICES = {
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "resample_type": ("conv", "resnet"),
     "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
-    "addition_embed_type": (None, "text", "text_time"),
-    "encoder_hid_dim_type": (None, "text_proj", "ip_image_proj"),
+    "addition_embed_type": (None, "text", "text_time", "text_image", "image", "image_hint"),
+    "encoder_hid_dim_type": (None, "text_proj", "ip_image_proj", "text_image_proj", "image_proj"),
+    "time_embedding_type": ("positional", "fourier", "learned"),
 }
 NEEDS = (  # a field with this value needs that other field
     ("addition_embed_type", "text_time", "addition_time_embed_dim"),
     ("addition_embed_type", "text_time", "projection_class_embeddings_input_dim"),
     ("addition_embed_type", "text", "cross_attention_dim"),
+    ("addition_embed_type", "text_image", "cross_attention_dim"),
+    ("addition_embed_type", "image", "encoder_hid_dim"),
+    ("addition_embed_type", "image_hint", "encoder_hid_dim"),
     ("class_embed_type", "projection", "projection_class_embeddings_input_dim"),
     ("class_embed_type", "simple_projection", "projection_class_embeddings_input_dim"),
     ("encoder_hid_dim_type", "text_proj", "encoder_hid_dim"),
+    ("encoder_hid_dim_type", "text_image_proj", "encoder_hid_dim"),
+    ("encoder_hid_dim_type", "image_proj", "encoder_hid_dim"),
+    ("time_embedding_type", "learned", "num_train_timesteps"),
 )
 BY_LEVEL = (
     "transformer_layers_per_block",
@@ -34,7 +42,7 @@ BY_LEVEL = (
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(UNetDetails):
     """The shape of a UNet. The defaults are those of Stable Diffusion 1.x.
 
     A level of `down_block_types` has no attention ("DownBlock2D"), self attention ("AttnDownBlock2D") or a spatial
@@ -63,17 +71,21 @@ class UNetConfig:
     time_cond_proj_dim: int | None = None  # width of `timestep_cond` (latent consistency models)
     class_embed_type: str | None = None  # how class labels are embedded if not by a table of num_class_embeds
     num_class_embeds: int | None = None
-    addition_embed_type: str | None = None  # "text": the context, pooled; "text_time": pooled text and numbers (XL)
+    # "text": the context, pooled; "text_time": pooled text and numbers (XL); Kandinsky's "text_image", "image" and
+    # "image_hint"
+    addition_embed_type: str | None = None
     addition_embed_type_num_heads: int = 64
     addition_time_embed_dim: int | None = None  # channels for each of the numbers
     projection_class_embeddings_input_dim: int | None = None  # all of "text_time" together, or that of "projection"
     encoder_hid_dim: int | None = None  # width of a context that is projected to cross_attention_dim first
-    encoder_hid_dim_type: str | None = None  # "text_proj"; "ip_image_proj" once IP-Adapters are loaded
+    # "text_proj"; "ip_image_proj" once IP-Adapters are loaded; Kandinsky's "text_image_proj" and "image_proj"
+    encoder_hid_dim_type: str | None = None
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_levels()
         self._check_choices()
         self._check_depths()
@@ -100,6 +112,9 @@ class UNetConfig:
         for name, value, needed in NEEDS:
             if getattr(self, name) == value and getattr(self, needed) is None:
                 raise ValueError(f"UNetConfig: {name} {value!r} needs {needed}")
+        classes = self.class_embed_type is not None or self.num_class_embeds is not None
+        if self.class_embeddings_concat and (not classes or self.addition_embed_type is not None):
+            raise ValueError("UNetConfig: class_embeddings_concat needs class labels, and no addition_embed_type")
         if self.encoder_hid_dim is not None and self.encoder_hid_dim_type is None:
             raise ValueError(f"UNetConfig: encoder_hid_dim {self.encoder_hid_dim} needs encoder_hid_dim_type")
 
@@ -124,6 +139,39 @@ class UNetConfig:
         """Whether any block has cross attention."""
         types = (*self.down_block_types, self.mid_block_type)
         return self.cross_attention_dim is not None and any("CrossAttn" in t for t in types)
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether diffusers' class for it is UNet2DConditionModel; the other, UNet2DModel, takes no context."""
+        return self.cross_attention_dim is not None
+
+    @property
+    def time_channels(self) -> int:
+        """The width of the time embedding."""
+        narrow = self.is_conditional and self.time_embedding_type == "fourier"
+        return self.time_embedding_dim or (2 if narrow else 4) * self.block_out_channels[0]
+
+    @property
+    def timestep_channels(self) -> int:
+        """The width of a timestep's sines and cosines, or of its row in a table."""
+        if self.time_embedding_type != "fourier":
+            return self.block_out_channels[0]
+        return self.time_channels if self.is_conditional else 2 * self.block_out_channels[0]
+
+    @property
+    def predicts_over_level(self) -> bool:
+        """Whether the output is divided by the noise level, the timestep (Song et al., arXiv:2011.13456)."""
+        return not self.is_conditional and self.time_embedding_type == "fourier"
+
+    @property
+    def sample_channels(self) -> int:
+        """The channels of the sample: all that enter the network but the four that are made of a hint."""
+        return self.in_channels - (4 if self.addition_embed_type == "image_hint" else 0)
+
+    @property
+    def given_context_channels(self) -> int | None:
+        """The width of the context that the network is called with, before any projection."""
+        return self.encoder_hid_dim or self.cross_attention_dim
 
     def at_level(self, name: str, level: int) -> Any:
         """The value of a field that holds for all levels or is given level by level."""

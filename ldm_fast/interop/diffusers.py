@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from ldm_fast.configs.diffusion import DiffusionConfig
@@ -12,26 +12,13 @@ from ldm_fast.configs.from_dict import as_tuple
 from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.interop.parameters import Parameters, one_value
 
-# Parameters of diffusers' classes that we support with this value alone. No published model has another.
-UNET_FIXED = dict(
-    center_input_sample=False,
-    flip_sin_to_cos=True,
-    freq_shift=0,
-    downsample_padding=1,
-    mid_block_scale_factor=1,
-    time_embedding_type="positional",
-    time_embedding_dim=None,
-)
+# Parameters of diffusers' classes that we support with this value alone.
+UNET_FIXED = dict(downsample_padding=1, mid_block_scale_factor=1)
 CONDITIONAL_UNET_FIXED = dict(
     dual_cross_attention=False,
     resnet_skip_time_act=False,
     resnet_out_scale_factor=1.0,
-    time_embedding_act_fn=None,
-    timestep_post_act=None,
-    conv_in_kernel=3,
-    conv_out_kernel=3,
     attention_type="default",
-    class_embeddings_concat=False,
     cross_attention_norm=None,
 )
 
@@ -153,7 +140,9 @@ UNCONDITIONAL_BLOCKS = ("AttnDownBlock2D", "DownBlock2D", "UNetMidBlock2D")
 UNCONDITIONAL_KEYS = frozenset(
     "add_attention attn_norm_num_groups downsample_type upsample_type num_train_timesteps".split()
 )
+NOT_CONDITIONAL_FIELDS = frozenset("resample_type num_attention_heads num_train_timesteps".split())
 UNCONDITIONAL_FIELDS = frozenset(
+    "center_input_sample flip_sin_to_cos freq_shift time_embedding_type time_embedding_dim num_train_timesteps act_fn "
     "sample_size in_channels out_channels down_block_types mid_block_type block_out_channels layers_per_block dropout "
     "norm_num_groups norm_eps resnet_time_scale_shift class_embed_type num_class_embeds".split()
 )
@@ -167,7 +156,7 @@ def _conditional_unet(params: Parameters) -> UNetConfig:
     heads = params.take("attention_head_dim", 8)
     heads = as_tuple(params.take("num_attention_heads", None) or heads)
     given: dict[str, Any] = {"cross_attention_dim": 1280, **_unet_blocks(params, CONDITIONAL_BLOCKS)}
-    given |= params.take_fields(UNetConfig)
+    given |= params.take_fields(UNetConfig, but=NOT_CONDITIONAL_FIELDS)
     for name in {"cross_attention_dim", "layers_per_block"} & given.keys():
         given[name] = one_value(params.owner, name, given[name])
     params.finish()
@@ -177,10 +166,9 @@ def _conditional_unet(params: Parameters) -> UNetConfig:
 
 
 def _as_conditional_unet(config: UNetConfig) -> dict[str, Any]:
-    hidden = ("resample_type", "num_attention_heads")
     return {
         "_class_name": "UNet2DConditionModel",
-        **{name: value for name, value in asdict(config).items() if name not in hidden},
+        **{name: value for name, value in asdict(config).items() if name not in NOT_CONDITIONAL_FIELDS},
         "up_block_types": config.up_block_types,
         "attention_head_dim": config.num_attention_heads,
     }
@@ -188,14 +176,13 @@ def _as_conditional_unet(config: UNetConfig) -> dict[str, Any]:
 
 def _unconditional_unet(params: Parameters) -> UNetConfig:
     params.insist(**UNET_FIXED, add_attention=True)
-    params.ignore("num_train_timesteps")  # belongs to another kind of time embedding
     _insist_on_silu(params)
     width, norm_groups = params.take("attention_head_dim", 8), params.take("attn_norm_num_groups", None)
     resample = params.take("downsample_type", "conv")
     params.insist(upsample_type=resample)
     given: dict[str, Any] = {"in_channels": 3, "out_channels": 3, "block_out_channels": (224, 448, 672, 896)}
     given |= _unet_blocks(params, UNCONDITIONAL_BLOCKS)
-    given |= params.take_fields(UNetConfig)
+    given |= params.take_fields(UNetConfig, but={f.name for f in fields(UNetConfig)} - UNCONDITIONAL_FIELDS)
     params.finish()
     groups = given.get("norm_num_groups", UNetConfig.norm_num_groups)
     # If not told otherwise, the attention in the middle has a norm only without scale-shift.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -142,7 +141,8 @@ class Pretrained(nn.Module):
         config = self._own_config()
         if layout == "diffusers":
             name, tensors = f"{WEIGHTS}.safetensors", without_training_state(self.state_dict())
-            shapes = {ours: entry.our_shape for entry in layout_of(type(self), config) for ours in entry.ours}
+            model = _on_meta(type(self), config)  # not its `layout`: the original code has no name for some parts
+            shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
             check_names(tensors, shapes, f"{type(self).__name__} to save; adapters are to be merged or unloaded first")
         else:
             name = COMPVIS_WEIGHTS
@@ -219,10 +219,13 @@ def layout_of(build: Callable[[Any], nn.Module], config: Config) -> tuple[Entry,
 
 @functools.lru_cache(maxsize=32)
 def _layout_of(build: Callable[[Any], nn.Module], config: Config) -> tuple[Entry, ...]:
-    trained = replace(config, codebook_ema_decay=None) if isinstance(config, VQConfig) else config
+    return layout(_on_meta(build, config), config)
+
+
+def _on_meta(build: Callable[[Any], N], config: Any) -> N:
+    """Return the trained model that `build` makes of `config`, without memory for weights."""
     with torch.device("meta"):
-        model = build(trained)
-    return layout(model, config)
+        return build(config.trained if isinstance(config, VQConfig) else config)
 
 
 def assemble(

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.interop.names import UNET_PREFIX
 from ldm_fast.models.attention import Attention, AttnProcessor, ImagePrompts, join_projections
-from ldm_fast.models.embeddings import TimestepEmbedding, Timesteps, add_embedding, class_embedding
+from ldm_fast.models.embeddings import (
+    Timesteps,
+    activation,
+    add_embedding,
+    class_embedding,
+    context_projection,
+    time_embedding,
+    time_projection,
+)
 from ldm_fast.models.layers import Conditions, GroupNorm, ResBlock, SelfAttention2d, SpatialTransformer
 from ldm_fast.models.memory import recall
 from ldm_fast.models.outputs import UNetOutput
@@ -21,6 +29,7 @@ from ldm_fast.models.unet_blocks import DownBlock, MidBlock, UpBlock
 from ldm_fast.models.unet_inputs import (
     add_extras,
     add_residuals,
+    as_batch,
     biases,
     check_context,
     check_dtypes,
@@ -53,26 +62,27 @@ class UNet(Pretrained):
         super().__init__()
         self.config = config
         self.uses_context = config.uses_context
-        self.context_channels = config.encoder_hid_dim or config.cross_attention_dim
         channels = config.block_out_channels
-        time_channels = 4 * channels[0]
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_proj = Timesteps(channels[0])
-        self.time_embedding = TimestepEmbedding(channels[0], time_channels, config.time_cond_proj_dim)
-        self.class_embedding = class_embedding(config, time_channels)
-        self.add_embedding = add_embedding(config, time_channels)
-        takes_numbers = config.addition_embed_type == "text_time"
-        self.add_time_proj = Timesteps(config.given("addition_time_embed_dim")) if takes_numbers else None
-        self.encoder_hid_proj: nn.Module | None = None  # of the context, or of images once IP-Adapters are loaded
-        if config.encoder_hid_dim_type == "text_proj":
-            self.encoder_hid_proj = nn.Linear(config.given("encoder_hid_dim"), config.given("cross_attention_dim"))
+        self.conv_in = _convolution(config.in_channels, channels[0], config.conv_in_kernel)
+        self.time_proj = time_projection(config)
+        self.time_embedding = time_embedding(config)
+        self.encoder_hid_proj = context_projection(config)  # or of images, once IP-Adapters are loaded
+        self.class_embedding = class_embedding(config)
+        self.add_time_proj: nn.Module | None = None
+        if config.addition_embed_type == "text_time":
+            width = config.given("addition_time_embed_dim")
+            self.add_time_proj = Timesteps(width, config.flip_sin_to_cos, config.freq_shift)
+        self.add_embedding = add_embedding(config)
+        act = config.time_embedding_act_fn
+        self.time_embed_act = None if act is None else activation(act)
+        time_channels = config.time_channels * (2 if config.class_embeddings_concat else 1)
 
         levels = range(len(channels))
         self.down_blocks = nn.ModuleList(DownBlock(config, level, time_channels) for level in levels)
         self.mid_block = MidBlock(config, time_channels)
         self.up_blocks = nn.ModuleList(UpBlock(config, level, time_channels) for level in reversed(levels))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.conv_out = _convolution(channels[0], config.out_channels, config.conv_out_kernel)
 
     def forward(
         self,
@@ -120,11 +130,12 @@ class UNet(Pretrained):
         self._check(sample, timestep, context, class_labels, timestep_cond)
         check_residuals(residuals, residual)
         temb = self._embed_time(sample, timestep, timestep_cond)  # (B, 4 C)
-        temb = self._embed_conditions(temb, context, class_labels, added)
+        temb, hint = self._embed_conditions(temb, context, class_labels, added)
+        context, images = self._project_context(context, images, added)
         masks = biases(attention_mask, encoder_attention_mask, sample, context)
-        conditions = self._conditions(context, images, masks, cross_attention_kwargs or {}, added)
+        conditions = _conditions(context, images, masks, cross_attention_kwargs or {})
 
-        h = self.conv_in(sample)  # (B, C, H, W)
+        h = self.conv_in(self._whole_input(sample, hint))  # (B, C, H, W)
         skips = [h]
         for block in self.down_blocks:
             h, skips_of_block = block(h, temb, conditions, extras.pop(0) if extras else None)  # (B, C', H/2, W/2)
@@ -135,6 +146,8 @@ class UNet(Pretrained):
         for block in self.up_blocks:
             h = block(h, skips, temb, conditions)  # (B, C', 2H, 2W)
         h = self.conv_out(self.conv_norm_out(h, "silu"))  # (B, out, H, W)
+        if self.config.predicts_over_level:
+            h = h / as_batch(timestep, h)[:, None, None, None]
         if not return_dict:
             return (h,)
         output: UNetOutput = self.output_class(sample=h)
@@ -144,43 +157,53 @@ class UNet(Pretrained):
         known = self.time_embedding.look_up(timestep, sample) if condition is None else None
         if known is not None:
             return known.expand(sample.shape[0], -1)
-        t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])  # (B,)
+        t = as_batch(timestep, sample)
         temb: Tensor = self.time_embedding(self.time_proj(t).to(sample.dtype), condition)
         return temb
 
     def _embed_conditions(
         self, temb: Tensor, context: Tensor | None, class_labels: Tensor | None, added: Mapping[str, Any]
-    ) -> Tensor:
-        """Add what embeds the class and the pooled text to the time embedding (B, 4 C)."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the embedding (B, 4 C) of time, class and pooled text or image, and the channels made of a hint."""
         if self.class_embedding is not None:
             if self.config.class_embed_type == "timestep":
                 class_labels = self.time_proj(class_labels).to(temb.dtype)
-            temb = temb + self.class_embedding(class_labels).to(temb.dtype)
-        pooled = context
-        if self.add_time_proj is not None:
-            numbers = self.add_time_proj(given(added, "time_ids").flatten())  # (B · numbers, channels)
-            text = given(added, "text_embeds")  # (B, width)
-            both = torch.cat([text, numbers.reshape(text.shape[0], -1)], dim=-1).to(temb.dtype)
-            needed = self.config.projection_class_embeddings_input_dim
-            if both.shape != (temb.shape[0], needed):
-                raise ValueError(
-                    f"UNet: text_embeds and time_ids must come to ({temb.shape[0]}, {needed}), got {tuple(both.shape)} "
-                    f"from {tuple(text.shape)} and {tuple(added['time_ids'].shape)}"
-                )
-            pooled = both
-        return temb if self.add_embedding is None else temb + self.add_embedding(pooled)
+            classes = self.class_embedding(class_labels).to(temb.dtype)
+            temb = torch.cat([temb, classes], dim=-1) if self.config.class_embeddings_concat else temb + classes
+        hint = None
+        if self.add_embedding is not None:
+            embedded = self.add_embedding(*self._pooled(temb, context, added))
+            if isinstance(embedded, tuple):
+                embedded, hint = embedded
+            temb = temb + embedded
+        return temb if self.time_embed_act is None else self.time_embed_act(temb), hint
 
-    def _conditions(
-        self,
-        context: Tensor | None,
-        images: Sequence[Tensor] | None,
-        masks: tuple[Tensor | None, Tensor | None],
-        attention_arguments: Mapping[str, Any],
-        added: Mapping[str, Any],
-    ) -> Conditions:
-        unknown = [name for name in attention_arguments if name != "ip_adapter_masks"]
-        if unknown:
-            raise ValueError(f"UNet: cross_attention_kwargs may hold ip_adapter_masks, got {', '.join(unknown)}")
+    def _pooled(self, temb: Tensor, context: Tensor | None, added: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return what `add_embedding` is called with."""
+        kind = self.config.addition_embed_type
+        if kind == "text_image":
+            return added.get("text_embeds", context), given(added, "image_embeds")
+        if kind == "image":
+            return (given(added, "image_embeds"),)
+        if kind == "image_hint":
+            return given(added, "image_embeds"), given(added, "hint")
+        if self.add_time_proj is None:
+            return (context,)
+        numbers = self.add_time_proj(given(added, "time_ids").flatten())  # (B · numbers, channels)
+        text = given(added, "text_embeds")  # (B, width)
+        both = torch.cat([text, numbers.reshape(text.shape[0], -1)], dim=-1).to(temb.dtype)
+        needed = self.config.projection_class_embeddings_input_dim
+        if both.shape != (temb.shape[0], needed):
+            raise ValueError(
+                f"UNet: text_embeds and time_ids must come to ({temb.shape[0]}, {needed}), got {tuple(both.shape)} "
+                f"from {tuple(text.shape)} and {tuple(added['time_ids'].shape)}"
+            )
+        return (both,)
+
+    def _project_context(
+        self, context: Tensor | None, images: Sequence[Tensor] | None, added: Mapping[str, Any]
+    ) -> tuple[Tensor | None, Sequence[Tensor] | None]:
+        """Return what cross attention looks at: the context (B, L, cross_attention_dim), and IP-Adapters' images."""
         kind, project_text = self.config.encoder_hid_dim_type, None
         if kind == "text_proj":
             project_text = self.encoder_hid_proj
@@ -189,14 +212,19 @@ class UNet(Pretrained):
                 raise ValueError("UNet: encoder_hid_dim_type is 'ip_image_proj', but no IP-Adapter is loaded")
             images = self.encoder_hid_proj(given(added, "image_embeds"))
             project_text = getattr(self, "text_encoder_hid_proj", None)  # where a loader puts what was here before
+        elif kind is not None:
+            assert self.encoder_hid_proj is not None
+            image = given(added, "image_embeds")
+            inputs = (image,) if kind == "image_proj" else (context, image)
+            return self.encoder_hid_proj(*inputs), images
         if project_text is not None and context is not None:
             context = recall(context, (project_text,), functools.partial(project_text, context))
-        self_mask, context_mask = masks
-        area = attention_arguments.get("ip_adapter_masks")
-        if isinstance(area, Tensor):  # (adapters, 1, height, width)
-            area = list(area.unsqueeze(1))
-        prompts = None if images is None else ImagePrompts(images, area)
-        return Conditions(context, context_mask, self_mask, prompts)
+        return context, images
+
+    def _whole_input(self, sample: Tensor, hint: Tensor | None) -> Tensor:
+        if self.config.center_input_sample:
+            sample = 2 * sample - 1
+        return sample if hint is None else torch.cat([sample, hint], dim=1)
 
     def _check(
         self,
@@ -211,7 +239,8 @@ class UNet(Pretrained):
         if plain and autocast_dtype(sample) is None:
             check_dtypes(self.dtype, sample=sample, encoder_hidden_states=context, timestep_cond=timestep_cond)
         batch = sample.shape[0]
-        check_context(context, batch, self.context_channels, needed=self.uses_context)
+        if self.config.encoder_hid_dim_type != "image_proj":  # else it is not looked at
+            check_context(context, batch, self.config.given_context_channels, needed=self.uses_context)
         check_labels(self.config, class_labels, batch, self.class_embedding)
 
     def precompute_time(self, timesteps: Tensor | Sequence[float]) -> None:
@@ -288,3 +317,24 @@ class UNet(Pretrained):
     @property
     def device(self) -> torch.device:
         return self.conv_in.weight.device
+
+
+def _convolution(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+
+
+def _conditions(
+    context: Tensor | None,
+    images: Sequence[Tensor] | None,
+    masks: tuple[Tensor | None, Tensor | None],
+    attention_arguments: Mapping[str, Any],
+) -> Conditions:
+    unknown = [name for name in attention_arguments if name != "ip_adapter_masks"]
+    if unknown:
+        raise ValueError(f"UNet: cross_attention_kwargs may hold ip_adapter_masks, got {', '.join(unknown)}")
+    self_mask, context_mask = masks
+    area = attention_arguments.get("ip_adapter_masks")
+    if isinstance(area, Tensor):  # (adapters, 1, height, width)
+        area = list(area.unsqueeze(1))
+    prompts = None if images is None else ImagePrompts(images, area)
+    return Conditions(context, context_mask, self_mask, prompts)

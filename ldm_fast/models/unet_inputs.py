@@ -21,8 +21,9 @@ def check_dtypes(dtype: torch.dtype, **inputs: Tensor | None) -> None:
 
 def check_sample(config: UNetConfig, sample: Tensor, timestep: Any, timestep_cond: Tensor | None) -> None:
     """ValueError if the latent, the timesteps or their condition have the wrong shape."""
-    if sample.ndim != 4 or sample.shape[1] != config.in_channels:
-        raise ValueError(f"UNet: sample must be (B, {config.in_channels}, H, W), got {tuple(sample.shape)}")
+    channels = config.sample_channels
+    if sample.ndim != 4 or sample.shape[1] != channels:
+        raise ValueError(f"UNet: sample must be (B, {channels}, H, W), got {tuple(sample.shape)}")
     batch = sample.shape[0]
     shape = () if isinstance(timestep, (float, int)) else getattr(timestep, "shape", None)  # NumPy's have one, too
     if shape is None or tuple(shape) not in ((), (1,), (batch,)):
@@ -31,6 +32,12 @@ def check_sample(config: UNetConfig, sample: Tensor, timestep: Any, timestep_con
     needed = None if config.time_cond_proj_dim is None else (batch, config.time_cond_proj_dim)
     if timestep_cond is not None and tuple(timestep_cond.shape) != needed:
         raise ValueError(f"UNet: timestep_cond must be {needed}, got {tuple(timestep_cond.shape)}")
+
+
+def as_batch(timestep: Any, sample: Tensor) -> Tensor:
+    """Return the timesteps, a number or a tensor, as a tensor (B,) on the device of the sample."""
+    precise = torch.float64 if isinstance(timestep, float) and sample.device.type != "mps" else None
+    return torch.as_tensor(timestep, dtype=precise, device=sample.device).reshape(-1).expand(sample.shape[0])
 
 
 def check_context(context: Tensor | None, batch: int, width: int | None, needed: bool) -> None:

@@ -1,0 +1,38 @@
+"""What only few published UNets change: fields of `UNetConfig` that hardly any configuration sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetDetails:
+    """What only few published UNets change. The defaults are those of Stable Diffusion and latent diffusion.
+
+    Models that change the activation, the scale of a residual branch or the kind of block run at PyTorch's speed.
+    """
+
+    center_input_sample: bool = False  # the network sees 2 z - 1
+    flip_sin_to_cos: bool = True  # cosines stand before sines; False in the published DDPM models
+    freq_shift: int = 0  # 1: the last frequency is 1/10000, as in the published DDPM models
+    time_embedding_type: str = "positional"  # "fourier": of random frequencies; "learned": a table of timesteps
+    time_embedding_dim: int | None = None  # width of the time embedding; None: four times the first level's
+    time_embedding_act_fn: str | None = None  # activation of the time embedding before all blocks
+    timestep_post_act: str | None = None  # activation behind the timestep's own embedding
+    num_train_timesteps: int | None = None  # length of the table of "learned"
+    act_fn: str = "silu"  # activation of residual blocks
+    conv_in_kernel: int = 3
+    conv_out_kernel: int = 3
+    class_embeddings_concat: bool = False  # the class embedding stands behind the time embedding, not added to it
+
+    def __post_init__(self) -> None:
+        for name in ("act_fn", "time_embedding_act_fn", "timestep_post_act"):
+            value = getattr(self, name)
+            if value not in ACTIVATIONS and (value is not None or name == "act_fn"):
+                raise ValueError(f"UNetConfig: {name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
+        for name in ("conv_in_kernel", "conv_out_kernel"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1 or value % 2 == 0:
+                raise ValueError(f"UNetConfig: {name} must be an odd number, got {value!r}")
