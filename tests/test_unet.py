@@ -240,7 +240,7 @@ def test_errors(name, change, message):
         ({"num_attention_heads": 3}, "do not divide into 3 heads"),
         ({"num_attention_heads": 0}, "do not divide into 0 heads"),
         ({"norm_num_groups": None}, "norm_num_groups must be a positive number, got None"),
-        ({"layers_per_block": (1, 2)}, r"layers_per_block must be a positive number, got \(1, 2\)"),
+        ({"layers_per_block": (1, 0)}, r"layers_per_block must be a positive number, got \(1, 0\)"),
         ({"class_embed_type": "simple_projection"}, "needs projection_class_embeddings_input_dim"),
         ({"encoder_hid_dim": 20}, "encoder_hid_dim 20 needs encoder_hid_dim_type"),
         ({"class_embed_type": "learned"}, "class_embed_type must be one of None, timestep, identity"),

@@ -9,7 +9,7 @@ import golden
 import pytest
 import torch
 from small_models import UNET, compvis_to_ours, ours_to_compvis
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_fast.checkpoints.catalogue import layout
 from ldm_fast.checkpoints.published import SD1, SD2, UPSCALER, XL, XL_REFINER
@@ -419,6 +419,47 @@ def test_unet_parameters():
     assert config.down_block_types == ("AttnDownBlock2D",) * 2 and config.mid_block_type == "UNetMidBlock2D"
     config = unet_config_from_compvis({**SMALL_UNET, "attention_resolutions": [2]})
     assert config.down_block_types == ("DownBlock2D", "AttnDownBlock2D")
+
+
+def test_unet_parameters_that_no_published_model_has():
+    config = unet_config_from_compvis({**SMALL_UNET, "conv_resample": False, "num_res_blocks": [1, 2]})
+    assert config.resample_type == "pool" and config.layers_per_block == (1, 2)
+    names = {entry.theirs for entry in layout(config)}
+    blocks = {name.split(".")[1] for name in names if name.startswith("input_blocks.")}
+    assert blocks == {"0", "1", "3", "4"}  # 2 is the reduction, without weights
+    assert {name.split(".")[1] for name in names if name.startswith("output_blocks.")} == set("01234")
+    assert not [name for name in names if name.endswith((".op.weight", ".conv.weight"))]
+    model = UNet(config).eval()
+    model.load_state_dict(compvis_to_ours(ours_to_compvis(model.state_dict(), config), config))
+    halves = model.down_blocks[0].downsamplers[0](torch.arange(16.0).reshape(1, 1, 4, 4))
+    assert halves.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    doubled = model.up_blocks[0].upsamplers[0](halves)
+    assert doubled[0, 0, 0].tolist() == [2.5, 2.5, 4.5, 4.5]
+
+    config = unet_config_from_compvis({**SMALL_UNET, "num_heads": 2, "num_heads_upsample": 4})
+    assert config.heads(1, "AttnDownBlock2D") == (2, 32) and config.heads(1, "AttnUpBlock2D") == (4, 16)
+    model = UNet(config)
+    heads = {name: layer.heads for name, layer in model.named_modules() if hasattr(layer, "heads")}
+    assert {heads[name] for name in heads if name.startswith("up_blocks")} == {4}
+    assert {heads[name] for name in heads if not name.startswith("up_blocks")} == {2}
+    for ignored in ({"legacy": False}, {"num_head_channels": 32}):
+        config = unet_config_from_compvis({**SMALL_UNET, "num_heads_upsample": 4, **ignored})
+        assert config.heads(1, "AttnUpBlock2D") == config.heads(1, "AttnDownBlock2D")
+
+
+def test_a_network_that_predicts_codes():
+    config = unet_config_from_compvis({**SMALL_UNET, "n_embed": 7})
+    assert {"id_predictor.0.weight", "id_predictor.1.weight", "out.2.weight"} <= {e.theirs for e in layout(config)}
+    model = UNet(config).eval()
+    seen = []
+    model.up_blocks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        got = model(torch.randn(1, config.in_channels, 8, 8), 5).sample
+        norm, convolution = model.id_predictor
+        h = nn.functional.group_norm(seen[0], norm.num_groups, norm.weight, norm.bias, norm.eps)
+        wanted = nn.functional.conv2d(h, convolution.weight, convolution.bias)
+    assert got.shape == (1, 7, 8, 8)
+    assert torch.allclose(got, wanted, atol=1e-5)
 
 
 def test_first_stage_parameters():

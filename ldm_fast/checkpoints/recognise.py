@@ -99,6 +99,8 @@ def _embedding_fields(shapes: Shapes) -> dict[str, Any]:
         fields["num_class_embeds"] = shapes["label_emb.weight"][0]
     if "label_emb.0.0.weight" in shapes:
         fields["projection_class_embeddings_input_dim"] = shapes["label_emb.0.0.weight"][1]
+    if "id_predictor.1.weight" in shapes:
+        fields["n_embed"] = shapes["id_predictor.1.weight"][0]
     if "time_embed.cond_proj.weight" in shapes:
         fields["time_cond_proj_dim"] = shapes["time_embed.cond_proj.weight"][1]
     return fields

@@ -8,12 +8,24 @@ from typing import Any
 from ldm_fast.configs.checks import check_positive
 from ldm_fast.configs.unet_details import UNetDetails
 
-DOWN_BLOCK_TYPES = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D")
-MID_BLOCK_TYPES = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
+DOWN_BLOCK_TYPES = (
+    "DownBlock2D",
+    "AttnDownBlock2D",
+    "CrossAttnDownBlock2D",
+    "ResnetDownsampleBlock2D",
+    "SimpleCrossAttnDownBlock2D",
+)
+# "ResnetMidBlock2D" is one residual block: what a UNet2DConditionModel makes of "UNetMidBlock2D".
+MID_BLOCK_TYPES = (
+    "UNetMidBlock2D",
+    "UNetMidBlock2DCrossAttn",
+    "UNetMidBlock2DSimpleCrossAttn",
+    "ResnetMidBlock2D",
+    None,
+)
 CHOICES = {
     "mid_block_type": MID_BLOCK_TYPES,
     "resnet_time_scale_shift": ("default", "scale_shift"),
-    "resample_type": ("conv", "resnet"),
     "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
     "addition_embed_type": (None, "text", "text_time", "text_image", "image", "image_hint"),
     "encoder_hid_dim_type": (None, "text_proj", "ip_image_proj", "text_image_proj", "image_proj"),
@@ -33,7 +45,11 @@ NEEDS = (  # a field with this value needs that other field
     ("encoder_hid_dim_type", "image_proj", "encoder_hid_dim"),
     ("time_embedding_type", "learned", "num_train_timesteps"),
 )
+RESAMPLE_TYPES = ("conv", "resnet", "pool")
 BY_LEVEL = (
+    "layers_per_block",
+    "resample_type",
+    "attention_head_dim",
     "transformer_layers_per_block",
     "reverse_transformer_layers_per_block",
     "num_attention_heads",
@@ -46,19 +62,20 @@ class UNetConfig(UNetDetails):
     """The shape of a UNet. The defaults are those of Stable Diffusion 1.x.
 
     A level of `down_block_types` has no attention ("DownBlock2D"), self attention ("AttnDownBlock2D") or a spatial
-    transformer with cross attention ("CrossAttnDownBlock2D"); the up path mirrors it. `num_attention_heads`,
-    `transformer_layers_per_block` and `only_cross_attention` hold for all levels or are given level by level. If the
-    transformers of the up path have other depths, `reverse_transformer_layers_per_block` gives them, lowest resolution
-    first; the depths of a level may then also be given for each of its transformers.
+    transformer with cross attention ("CrossAttnDownBlock2D"); the up path mirrors it. `layers_per_block`,
+    `num_attention_heads`, `transformer_layers_per_block`, `only_cross_attention` and `resample_type` hold for all
+    levels or are given level by level. If the transformers of the up path have other depths,
+    `reverse_transformer_layers_per_block` gives them, lowest resolution first; the depths of a level may then also be
+    given for each of its transformers.
     """
 
     sample_size: int | tuple[int, int] | None = 64  # of the latents trained on
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
-    mid_block_type: str = "UNetMidBlock2DCrossAttn"
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
+    layers_per_block: int | tuple[int, ...] = 2
     cross_attention_dim: int | None = 768
     transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
     reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
@@ -67,7 +84,7 @@ class UNetConfig(UNetDetails):
     use_linear_projection: bool = False
     upcast_attention: bool = False  # changes nothing here: scores are computed in float32 in any case
     resnet_time_scale_shift: str = "default"
-    resample_type: str = "conv"
+    resample_type: str | tuple[str, ...] = "conv"  # or a residual block, "resnet", or no weights at all, "pool"
     time_cond_proj_dim: int | None = None  # width of `timestep_cond` (latent consistency models)
     class_embed_type: str | None = None  # how class labels are embedded if not by a table of num_class_embeds
     num_class_embeds: int | None = None
@@ -98,14 +115,22 @@ class UNetConfig(UNetDetails):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
                 raise ValueError(f"UNetConfig: {name} needs one value or {levels}, got {value}")
-        check_positive(self, "layers_per_block", "norm_num_groups")
+        check_positive(self, "norm_num_groups")
+        for level in range(levels):
+            if not isinstance(self.layers(level), int) or self.layers(level) < 1:
+                raise ValueError(f"UNetConfig: layers_per_block must be a positive number, got {self.layers_per_block}")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"UNetConfig: norm_num_groups {self.norm_num_groups} must divide {channels} channels")
 
     def _check_choices(self) -> None:
         chosen = [(name, getattr(self, name), allowed) for name, allowed in CHOICES.items()]
+        kinds: list[tuple[str, Any, tuple[Any, ...]]]
         kinds = [("down_block_types", kind, DOWN_BLOCK_TYPES) for kind in self.down_block_types]
+        up_types = tuple(map(_mirrored, DOWN_BLOCK_TYPES))
+        kinds += [("up_blocks", kind, up_types) for kind in self.up_block_types]
+        levels = range(len(self.block_out_channels))
+        kinds += [("resample_type", self.at_level("resample_type", level), RESAMPLE_TYPES) for level in levels]
         for name, value, allowed in (*kinds, *chosen):
             if value not in allowed:
                 raise ValueError(f"UNetConfig: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
@@ -131,13 +156,13 @@ class UNetConfig(UNetDetails):
 
     @property
     def up_block_types(self) -> tuple[str, ...]:
-        """The mirror image of down_block_types."""
-        return tuple(name.replace("Down", "Up") for name in reversed(self.down_block_types))
+        """The kinds of the levels on the way up, the lowest resolution first."""
+        return self.up_blocks or tuple(map(_mirrored, reversed(self.down_block_types)))
 
     @property
     def uses_context(self) -> bool:
         """Whether any block has cross attention."""
-        types = (*self.down_block_types, self.mid_block_type)
+        types = (*self.down_block_types, *self.up_block_types, self.mid_block_type or "")
         return self.cross_attention_dim is not None and any("CrossAttn" in t for t in types)
 
     @property
@@ -178,10 +203,15 @@ class UNetConfig(UNetDetails):
         value = getattr(self, name)
         return value[level] if isinstance(value, tuple) else value
 
+    def layers(self, level: int) -> int:
+        """The number of residual blocks of a level on the way down; on the way up there is one more."""
+        count: int = self.at_level("layers_per_block", level)
+        return count
+
     def depths_down(self, level: int) -> tuple[int, ...]:
         """Transformer blocks after each residual block of a level on the way down."""
         depths = self.at_level("transformer_layers_per_block", level)
-        return _one_for_each("transformer_layers_per_block", depths, self.layers_per_block)
+        return _one_for_each("transformer_layers_per_block", depths, self.layers(level))
 
     def depths_up(self, level: int) -> tuple[int, ...]:
         """Transformer blocks after each residual block of a level on the way up."""
@@ -189,7 +219,7 @@ class UNetConfig(UNetDetails):
         if self.reverse_transformer_layers_per_block is not None:
             name = "reverse_transformer_layers_per_block"
             depths = self.reverse_transformer_layers_per_block[-1 - level]
-        return _one_for_each(name, depths, self.layers_per_block + 1)
+        return _one_for_each(name, depths, self.layers(level) + 1)
 
     @property
     def depth_of_middle(self) -> int:
@@ -202,12 +232,24 @@ class UNetConfig(UNetDetails):
         assert isinstance(value, int), f"UNetConfig: {name} is {value!r}"
         return value
 
-    def heads(self, level: int) -> tuple[int, int]:
-        """(number of heads, width of one head) at a level."""
+    def heads(self, level: int, block_type: str = "CrossAttn") -> tuple[int, int]:
+        """(number of heads, width of one head) at a level, in a block of this kind."""
         channels, heads = self.block_out_channels[level], self.at_level("num_attention_heads", level)
+        # diffusers does not turn the list of widths round for the way up, and weights are trained like that.
+        width = self.at_level("attention_head_dim", -1 - level if "Up" in block_type else level)
+        if width is not None and (block_type.startswith(("Attn", "Simple")) or "SimpleCrossAttn" in block_type):
+            if width > channels:
+                raise ValueError(f"UNetConfig: attention_head_dim {width} is more than {channels} channels")
+            return channels // width, width
+        if self.num_attention_heads_up is not None and block_type.startswith("AttnUp"):
+            heads = self.num_attention_heads_up
         if not isinstance(heads, int) or heads < 1 or channels % heads:
             raise ValueError(f"UNetConfig: {channels} channels do not divide into {heads} heads")
         return heads, channels // heads
+
+
+def _mirrored(block_type: str) -> str:
+    return block_type.replace("Down", "Up")
 
 
 def _one_for_each(name: str, depths: int | tuple[int, ...], count: int) -> tuple[int, ...]:

@@ -22,8 +22,7 @@ def unet_config_from_compvis(params: Mapping[str, Any]) -> UNetConfig:
     params = Parameters("UNetModel", params)
     generative_models = "spatial_transformer_attn_type" in params  # the repository of Stable Diffusion XL
     params.ignore("use_checkpoint", "use_fp16", "use_bf16", "spatial_transformer_attn_type")
-    params.ignore("legacy")  # changes nothing in any valid combination
-    params.insist(dims=2, conv_resample=True, use_new_attention_order=False, num_heads_upsample=-1, n_embed=None)
+    params.insist(dims=2, use_new_attention_order=False)
     params.insist(num_attention_blocks=None, disable_middle_self_attn=False)
     base, multipliers = params.take("model_channels"), tuple(params.take("channel_mult", (1, 2, 4, 8)))
     attention = "CrossAttn" if params.take("use_spatial_transformer", generative_models) else "Attn"
@@ -34,6 +33,10 @@ def unet_config_from_compvis(params: Mapping[str, Any]) -> UNetConfig:
     context_channels = one_value("UNetModel", "context_dim", params.take("context_dim", None))
     if (context_channels is None) == (attention == "CrossAttn"):
         raise ValueError("UNetModel: context_dim and use_spatial_transformer belong together")
+    # Heads on the way up count only if neither their width nor, with legacy=False, the number on the way down is taken.
+    legacy, heads_up = params.take("legacy", True), params.take("num_heads_upsample", -1)
+    has_up_heads = legacy and attention == "Attn" and head_channels == -1 and heads_up not in (-1, heads)
+    conv = "conv" if params.take("conv_resample", True) else "pool"
     depth = as_tuple(params.take("transformer_depth", 1))
     params.insist(transformer_depth_middle=depth[-1] if isinstance(depth, tuple) else depth)
     config = UNetConfig(
@@ -45,15 +48,17 @@ def unet_config_from_compvis(params: Mapping[str, Any]) -> UNetConfig:
         ),
         mid_block_type="UNetMidBlock2DCrossAttn" if attention == "CrossAttn" else "UNetMidBlock2D",
         block_out_channels=tuple(base * m for m in multipliers),
-        layers_per_block=one_value("UNetModel", "num_res_blocks", params.take("num_res_blocks")),
+        layers_per_block=as_tuple(params.take("num_res_blocks")),
         cross_attention_dim=context_channels,
         transformer_layers_per_block=depth,
         num_attention_heads=heads if head_channels == -1 else tuple(base * m // head_channels for m in multipliers),
         use_linear_projection=params.take("use_linear_in_transformer", False),
         only_cross_attention=as_tuple(params.take("disable_self_attentions", None) or False),
         resnet_time_scale_shift="scale_shift" if params.take("use_scale_shift_norm", False) else "default",
-        resample_type="resnet" if params.take("resblock_updown", False) else "conv",
+        resample_type="resnet" if params.take("resblock_updown", False) else conv,
         dropout=params.take("dropout", 0.0),
+        num_attention_heads_up=heads_up if has_up_heads else None,
+        n_embed=params.take("n_embed", None),
         **_class_fields(params, generative_models),
     )
     params.finish()

@@ -9,18 +9,8 @@ from typing import Any
 from ldm_fast.configs.diffusion import DiffusionConfig
 from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
 from ldm_fast.configs.from_dict import as_tuple
-from ldm_fast.configs.unet import UNetConfig
+from ldm_fast.configs.unet import DOWN_BLOCK_TYPES, UNetConfig
 from ldm_fast.interop.parameters import Parameters, one_value
-
-# Parameters of diffusers' classes that we support with this value alone.
-UNET_FIXED = dict(downsample_padding=1, mid_block_scale_factor=1)
-CONDITIONAL_UNET_FIXED = dict(
-    dual_cross_attention=False,
-    resnet_skip_time_act=False,
-    resnet_out_scale_factor=1.0,
-    attention_type="default",
-    cross_attention_norm=None,
-)
 
 ModelConfig = UNetConfig | AutoencoderConfig | VQConfig
 
@@ -121,82 +111,107 @@ def spelt_out(config: ModelConfig) -> ModelConfig:
     if not isinstance(config, UNetConfig):
         return replace(config, z_channels=config.encoder_channels)
     levels = range(len(config.block_out_channels))
+    by_level: dict[str, Any] = {
+        name: tuple(config.at_level(name, level) for level in levels) for name in SPELT_BY_LEVEL
+    }
     heads = [config.at_level("num_attention_heads", level) for level in levels]
     for level in levels[:-1]:
-        if config.down_block_types[level] == "DownBlock2D":
+        if "Attn" not in config.down_block_types[level] + config.up_block_types[-1 - level]:
             heads[level] = 1  # there is no attention; at the last level the number is that of the middle
-    return replace(
-        config,
-        num_attention_heads=tuple(heads),
-        transformer_layers_per_block=tuple(config.at_level("transformer_layers_per_block", level) for level in levels),
-        only_cross_attention=tuple(config.at_level("only_cross_attention", level) for level in levels),
-    )
+    return replace(config, num_attention_heads=tuple(heads), **by_level)
+
+
+SPELT_BY_LEVEL = ("layers_per_block", "transformer_layers_per_block", "only_cross_attention", "resample_type")
 
 
 # ---- diffusers' UNets: one with cross attention, one without ----
 
-CONDITIONAL_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn")
-UNCONDITIONAL_BLOCKS = ("AttnDownBlock2D", "DownBlock2D", "UNetMidBlock2D")
+UNCONDITIONAL_LEVELS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+CONDITIONAL_MIDDLES = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2D", None)
+UNCONDITIONAL_MIDDLES = ("UNetMidBlock2D", None)
 UNCONDITIONAL_KEYS = frozenset(
     "add_attention attn_norm_num_groups downsample_type upsample_type num_train_timesteps".split()
 )
-NOT_CONDITIONAL_FIELDS = frozenset("resample_type num_attention_heads num_train_timesteps".split())
+NOT_CONDITIONAL_FIELDS = frozenset(
+    "resample_type num_attention_heads num_attention_heads_up num_train_timesteps up_blocks attention_head_dim "
+    "attn_norm_num_groups add_attention n_embed".split()
+)
 UNCONDITIONAL_FIELDS = frozenset(
-    "center_input_sample flip_sin_to_cos freq_shift time_embedding_type time_embedding_dim num_train_timesteps act_fn "
+    "downsample_padding mid_block_scale_factor add_attention center_input_sample "
+    "flip_sin_to_cos freq_shift time_embedding_type time_embedding_dim num_train_timesteps act_fn "
     "sample_size in_channels out_channels down_block_types mid_block_type block_out_channels layers_per_block dropout "
     "norm_num_groups norm_eps resnet_time_scale_shift class_embed_type num_class_embeds".split()
 )
 
 
 def _conditional_unet(params: Parameters) -> UNetConfig:
-    params.insist(**UNET_FIXED, **CONDITIONAL_UNET_FIXED)
-    params.ignore("mid_block_only_cross_attention")  # read by a kind of middle block that we do not have
-    _insist_on_silu(params)
-    # attention_head_dim is the number of heads: a misnomer that diffusers keeps for compatibility.
+    params.insist(attention_type="default", dual_cross_attention=False)
+    # attention_head_dim is the number of heads: a misnomer that diffusers keeps for compatibility. In some kinds of
+    # blocks it is indeed their width.
     heads = params.take("attention_head_dim", 8)
     heads = as_tuple(params.take("num_attention_heads", None) or heads)
-    given: dict[str, Any] = {"cross_attention_dim": 1280, **_unet_blocks(params, CONDITIONAL_BLOCKS)}
+    default = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    given: dict[str, Any] = {
+        "cross_attention_dim": 1280,
+        **_levels(params, default, DOWN_BLOCK_TYPES),
+        "mid_block_type": _middle(params, "UNetMidBlock2DCrossAttn", CONDITIONAL_MIDDLES),
+    }
+    middle_only_cross = params.take("mid_block_only_cross_attention", None)
     given |= params.take_fields(UNetConfig, but=NOT_CONDITIONAL_FIELDS)
-    for name in {"cross_attention_dim", "layers_per_block"} & given.keys():
-        given[name] = one_value(params.owner, name, given[name])
+    given["cross_attention_dim"] = one_value(params.owner, "cross_attention_dim", given["cross_attention_dim"])
     params.finish()
     if given.get("encoder_hid_dim") is not None and given.get("encoder_hid_dim_type") is None:
         given["encoder_hid_dim_type"] = "text_proj"
+    if given["mid_block_type"] == "UNetMidBlock2D":
+        given["mid_block_type"] = "ResnetMidBlock2D"
+    if given["mid_block_type"] == "UNetMidBlock2DSimpleCrossAttn":
+        everywhere = given.get("only_cross_attention", False)
+        by_default = everywhere if isinstance(everywhere, bool) else False
+        given["mid_block_only_cross_attention"] = by_default if middle_only_cross is None else middle_only_cross
+    kinds = (*given["down_block_types"], *(given["up_blocks"] or ()), given["mid_block_type"] or "")
+    if any(kind.startswith("Attn") or "SimpleCrossAttn" in kind for kind in kinds):
+        given["attention_head_dim"] = heads
     return UNetConfig(**given, num_attention_heads=heads)
 
 
 def _as_conditional_unet(config: UNetConfig) -> dict[str, Any]:
+    middle = config.mid_block_type
     return {
         "_class_name": "UNet2DConditionModel",
         **{name: value for name, value in asdict(config).items() if name not in NOT_CONDITIONAL_FIELDS},
+        "mid_block_type": "UNetMidBlock2D" if middle == "ResnetMidBlock2D" else middle,
         "up_block_types": config.up_block_types,
         "attention_head_dim": config.num_attention_heads,
     }
 
 
 def _unconditional_unet(params: Parameters) -> UNetConfig:
-    params.insist(**UNET_FIXED, add_attention=True)
-    _insist_on_silu(params)
     width, norm_groups = params.take("attention_head_dim", 8), params.take("attn_norm_num_groups", None)
     resample = params.take("downsample_type", "conv")
-    params.insist(upsample_type=resample)
+    if params.take("upsample_type", "conv") != resample:
+        raise ValueError(f"{params.owner}: upsample_type must be downsample_type, {resample!r}")
+    if resample not in ("conv", "resnet"):
+        raise ValueError(f"{params.owner}: downsample_type must be conv or resnet, got {resample!r}")
+    default = ("DownBlock2D",) + ("AttnDownBlock2D",) * 3
     given: dict[str, Any] = {"in_channels": 3, "out_channels": 3, "block_out_channels": (224, 448, 672, 896)}
-    given |= _unet_blocks(params, UNCONDITIONAL_BLOCKS)
+    given |= _levels(params, default, UNCONDITIONAL_LEVELS)
+    given["mid_block_type"] = _middle(params, "UNetMidBlock2D", UNCONDITIONAL_MIDDLES)
     given |= params.take_fields(UNetConfig, but={f.name for f in fields(UNetConfig)} - UNCONDITIONAL_FIELDS)
     params.finish()
     groups = given.get("norm_num_groups", UNetConfig.norm_num_groups)
     # If not told otherwise, the attention in the middle has a norm only without scale-shift.
-    has_norm = given.get("resnet_time_scale_shift", "default") == "default"
-    if norm_groups != groups and not (norm_groups is None and has_norm):
-        raise ValueError(f"{params.owner}: attn_norm_num_groups must be norm_num_groups ({groups}), got {norm_groups}")
-    if resample == "resnet" and "DownBlock2D" in given["down_block_types"]:
-        raise ValueError(
-            f"{params.owner}: downsample_type 'resnet' needs AttnDownBlock2D at every level, "
-            f"got {given['down_block_types']}"
-        )
-    levels = zip(given["block_out_channels"], (*given["down_block_types"][:-1], "middle"), strict=True)
+    if norm_groups is None and given.get("resnet_time_scale_shift", "default") != "default":
+        norm_groups = 0
+    if norm_groups not in (None, groups):
+        given["attn_norm_num_groups"] = norm_groups
+    down = given["down_block_types"]
+    if resample == "resnet":  # levels without attention do not look at it
+        if given["up_blocks"] is not None:
+            raise ValueError(f"{params.owner}: downsample_type 'resnet' needs up_block_types that mirror {down}")
+        resample = tuple("resnet" if kind.startswith("Attn") else "conv" for kind in down)
+    levels = zip(given["block_out_channels"], (*down[:-1], "AttnMiddle"), strict=True)
     for channels, block in levels:
-        if width and block != "DownBlock2D" and channels % width:
+        if width and block.startswith("Attn") and channels % width:
             raise ValueError(f"{params.owner}: attention_head_dim {width} does not divide {channels} channels")
     heads = tuple(max(1, channels // width) if width else 1 for channels in given["block_out_channels"])
     return UNetConfig(**given, num_attention_heads=heads, cross_attention_dim=None, resample_type=resample)
@@ -204,37 +219,45 @@ def _unconditional_unet(params: Parameters) -> UNetConfig:
 
 def _as_unconditional_unet(config: UNetConfig) -> dict[str, Any]:
     level = len(config.block_out_channels) - 1
+    groups = config.norm_num_groups if config.attn_norm_num_groups is None else config.attn_norm_num_groups
+    resnet = any(config.at_level("resample_type", i) == "resnet" for i in range(level + 1))
     return {
         "_class_name": "UNet2DModel",
         **{name: value for name, value in asdict(config).items() if name in UNCONDITIONAL_FIELDS},
         "up_block_types": config.up_block_types,
         "attention_head_dim": config.heads(level)[1],
-        "attn_norm_num_groups": config.norm_num_groups,
-        "downsample_type": config.resample_type,
-        "upsample_type": config.resample_type,
+        "attn_norm_num_groups": groups or None,
+        "downsample_type": "resnet" if resnet else "conv",
+        "upsample_type": "resnet" if resnet else "conv",
     }
+
+
+def _levels(params: Parameters, default: tuple[str, ...], allowed: tuple[str, ...]) -> dict[str, Any]:
+    """Return the kinds of levels, those of the way up only if they do not mirror the way down."""
+    down = tuple(kind.removeprefix("UNetRes") for kind in params.take("down_block_types", default))
+    up = tuple(kind.removeprefix("UNetRes") for kind in params.take("up_block_types", _mirrored(down)))
+    both = (("down_block_types", down, allowed), ("up_block_types", up, _mirrored(allowed)))
+    for name, kinds, choices in both:
+        for kind in kinds:
+            if kind not in choices:
+                raise ValueError(f"{params.owner}: {name} must be of {', '.join(choices)}, got {kind!r}")
+    if len(up) != len(down):
+        raise ValueError(f"{params.owner}: up_block_types needs {len(down)} entries, got {list(up)}")
+    return {"down_block_types": down, "up_blocks": None if list(up) == _mirrored(down) else up}
+
+
+def _middle(params: Parameters, default: str, allowed: tuple[str | None, ...]) -> str | None:
+    kind: str | None = params.take("mid_block_type", default)
+    if kind not in allowed:
+        names = ", ".join(map(str, allowed))
+        raise ValueError(f"{params.owner}: mid_block_type must be {names}, got {kind!r}")
+    return kind
 
 
 def _insist_on_silu(params: Parameters) -> None:
     activation = params.take("act_fn", "silu")
     if activation not in ("silu", "swish"):  # two names of one function
         raise ValueError(f"{params.owner}: act_fn must be 'silu', got {activation!r}")
-
-
-def _unet_blocks(params: Parameters, allowed: tuple[str, str, str]) -> dict[str, Any]:
-    """Return the kinds of levels and middle. `allowed`: a level with attention, one without, the middle."""
-    attention, plain, middle = allowed
-    # diffusers' defaults: the levels of Stable Diffusion 1.x, or attention at all levels but the first.
-    default = (attention,) * 3 + (plain,) if "Cross" in attention else (plain,) + (attention,) * 3
-    down = tuple(params.take("down_block_types", default))
-    _insist_on_mirror(params, down)
-    for name, got, choices in (
-        *(("down_block_types", block, (attention, plain)) for block in down),
-        ("mid_block_type", params.take("mid_block_type", middle), (middle,)),
-    ):
-        if got not in choices:
-            raise ValueError(f"{params.owner}: {name} must be {' or '.join(choices)}, got {got!r}")
-    return {"down_block_types": down, "mid_block_type": middle}
 
 
 def _insist_on_mirror(params: Parameters, down: tuple[str, ...]) -> None:

@@ -96,28 +96,32 @@ def _unet_names(config: UNetConfig) -> Iterator[tuple[str, str]]:
         "conv_in": "input_blocks.0.0",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
+        "id_predictor": "id_predictor",
     }.items()
     levels, count = len(config.block_out_channels), 0
     for level, block_type in enumerate(config.down_block_types):
         ours = f"down_blocks.{level}"
-        for i in range(config.layers_per_block):
+        for i in range(config.layers(level)):
             count += 1
             yield from _unet_block(f"{ours}.resnets.{i}", f"{ours}.attentions.{i}", f"input_blocks.{count}", block_type)
         if level < levels - 1:
             count += 1
             yield from _unet_resampler(config, f"{ours}.downsamplers.0", f"input_blocks.{count}.0", "op")
 
-    yield from _unet_block("mid_block.resnets.0", "mid_block.attentions.0", "middle_block", config.mid_block_type)
+    middle = config.mid_block_type or ""
+    yield from _unet_block("mid_block.resnets.0", "mid_block.attentions.0", "middle_block", middle)
     yield from _parts("mid_block.resnets.1", "middle_block.2", UNET_RES_BLOCK)
 
-    per_level = config.layers_per_block + 1
-    for up, block_type in enumerate(reversed(config.down_block_types)):
-        ours, first = f"up_blocks.{up}", up * per_level
-        for i in range(per_level):
-            theirs = f"output_blocks.{first + i}"
-            yield from _unet_block(f"{ours}.resnets.{i}", f"{ours}.attentions.{i}", theirs, block_type)
-        if up < levels - 1:  # in the last block, after its residual block and, if there is one, its attention
-            place = f"output_blocks.{first + per_level - 1}.{1 if block_type == 'DownBlock2D' else 2}"
+    count = 0
+    for up, block_type in enumerate(config.up_block_types):
+        ours, level = f"up_blocks.{up}", levels - 1 - up
+        for i in range(config.layers(level) + 1):
+            yield from _unet_block(
+                f"{ours}.resnets.{i}", f"{ours}.attentions.{i}", f"output_blocks.{count}", block_type
+            )
+            count += 1
+        if level > 0:  # in the last block, after its residual block and, if there is one, its attention
+            place = f"output_blocks.{count - 1}.{1 if block_type == 'UpBlock2D' else 2}"
             yield from _unet_resampler(config, f"{ours}.upsamplers.0", place, "conv")
 
 

@@ -79,10 +79,15 @@ class UNet(Pretrained):
 
         levels = range(len(channels))
         self.down_blocks = nn.ModuleList(DownBlock(config, level, time_channels) for level in levels)
-        self.mid_block = MidBlock(config, time_channels)
+        self.mid_block = None if config.mid_block_type is None else MidBlock(config, time_channels)
         self.up_blocks = nn.ModuleList(UpBlock(config, level, time_channels) for level in reversed(levels))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_act = activation(config.act_fn if config.is_conditional else "silu")
         self.conv_out = _convolution(channels[0], config.out_channels, config.conv_out_kernel)
+        self.id_predictor: nn.Module | None = None
+        if config.n_embed is not None:
+            norm = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+            self.id_predictor = nn.Sequential(norm, nn.Conv2d(channels[0], config.n_embed, 1))
 
     def forward(
         self,
@@ -140,18 +145,30 @@ class UNet(Pretrained):
         for block in self.down_blocks:
             h, skips_of_block = block(h, temb, conditions, extras.pop(0) if extras else None)  # (B, C', H/2, W/2)
             skips += skips_of_block
-        h = add_extras(self.mid_block(h, temb, conditions), extras)
+        if self.mid_block is not None:
+            h = self.mid_block(h, temb, conditions)
+        h = add_extras(h, extras)
         if residual is not None and residuals is not None:
             h, skips = h + residual, add_residuals(skips, residuals)
         for block in self.up_blocks:
             h = block(h, skips, temb, conditions)  # (B, C', 2H, 2W)
-        h = self.conv_out(self.conv_norm_out(h, "silu"))  # (B, out, H, W)
+        h = self._head(h)  # (B, out, H, W)
         if self.config.predicts_over_level:
             h = h / as_batch(timestep, h)[:, None, None, None]
         if not return_dict:
             return (h,)
         output: UNetOutput = self.output_class(sample=h)
         return output
+
+    def _head(self, h: Tensor) -> Tensor:
+        """Return the prediction, (B, C, H, W) → (B, out_channels, H, W), or that of codes (B, n_embed, H, W)."""
+        if self.id_predictor is not None:
+            h = self.id_predictor(h)
+        elif isinstance(self.conv_act, nn.SiLU):
+            h = self.conv_out(self.conv_norm_out(h, "silu"))
+        else:
+            h = self.conv_out(self.conv_act(self.conv_norm_out(h)))
+        return h
 
     def _embed_time(self, sample: Tensor, timestep: Tensor | float | int, condition: Tensor | None) -> Tensor:
         known = self.time_embedding.look_up(timestep, sample) if condition is None else None
@@ -287,7 +304,9 @@ class UNet(Pretrained):
         self.set_attn_processor(AttnProcessor())
 
     def _attention_layers(self) -> dict[str, Attention]:
-        parts = {"down_blocks": self.down_blocks, "up_blocks": self.up_blocks, "mid_block": self.mid_block}
+        parts: dict[str, nn.Module] = {"down_blocks": self.down_blocks, "up_blocks": self.up_blocks}
+        if self.mid_block is not None:
+            parts["mid_block"] = self.mid_block
         return {
             f"{part}.{name}": layer
             for part, blocks in parts.items()

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.models.layers import Conditions, Downsample, ResBlock, SelfAttention2d, SpatialTransformer, Upsample
+from ldm_fast.models.rare_layers import (
+    AddedKVAttention,
+    Nearest,
+    PlainResBlock,
+    Pool,
+    ScaledSelfAttention,
+)
 from ldm_fast.models.recompute import Recomputed
 
 
 def _res_block(
-    config: UNetConfig, inputs: int, outputs: int, time_channels: int, resample: str | None = None
+    config: UNetConfig,
+    block_type: str,
+    inputs: int,
+    outputs: int,
+    time_channels: int,
+    resample: str | None = None,
+    out_scale: float = 1.0,
 ) -> ResBlock:
-    return ResBlock(
-        inputs,
-        outputs,
+    skip_time_act = False
+    if "SimpleCrossAttn" in block_type or block_type.startswith(("ResnetDown", "ResnetUp")):
+        skip_time_act = config.resnet_skip_time_act
+        out_scale *= 1.0 if "Mid" in block_type else config.resnet_out_scale_factor
+    common: dict[str, Any] = dict(
         time_channels=time_channels,
         groups=config.norm_num_groups,
         eps=config.norm_eps,
@@ -25,26 +42,51 @@ def _res_block(
         resample=resample,
         dropout=config.dropout,
     )
+    if config.act_fn in ("silu", "swish") and out_scale == 1 and not skip_time_act:
+        return ResBlock(inputs, outputs, **common)
+    act = config.act_fn
+    return PlainResBlock(inputs, outputs, act=act, skip_time_act=skip_time_act, out_scale=out_scale, **common)
 
 
 def _attention(
     config: UNetConfig, level: int, block_type: str, depth: int = 1, only_cross_attention: bool = False
 ) -> nn.Module:
-    channels = config.block_out_channels[level]
-    heads, head_dim = config.heads(level)
+    channels, groups = config.block_out_channels[level], config.norm_num_groups
+    heads, head_dim = config.heads(level, block_type)
+    if "SimpleCrossAttn" in block_type:
+        return AddedKVAttention(
+            channels,
+            heads=heads,
+            head_dim=head_dim,
+            context_channels=config.given("cross_attention_dim"),
+            groups=groups,
+            only_cross_attention=only_cross_attention,
+            norm=config.cross_attention_norm,
+        )
     if "CrossAttn" not in block_type:
-        groups, eps = config.norm_num_groups, config.norm_eps
-        return SelfAttention2d(channels, heads=heads, head_dim=head_dim, groups=groups, eps=eps)
+        return SelfAttention2d(channels, heads=heads, head_dim=head_dim, groups=groups, eps=config.norm_eps)
     return SpatialTransformer(
         channels,
         heads=heads,
         head_dim=head_dim,
         context_channels=config.cross_attention_dim,
         depth=depth,
-        groups=config.norm_num_groups,
+        groups=groups,
         linear=config.use_linear_projection,
         only_cross_attention=only_cross_attention,
     )
+
+
+def _resampler(config: UNetConfig, level: int, block_type: str, time_channels: int, direction: str) -> nn.ModuleList:
+    """Return what changes the size between this level and the next, "down" or "up"."""
+    channels, kind = config.block_out_channels[level], config.at_level("resample_type", level)
+    if kind == "resnet" or block_type.startswith(("Resnet", "Simple")):
+        return nn.ModuleList([_res_block(config, block_type, channels, channels, time_channels, direction)])
+    if kind == "pool":
+        return nn.ModuleList([Pool() if direction == "down" else Nearest()])
+    if direction == "up":
+        return nn.ModuleList([Upsample(channels)])
+    return nn.ModuleList([Downsample(channels, asymmetric=config.downsample_padding == 0)])
 
 
 class Block(Recomputed):
@@ -56,10 +98,10 @@ class Block(Recomputed):
     resnets: nn.ModuleList
     has_cross_attention = False
 
-    def _add_attentions(self, config: UNetConfig, level: int, depths: Sequence[int]) -> None:
-        block_type, only_cross = config.down_block_types[level], config.at_level("only_cross_attention", level)
+    def _add_attentions(self, config: UNetConfig, level: int, block_type: str, depths: Sequence[int]) -> None:
+        only_cross = config.at_level("only_cross_attention", level)
         self.has_cross_attention = "CrossAttn" in block_type
-        if block_type != "DownBlock2D":
+        if "Attn" in block_type:
             self.attentions = nn.ModuleList(_attention(config, level, block_type, n, only_cross) for n in depths)
 
     def _pair(self, i: int, h: Tensor, temb: Tensor, conditions: Conditions) -> Tensor:
@@ -73,18 +115,15 @@ class DownBlock(Block):
 
     def __init__(self, config: UNetConfig, level: int, time_channels: int):
         super().__init__()
-        channels = config.block_out_channels
+        channels, block_type = config.block_out_channels, config.down_block_types[level]
         inputs, outputs = channels[max(level - 1, 0)], channels[level]
         self.resnets = nn.ModuleList(
-            _res_block(config, inputs if i == 0 else outputs, outputs, time_channels)
-            for i in range(config.layers_per_block)
+            _res_block(config, block_type, inputs if i == 0 else outputs, outputs, time_channels)
+            for i in range(config.layers(level))
         )
-        self._add_attentions(config, level, config.depths_down(level))
-        self.downsamplers = None
-        if level < len(channels) - 1:
-            resnet = config.resample_type == "resnet"
-            down = _res_block(config, outputs, outputs, time_channels, "down") if resnet else Downsample(outputs)
-            self.downsamplers = nn.ModuleList([down])
+        self._add_attentions(config, level, block_type, config.depths_down(level))
+        last = level == len(channels) - 1
+        self.downsamplers = None if last else _resampler(config, level, block_type, time_channels, "down")
 
     def forward(
         self, h: Tensor, temb: Tensor, conditions: Conditions, extra: Tensor | None = None
@@ -108,19 +147,47 @@ class DownBlock(Block):
 
 
 class MidBlock(Block):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Residual block, attention, residual block at the lowest resolution; "ResnetMidBlock2D" is the first alone."""
 
     def __init__(self, config: UNetConfig, time_channels: int):
         super().__init__()
-        channels = config.block_out_channels[-1]
-        level = len(config.block_out_channels) - 1
-        self.resnets = nn.ModuleList(_res_block(config, channels, channels, time_channels) for _ in range(2))
-        self.attentions = nn.ModuleList([_attention(config, level, config.mid_block_type, config.depth_of_middle)])
-        self.has_cross_attention = "CrossAttn" in config.mid_block_type
+        kind, channels, scale = (
+            config.mid_block_type or "",
+            config.block_out_channels[-1],
+            config.mid_block_scale_factor,
+        )
+        count = 1 if kind == "ResnetMidBlock2D" else 2
+        self.resnets = nn.ModuleList(
+            _res_block(config, kind, channels, channels, time_channels, out_scale=scale) for _ in range(count)
+        )
+        attentions = [_middle_attention(config, kind)] if count == 2 else []
+        self.attentions = nn.ModuleList(attentions)  # type: ignore[arg-type]  # None, as there, if there is none
+        self.has_cross_attention = "CrossAttn" in kind
 
     def forward(self, h: Tensor, temb: Tensor, conditions: Conditions) -> Tensor:
-        h = self._pair(0, h, temb, conditions)
-        return self._run(self.resnets[1], h, temb)
+        h = self._run(self.resnets[0], h, temb)
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            if attention is not None:
+                h = self._run(attention, h, conditions)
+            h = self._run(resnet, h, temb)
+        return h
+
+
+def _middle_attention(config: UNetConfig, kind: str) -> nn.Module | None:
+    level, scale = len(config.block_out_channels) - 1, config.mid_block_scale_factor
+    if "Cross" in kind:
+        return _attention(config, level, kind, config.depth_of_middle, config.mid_block_only_cross_attention)
+    if not config.add_attention:
+        return None
+    groups = config.norm_num_groups if config.attn_norm_num_groups is None else config.attn_norm_num_groups
+    heads, head_dim = config.heads(level, kind)
+    make = functools.partial(ScaledSelfAttention, scale) if scale != 1 else SelfAttention2d
+    attention = make(
+        config.block_out_channels[level], heads=heads, head_dim=head_dim, groups=groups or 1, eps=config.norm_eps
+    )
+    if groups == 0:
+        attention.group_norm = nn.Identity()  # type: ignore[assignment]
+    return attention
 
 
 class UpBlock(Block):
@@ -128,20 +195,16 @@ class UpBlock(Block):
 
     def __init__(self, config: UNetConfig, level: int, time_channels: int):
         super().__init__()
-        channels = config.block_out_channels
+        channels, block_type = config.block_out_channels, config.up_block_types[-1 - level]
         below, outputs = channels[min(level + 1, len(channels) - 1)], channels[level]
-        count = config.layers_per_block + 1
+        count = config.layers(level) + 1
         skips = [*[outputs] * (count - 1), channels[max(level - 1, 0)]]
         inputs = [below, *[outputs] * (count - 1)]
         self.resnets = nn.ModuleList(
-            _res_block(config, i + s, outputs, time_channels) for i, s in zip(inputs, skips, strict=True)
+            _res_block(config, block_type, i + s, outputs, time_channels) for i, s in zip(inputs, skips, strict=True)
         )
-        self._add_attentions(config, level, config.depths_up(level))
-        self.upsamplers = None
-        if level > 0:
-            resnet = config.resample_type == "resnet"
-            up = _res_block(config, outputs, outputs, time_channels, "up") if resnet else Upsample(outputs)
-            self.upsamplers = nn.ModuleList([up])
+        self._add_attentions(config, level, block_type, config.depths_up(level))
+        self.upsamplers = None if level == 0 else _resampler(config, level, block_type, time_channels, "up")
 
     def forward(self, h: Tensor, skips: list[Tensor], temb: Tensor, conditions: Conditions) -> Tensor:
         """Take the skips of this level from the end of the list."""
