@@ -43,9 +43,9 @@ OPS = {function.__name__: function for function in (attention, group_norm_silu, 
 
 @contextlib.contextmanager
 def eager_ops(*names: str) -> Iterator[None]:
-    """Inside the `with` block, models run on the functions above, or on those named.
+    """Make models run on the functions above, or on those named, inside the `with` block.
 
-    A model's parameters stay the same objects, so outputs compare one to one.
+    A model's parameters stay the same objects, so its outputs can be compared directly.
     """
     with contextlib.ExitStack() as stack:
         for name in names or OPS:

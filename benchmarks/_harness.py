@@ -1,8 +1,8 @@
-"""What the benchmarks share: options, the machine's peaks, verifying, interleaved timing, a table and one line of JSON.
+"""Code shared by the benchmarks: options, the machine's peaks, verifying, interleaved timing, a table, a line of JSON.
 
-A benchmark describes rows of contenders that do one work; ours comes first. Every contender is verified before anything
-is timed. If ours is wrong the row gets no times at all and the process ends with exit code 1; a peer that is wrong is
-named and left out.
+A benchmark consists of rows. The contenders of a row do the same work; ours comes first. Every contender is verified
+before anything is timed. If ours is wrong, the row gets no times at all and the process ends with exit code 1. A peer
+that is wrong is named and left out.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from torch import Tensor
 from ldm_fast.ops import dispatch
 from ldm_fast.ops.cases import CASES, Case
 
-OURS = "ldm_fast"  # a contender whose name begins with it is ours as well, and no peer
-# s: shorter calls are repeated within one sample, so that most find the caches as they themselves left them
+OURS = "ldm_fast"  # a contender whose name begins with this is ours too, not a peer
+# s: shorter calls are repeated within a sample, so that most of them find the caches as the previous call left them
 SHORTEST_SAMPLE = 20e-3
-HOPELESS = 3.0  # a slow peer that takes this many times the best peer's time is left at three samples
+HOPELESS = 3.0  # a slow peer that takes this many times as long as the best one gets only three samples
 SLOW = 50e-3  # s
 
 
 class Verdict(NamedTuple):
-    """What verifying one result gave."""
+    """The outcome of verifying one result."""
 
     error: float
     right: bool
-    detail: str = ""  # of the error: what it is measured in and what is allowed
+    detail: str = ""  # which error this is, what it is relative to, and how large it may be
 
 
 Verify = Callable[[str, Any], Verdict]
@@ -48,17 +48,17 @@ def parser(description: str, *, dtypes: tuple[str, ...]) -> argparse.ArgumentPar
     p.add_argument("--dtype", nargs="+", default=list(dtypes), choices=("float32", "bfloat16", "float16"))
     p.add_argument("--shape", metavar="TEXT", help="only the rows whose name contains this, for example 4096x77x40")
     p.add_argument("--repeats", type=_positive, default=7, metavar="N", help="samples of each contender (default 7)")
-    p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: as PyTorch chooses)")
+    p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
     p.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is"
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one"
     )
-    p.add_argument("--compile", action="store_true", help="torch.compile as a peer, too (takes long to compile)")
-    p.add_argument("--quick", action="store_true", help="tiny shapes, one sample: to try the benchmark itself")
+    p.add_argument("--compile", action="store_true", help="also time torch.compile (compiling takes long)")
+    p.add_argument("--quick", action="store_true", help="tiny shapes and one sample, to try out the benchmark")
     return p
 
 
 def add_impl_option(p: argparse.ArgumentParser, op: str) -> None:
-    p.add_argument("--impl", choices=tuple(dispatch.IMPLEMENTATIONS[op]), help="time this one, not the best one")
+    p.add_argument("--impl", choices=tuple(dispatch.IMPLEMENTATIONS[op]), help="time this one instead of the best one")
 
 
 def _positive(text: str) -> int:
@@ -89,12 +89,12 @@ class Bench:
         print(f"peaks measured now: matrix product {peaks}; copy {self.copy_bandwidth / 1e9:.1f} GB/s (read + write)")
 
     def cases(self, op: str, tiny: tuple[Case, ...]) -> list[Any]:
-        """The acceptance cases that --shape lets through; with --quick the tiny ones."""
+        """Return the acceptance cases, or with --quick the tiny ones, that --shape selects."""
         chosen = tiny if self.options.quick else [case for case in CASES[op] if case.acceptance]
         kept = [case for case in chosen if not self.options.shape or self.options.shape in str(case)]
         if not kept:
             names = ", ".join(map(str, chosen))
-            raise SystemExit(f"{self.name}: no row is called {self.options.shape!r}; there are: {names}")
+            raise SystemExit(f"{self.name}: no row's name contains {self.options.shape!r}; the rows are: {names}")
         return kept
 
     def row(
@@ -109,7 +109,7 @@ class Bench:
         moved: int = 0,
         skipped: dict[str, str] | None = None,
     ) -> None:
-        """Verify every contender, then time those that are right, in turns. `skipped`: peers this row is not for."""
+        """Verify every contender, then time those that are right, in turns. `skipped`: peers left out, and why."""
         row = {"case": case, "dtype": dtype, "implementation": implementation, "flops": flops, "bytes": moved}
         row |= {"verified": False, "contenders": {}, "left_out": dict(skipped or {})}
         self.rows.append(row)
@@ -135,7 +135,7 @@ class Bench:
         self._print(row)
 
     def finish(self) -> int:
-        """The last lines: absent peers, what was wrong, and the JSON. Returns the exit code."""
+        """Print the last lines (absent peers, wrong results, the JSON) and return the exit code."""
         print()
         for name, how in self.absent.items():
             print(f"absent: {name} ({how})")
@@ -160,7 +160,7 @@ class Bench:
         return 1 if self.wrong else 0
 
     def _verify(self, name: str, contender: Callable[[], Any], verify: Verify) -> tuple[Verdict, float]:
-        """What verifying gave, and the seconds of this first call."""
+        """Return the verdict, and how many seconds this first call took."""
         try:
             start = time.perf_counter()
             result = contender()
@@ -172,10 +172,10 @@ class Bench:
             return Verdict(float("nan"), False, f"raises {type(error).__name__}: {reason[0][:120]}"), 0.0
 
     def _time(self, contenders: dict[str, Callable[[], Any]], first: dict[str, float]) -> dict[str, list[float]]:
-        """Seconds for one call, `repeats` samples of each contender, taken in turns so that drift meets all alike."""
+        """Take `repeats` samples of each contender, in seconds per call, in turns so that drift affects all alike."""
         calls = {}
         for name, contender in contenders.items():
-            # a first call may be slower than those to come, but not so much that a slow one would turn out short
+            # a first call may be slower than later ones, but if it took this long, the later ones are not short either
             once = first[name] if first[name] > SLOW else self._sample(contender, 1)
             calls[name] = 1 if self.options.quick else max(1, int(SHORTEST_SAMPLE / max(once, 1e-7)))
         samples: dict[str, list[float]] = {name: [] for name in contenders}
@@ -228,14 +228,14 @@ class Bench:
         sys.stdout.flush()
 
     def _matmul_peak(self, dtype: torch.dtype) -> float:
-        """FLOP/s of a large square matrix product."""
+        """Measure the FLOP/s of a large square matrix product."""
         side = 128 if self.options.quick else 8192 if self.device.type == "cuda" else 2048
         a, b = (torch.randn(side, side, device=self.device).to(dtype) for _ in range(2))
         out = a @ b
         return 2 * side**3 / self._best(lambda: torch.matmul(a, b, out=out))
 
     def _copy_bandwidth(self) -> float:
-        """Bytes/s, read and written, of a copy that fits in no cache."""
+        """Measure the bytes read and written per second by a copy that fits in no cache."""
         a = torch.ones((1 << 20) if self.options.quick else (1 << 27), dtype=torch.uint8, device=self.device)
         b = torch.zeros_like(a)
         return 2 * a.numel() / self._best(lambda: b.copy_(a))
@@ -262,12 +262,12 @@ def describe(device: torch.device) -> str:
 
 
 def implementation(op: str, impl: str | None, *arguments: Any) -> str:
-    """Who will run these inputs (the op's arguments in order, defaults filled in)."""
+    """Return the implementation that will run these inputs: the op's arguments in order, with defaults filled in."""
     return dispatch.choose(op, impl or "", arguments)
 
 
 def too_large(needed: int, device: torch.device) -> str | None:
-    """Why a peer that needs this many bytes is better not started; None if it may."""
+    """Return why a peer that needs this many bytes should not be started, or None if the memory suffices."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
@@ -276,11 +276,11 @@ def too_large(needed: int, device: torch.device) -> str | None:
         except OSError:
             return None
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return None if needed < 0.8 * free else f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return None if needed < 0.8 * free else f"needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
 
 
 def largest_error(got: Tensor, exact: Tensor) -> float:
-    """Largest difference, relative to the largest element; infinite for another shape or for NaN."""
+    """Return the largest difference, relative to the largest element; infinite if shapes differ or there is a NaN."""
     if got.shape != exact.shape:
         return float("inf")
     error = (got.to(exact.dtype) - exact).abs().max().item()
@@ -288,7 +288,7 @@ def largest_error(got: Tensor, exact: Tensor) -> float:
 
 
 def judge(errors: dict[str, float], allowed: float) -> Verdict:
-    """Right if the largest of several errors (of the result, of each gradient) is within `allowed`."""
+    """Call a contender right if the largest of its errors (of the result or of a gradient) is at most `allowed`."""
     worst = max(errors, key=errors.get)
     detail = f"error of {worst} {errors[worst]:.2e}, allowed {allowed:.2e}, relative to its largest element"
     return Verdict(errors[worst], errors[worst] <= allowed, detail)

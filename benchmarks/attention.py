@@ -1,10 +1,10 @@
-"""attention against PyTorch's: scaled_dot_product_attention, its flash and math variants, and three eager ops.
+"""Time attention against PyTorch: scaled_dot_product_attention, its flash and math variants, and three eager ops.
 
     python benchmarks/attention.py [--dtype bfloat16] [--shape 4096x77x40] [--backward] [--compile]
 
 The shapes are those of Stable Diffusion 1.x and XL at batch 2 and of a first stage at 512². A result counts as right if
 its error against float64 is at most twice that of scaled_dot_product_attention in the same dtype, plus rounding. On
-Linux each CPU row of the forward pass ends with how far one call raises the memory of the process, result included.
+Linux each forward row on the CPU ends with how much one call raises the memory of the process, including the result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ldm_fast import ops
 from ldm_fast.ops.cases import TOLERANCE, Attention, bytes_moved, flops, make_inputs
 
 TINY = (Attention(2, 2, 33, 77, 40, layout="heads_last"), Attention(1, 1, 40, 40, 64, layout="heads_last"))
-PEER_SLACK = 64  # times TOLERANCE: what a peer may be off, whose softmax may be computed in its own dtype
+PEER_SLACK = 64  # times TOLERANCE: how far off a peer may be; it may compute the softmax in its inputs' dtype
 
 
 def sdpa_by(backend: SDPBackend) -> Callable[..., Tensor]:
@@ -41,14 +41,14 @@ def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, *, mask: None = None, scale: None = None) -> Tensor:
-    """In float64, one head at a time: (B, H, N, D)."""
+    """Compute attention in float64, one head at a time. Returns (B, H, N, D)."""
     q, k, v = (t.double() for t in (q, k, v))
     heads = [[eager(*(t[b, h] for t in (q, k, v))) for h in range(q.shape[1])] for b in range(q.shape[0])]
     return torch.stack([torch.stack(row) for row in heads])
 
 
 def peers(bench: Bench, case: Attention, dtype: torch.dtype) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
-    """The peers for this case, and those that it is too large for."""
+    """Return the peers that can run this case and, for the others, why they cannot."""
     found: dict[str, Callable[..., Tensor]] = {"SDPA": sdpa, "SDPA flash": sdpa_by(SDPBackend.FLASH_ATTENTION)}
     if bench.device.type == "cuda":
         found["SDPA efficient"] = sdpa_by(SDPBackend.EFFICIENT_ATTENTION)
@@ -63,24 +63,24 @@ def peers(bench: Bench, case: Attention, dtype: torch.dtype) -> tuple[dict[str, 
 
 
 def extra_memory(contender: Callable[[], Tensor]) -> float:
-    """MB by which the memory of this process grows at most during one call."""
+    """Return how many MB the memory of this process grows at most during one call."""
 
     def memory(which: str) -> int:
         return int(Path("/proc/self/status").read_text().split(f"{which}:")[1].split()[0]) * 1024
 
-    ctypes.CDLL(None).malloc_trim(0)  # memory that malloc keeps would be used again unnoticed
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise, memory that malloc keeps would be reused unnoticed
+    Path("/proc/self/clear_refs").write_text("5")  # resets the recorded peak
     before = memory("VmRSS")
     contender()
     return max(0, memory("VmHWM") - before) / 1e6
 
 
 def report_memory(row: dict[str, Any], contenders: dict[str, Callable[[], Tensor]]) -> None:
-    """Measure those that have been timed; adds "extra_mb" to them."""
+    """Measure the memory of the contenders that were timed, and add it to their figures as "extra_mb"."""
     for name, figures in row["contenders"].items():
         figures["extra_mb"] = extra_memory(contenders[name])
     extra = ", ".join(f"{name} {figures['extra_mb']:.0f} MB" for name, figures in row["contenders"].items())
-    print(f"  peak of the memory above that of the inputs: {extra}", flush=True)
+    print(f"  peak memory beyond that of the inputs: {extra}", flush=True)
 
 
 def forward_row(bench: Bench, case: Attention, dtype: torch.dtype) -> None:
@@ -111,7 +111,7 @@ def forward_row(bench: Bench, case: Attention, dtype: torch.dtype) -> None:
 
 
 def backward_row(bench: Bench, case: Attention, dtype: torch.dtype) -> None:
-    """The backward pass alone. Its matrix products are five against two of the forward pass."""
+    """Time only the backward pass. It has five matrix products; the forward pass has two."""
     functions, skipped = peers(bench, case, dtype)
     leaves = [make_inputs("attention", case, dtype, bench.device)[key].detach().requires_grad_() for key in "qkv"]
     who = implementation("attention", bench.options.impl, *leaves, None, case.D**-0.5)
@@ -148,7 +148,7 @@ def backward_row(bench: Bench, case: Attention, dtype: torch.dtype) -> None:
 def main(arguments: list[str] | None = None) -> int:
     p = parser(__doc__, dtypes=("float32", "bfloat16"))
     add_impl_option(p, "attention")
-    p.add_argument("--backward", action="store_true", help="the backward pass of each shape, too")
+    p.add_argument("--backward", action="store_true", help="also time the backward pass of each shape")
     bench = Bench("attention", p.parse_args(arguments))
     for case in bench.cases("attention", TINY):
         for dtype in bench.options.dtype:

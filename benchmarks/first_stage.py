@@ -1,10 +1,10 @@
-"""Decoding a large image with the first stage: in bands, the whole at once, and by diffusers; time and memory.
+"""Time and memory of decoding a large image with the first stage: in bands, all at once, and with diffusers.
 
     python benchmarks/first_stage.py [--size 1024] [--tile 64] [--dtype float32]
 
-The first stage is kl-f8 at its full size, with random weights. Each contender runs in a process of its own, so that
-the memory is what that process had at most. Right is a result within 1e-4 (bfloat16: 5e-2) of that of the whole,
-relative to its largest element.
+The first stage is kl-f8 at its full size, with random weights. Each contender runs in a process of its own; its memory
+is the peak of that process. A result is right if it differs from that of decoding all at once by at most 1e-4
+(bfloat16: 5e-2), relative to the largest element.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def first_stage(options: argparse.Namespace) -> AutoencoderKL:
 
 
 def decoder(name: str, options: argparse.Namespace) -> tuple[Callable[[Tensor], Tensor], int]:
-    """What decodes, without an encoder in memory, and its downsampling factor."""
+    """Return a function that decodes, without an encoder in memory, and the downsampling factor."""
     model = first_stage(options)
     factor = model.config.downsampling_factor
     if name == "diffusers":
@@ -66,7 +66,7 @@ def decoder(name: str, options: argparse.Namespace) -> tuple[Callable[[Tensor], 
 
 @torch.no_grad()
 def measure(name: str, options: argparse.Namespace) -> None:
-    """In a process of its own: writes the image and the figures."""
+    """Measure one contender in this process, and write its image and figures to `options.out`."""
     if options.threads:
         torch.set_num_threads(options.threads)
     decode, factor = decoder(name, options)
@@ -83,7 +83,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
 
 
 def peak_memory() -> float:
-    """MB that this process has had at most."""
+    """Return the peak memory of this process so far, in MB."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / (1e6 if sys.platform == "darwin" else 1024 * 1.048576)
 
@@ -104,13 +104,13 @@ def results(options: argparse.Namespace, arguments: list[str]) -> dict[str, dict
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--size", type=int, default=1024, help="pixels of a side of the image (default 1024)")
-    p.add_argument("--tile", type=int, default=64, help="latents of a side of a tile (default 64)")
+    p.add_argument("--size", type=int, default=1024, help="side of the image in pixels (default 1024)")
+    p.add_argument("--tile", type=int, default=64, help="side of a tile in latents (default 64)")
     p.add_argument("--dtype", default="float32", choices=tuple(ALLOWED))
-    p.add_argument("--threads", type=int, help="CPU threads (default: as PyTorch chooses)")
+    p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     p.add_argument("--repeats", type=int, default=1, help="calls of each contender (default 1)")
-    p.add_argument("--allow", type=float, help="the error that is still right (default: by the dtype)")
-    p.add_argument("--quick", action="store_true", help="a tiny first stage, to try the benchmark itself")
+    p.add_argument("--allow", type=float, help="largest error that counts as right (default: by dtype)")
+    p.add_argument("--quick", action="store_true", help="a tiny first stage, to try out the benchmark")
     p.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
     p.add_argument("--out", help=argparse.SUPPRESS)
     return p.parse_args(arguments)
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     wrong, rows = [], {}
     allowed = ALLOWED[options.dtype] if options.allow is None else options.allow
     print(f"first_stage: {describe(torch.device('cpu'))}, PyTorch {torch.__version__}, {options.dtype}")
-    print(f"{options.size} x {options.size} pixels, tiles of {options.tile} latents; error against the whole")
+    print(f"{options.size} x {options.size} pixels, tiles of {options.tile} latents; error against all at once")
     for name, result in found.items():
         error = largest_error(result["image"], truth)
         row = {"median_s": statistics.median(result["seconds"]), "error": error}

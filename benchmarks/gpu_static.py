@@ -1,26 +1,26 @@
-"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory and instructions.
+"""Compile the Triton kernels without a GPU and read the result: registers, spills, shared memory and instructions.
 
     python benchmarks/gpu_static.py [--arch 80 90 100] [--op attention group_norm_silu] [--dtype float16] [--quick]
 
 The shapes are those of `model_shapes.py`. Each launch is the one that the op would make, compiled ahead of time with
-what Triton would know about its arguments; launches that compile to the same kernel are compiled once. Nothing is run,
-and no time on a GPU is claimed. The last line is JSON.
+everything that Triton would know about its arguments. Launches that compile to the same kernel are compiled once.
+Nothing is run, and no GPU time is claimed. The last line is JSON.
 
-One table has a line for each compiled kernel and architecture. It counts instructions in the machine code, the body of
-a loop once. `matrix` is the work of the matrix instructions divided by what the tiles need: it is 1 if nothing is
-padded and nothing computed twice. For sm_100 the compiler takes the first turn out of a loop and computes ahead, so
-that products appear up to three times; there `padded` counts instructions larger than a tile. `resident` is the number
-of programs that one multiprocessor can hold, `declared` the number that the plan means it to hold. What is wrong with a
-kernel stands in brackets (see `faults`).
+One table has a line for each compiled kernel and architecture. It counts the instructions in the machine code; those in
+the body of a loop count once. `matrix` is the work of the matrix instructions divided by what the tiles need. It is 1
+if nothing is padded and nothing computed twice. For sm_100 the compiler takes the first iteration out of a loop and
+computes ahead, so products appear up to three times; there, `padded` counts the instructions larger than a tile.
+`resident` is the number of programs that one multiprocessor can hold, `declared` the number that the plan intends it to
+hold. The faults of a kernel are listed in brackets (see `faults`).
 
-The other table has a line for each shape and pass: bytes (every tensor once for each kernel that takes it; what is read
-again comes from a cache); floating-point operations of the work itself, of our tiles, and of the tiles that
-FlashAttention-2 would compute; and modelled times, the larger of bytes / bandwidth and operations / peak, both as
-published. The times contain no launch, latency, cache or exponential.
+The other table has a line for each shape and pass. Bytes count every tensor once for each kernel that takes it, since
+repeated reads come from a cache. Floating-point operations are given for the work itself, for our tiles, and for the
+tiles that FlashAttention-2 would compute. A modelled time is the larger of bytes / bandwidth and operations / peak,
+both as published. It leaves out launches, latency, caches and exponentials.
 
 FlashAttention-2's tiles (Dao, arXiv:2307.08691; `flash_fwd_launch_template.h` and `flash_bwd_launch_template.h`) are
-counted as whole tiles of its block sizes for A100, with the head padded to the next width it is built for. It takes no
-heads wider than 256.
+counted as whole tiles of the block sizes that it uses on A100, with the head padded to the next width it is built for.
+It takes no heads wider than 256.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ QUICK = {
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-REGISTERS = 65536  # of a multiprocessor
+REGISTERS = 65536  # per multiprocessor
 THREADS = {80: 2048, 86: 1536, 90: 2048, 100: 2048, 120: 1536}
-# bytes of a multiprocessor; each program takes 1 KB more
+# bytes per multiprocessor; each program takes 1 KB more than it asks for
 SHARED = {80: 164 << 10, 86: 100 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
 TENSOR_MEMORY = 512  # columns
 
@@ -78,7 +78,7 @@ class Gpu(NamedTuple):
 
 
 GPUS = (Gpu("A100", 312e12, 2.039e12), Gpu("H100", 989e12, 3.35e12), Gpu("B200", 2250e12, 8.0e12))
-# FlashAttention-2: head width: (queries, keys) of a tile, forward and backward
+# FlashAttention-2's tiles: head width: (queries, keys), forward and backward
 FLASH = {
     32: ((128, 128), (128, 128)),
     64: ((128, 128), (128, 128)),
@@ -89,8 +89,8 @@ FLASH = {
     256: ((128, 64), (64, 64)),
 }
 
-# The products of one turn of each attention kernel: the rows, the columns and what is summed over, each of them
-# q(ueries), k(eys) or d (a head's columns). "D" is summed piece by piece if a head is wider than a program keeps.
+# The matrix products in one iteration of each attention kernel: the rows, the columns and what is summed over, each of
+# them q(ueries), k(eys) or d (a head's columns). "D" is summed piece by piece if a head is wider than a program holds.
 PRODUCTS = {
     "forward_short": ("qkD", "qdk"),
     "forward_long": ("qkD", "qdk"),
@@ -100,8 +100,8 @@ PRODUCTS = {
 }
 
 
-# Those kernels of group_norm_silu that see all of x, and how many tiles they read and write in one turn. These are the
-# fewest bytes possible: x once and y once if a group fits on chip, x twice and y once if not; backward, grad as well.
+# The kernels of group_norm_silu that see all of x, and how many tiles they read and write in one iteration. Fewer bytes
+# are impossible: x once and y once if a group fits on chip, x twice and y once if not. Backward, grad is read as well.
 TRAFFIC = {
     "forward_group": (1, 1),
     "stats": (1, 0),
@@ -138,10 +138,10 @@ class Static:
     stores: int
     stores_128: int
     tile_stores: int
-    reads: int  # of a whole tile of group_norm_silu, in one turn
-    writes: int
-    divisions: int  # of integers
-    loop_divisions: int  # of integers, inside loops
+    reads: int  # whole tiles that a kernel of group_norm_silu reads in one iteration
+    writes: int  # whole tiles that it writes
+    divisions: int  # of integers, remainders included
+    loop_divisions: int  # those inside loops
 
 
 # ---- the launches ----
@@ -150,9 +150,10 @@ class Static:
 def attention_launches(
     shape: AttentionShape | tuple[int, ...], dtype: torch.dtype, mask: torch.Tensor | None = None
 ) -> list[Launch]:
-    """Forward and backward of tensors as `ldm_fast.models.attention` passes them, (B, N, H, D) in memory.
+    """Return the launches of both passes, for tensors as `ldm_fast.models.attention` passes them.
 
-    Without gradients q, k and v (or k and v of a context) are views of one product; see `ldm_fast.models.joined`.
+    The tensors are (B, N, H, D) in memory. If no gradients are needed, q, k and v (or k and v of a context) are
+    views of one product; see `ldm_fast.models.joined`.
     """
     b, h, n, m, d = shape
 
@@ -171,7 +172,7 @@ def attention_launches(
 def group_norm_silu_launches(
     shape: GroupNormShape, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> list[Launch]:
-    """Forward with weights of x's dtype, backward with float32 weights, as training keeps them."""
+    """Return the launches: forward with weights of x's dtype, backward with float32 weights, as training keeps them."""
     x, y, grad, dx = (torch.empty(shape[:4], dtype=dtype, device="meta", memory_format=memory_format) for _ in range(4))
     weight, bias, *of_training = (torch.empty(shape.C, dtype=d, device="meta") for d in (dtype,) * 2 + (None,) * 4)
     scale, shift, dscale, dshift = (
@@ -187,7 +188,7 @@ def group_norm_silu_launches(
 
 
 def works(ops: Iterable[str], dtype: torch.dtype, quick: bool = False) -> Iterator[tuple[str, list[Launch]]]:
-    """A label for people and the launches, for every shape. quick: for one shape of each op."""
+    """Yield a readable label and the launches for every shape, or with `quick` for one shape of each op."""
     for op in ops:
         for shape in (QUICK[op],) if quick else SHAPES[op]:
             if op == "attention":
@@ -200,7 +201,7 @@ def works(ops: Iterable[str], dtype: torch.dtype, quick: bool = False) -> Iterat
 
 
 class Variant(NamedTuple):
-    """A kernel to be compiled, the first work that needs it, and how many others need it, too."""
+    """A kernel to compile, a label of the first work that needs it, and how many other works need it."""
 
     launch: Launch
     label: str
@@ -208,7 +209,7 @@ class Variant(NamedTuple):
 
 
 def distinct(all_works: Iterable[tuple[str, list[Launch]]]) -> list[Variant]:
-    """The kernels that have to be compiled, each once."""
+    """Return the kernels that have to be compiled, each only once."""
     found: dict[str, Variant] = {}
     for label, launches in all_works:
         for launch in launches:
@@ -223,7 +224,7 @@ def distinct(all_works: Iterable[tuple[str, list[Launch]]]) -> list[Variant]:
 
 
 def _source(launch: Launch) -> ASTSource:
-    """The source, and what a launch tells the compiler: types, which arguments are one, and which 16 divides."""
+    """Return the source with what a launch tells the compiler: types, and which arguments are 1 or multiples of 16."""
     signature, constants, attributes = {}, {}, {}
     names = launch.kernel.arg_names
     for index, (name, value) in enumerate(zip(names, launch.args, strict=False)):
@@ -254,22 +255,22 @@ def compile_launch(launch: Launch, arch: int) -> Static:
         usage = _tool("cuobjdump", "--dump-resource-usage", cubin.name)
         code = _tool("nvdisasm", "-c", cubin.name)
     resources = {key: int(number) for key, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    # an instruction stands behind its address, perhaps behind a predicate; its modifiers follow it after dots
+    # an instruction follows its address and perhaps a predicate; its modifiers come after it, separated by dots
     names = re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.a-z]*)", code)
     if not names or "REG" not in resources:
-        raise RuntimeError(f"gpu_static: no machine code of {launch.kernel.__name__} could be read")
+        raise RuntimeError(f"gpu_static: the machine code of {launch.kernel.__name__} could not be read")
     counts = Counter(name.split(".")[0] for name in names)
     wide = Counter(name.split(".")[0] for name in names if ".128" in name)
     warps, tensor_memory = built.metadata.num_warps, getattr(built.metadata, "tmem_size", 0) or 0
     blackwell, tiles = _blackwell_products(built.asm["ptx"]), _product_tiles(launch)
     done = _matrix_work(names, warps) + sum(16 * rows * columns for rows, columns in blackwell)
-    # every warp computes a part of at least 16 × 8
+    # every warp computes at least 16 × 8 elements
     needed = sum(max(rows * columns, 16 * 8 * warps) * depth for rows, columns, depth in tiles)
     divisions, loop_divisions = _divisions(built.asm["ptx"])
     loaded, stored = _tiles(built.asm["ttgir"], *LOADS), _tiles(built.asm["ttgir"], "tt.store")
     whole = launch.options.get("CHANNELS", 0), launch.options.get("PIXELS", 0)
     # Asynchronous copies from global to shared memory (LDGSTS) are loads as well. Atomics on shared memory (ATOMS) do
-    # not count: Blackwell hands out its tensor memory with them.
+    # not count: Blackwell allocates its tensor memory with them.
     return Static(
         kernel=launch.kernel.__name__.lstrip("_"),
         arch=arch,
@@ -304,7 +305,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def _resident(arch: int, warps: int, registers: int, shared: int, tensor_memory: int) -> int:
-    """Programs that fit on one multiprocessor at a time; a thread is given registers by the eight."""
+    """Return how many programs fit on one multiprocessor. Registers are allocated to a thread in units of eight."""
     fits = [REGISTERS // (32 * warps * (registers + 7 & ~7)), SHARED[arch] // (shared + 1024)]
     fits.append(THREADS[arch] // (32 * warps))
     if tensor_memory:
@@ -316,7 +317,7 @@ def _resident(arch: int, warps: int, registers: int, shared: int, tensor_memory:
 
 
 def _lengths(launch: Launch) -> dict[str, list[int]]:
-    """The tile of one turn: its queries, keys and columns, in pieces."""
+    """Return the queries, keys and columns of the tile of one iteration, each as a list of pieces."""
     options = launch.options
     keys = [options[name] for name in ("M0", "M1", "BLOCK_M") if options.get(name)]
     columns = [options[name] for name in ("D0", "D1") if options.get(name)]
@@ -324,22 +325,22 @@ def _lengths(launch: Launch) -> dict[str, list[int]]:
 
 
 def _products(launch: Launch) -> tuple[str, ...]:
-    """The products of one turn; if dk and dv are apart, of a turn of each."""
+    """Return the products of one iteration; if dk and dv are computed apart, of one iteration of each."""
     products = PRODUCTS.get(launch.kernel.__name__.lstrip("_"), ())
     return (*products, "kqD") if launch.options.get("APART") else products
 
 
 def _product_tiles(launch: Launch) -> list[tuple[int, int, int]]:
-    """Rows, columns and depth of the products of one turn."""
+    """Return the rows, columns and depth of the products of one iteration."""
     products = _products(launch)
     lengths = _lengths(launch) if products else {}
     return [(x, y, z) for a, b, c in products for x in lengths[a] for y in lengths[b] for z in lengths[c]]
 
 
 def _matrix_work(names: list[str], warps: int) -> int:
-    """Multiply-adds of a program's matrix instructions, each counted once.
+    """Return the multiply-adds of a program's matrix instructions, each instruction counted once.
 
-    One of Ampere's belongs to a warp, one of Hopper's to a group of four warps. Their names tell their size.
+    A warp executes one of Ampere's instructions, a group of four warps one of Hopper's. Their names contain their size.
     """
     work = 0
     for name, count in Counter(names).items():
@@ -351,9 +352,9 @@ def _matrix_work(names: list[str], warps: int) -> int:
 
 
 def _blackwell_products(ptx: str) -> list[tuple[int, int]]:
-    """Rows and columns of Blackwell's matrix instructions, 16 deep.
+    """Return the rows and columns of Blackwell's matrix instructions, which are 16 deep.
 
-    A descriptor, a constant, holds them: rows / 16 from bit 24 on, columns / 8 from bit 17 on.
+    A constant descriptor holds them: rows / 16 from bit 24 on, columns / 8 from bit 17 on.
     """
     constants = dict(re.findall(r"mov\.b32\s+(%r\d+), (-?\d+);", ptx))
     operands = r"\[ [^\]]+\], (?:%rd\d+|\[[^\]]+\]), %rd\d+, (%r\d+|\d+),"
@@ -362,7 +363,7 @@ def _blackwell_products(ptx: str) -> list[tuple[int, int]]:
 
 
 def _divisions(ptx: str) -> tuple[int, int]:
-    """How many integer divisions and remainders the PTX has, and how many of them are inside loops."""
+    """Count the integer divisions and remainders in the PTX, and those of them that are inside loops."""
     lines = ptx.splitlines()
     labels = {match[1]: number for number, line in enumerate(lines) if (match := re.match(r"(\$L\w+):", line))}
     inside = set()
@@ -374,13 +375,13 @@ def _divisions(ptx: str) -> tuple[int, int]:
 
 
 def _tiles(ttgir: str, *operations: str) -> list[tuple[int, int, int]]:
-    """Rows, columns and bits per element of the tiles that these operations read or write."""
+    """Return the rows, columns and bits per element of the tiles that these operations read or write."""
     found = re.findall(rf"(?:{'|'.join(operations)}) .*?: tensor<(\d+)x(\d+)x!tt\.ptr<[a-z]+(\d+)>", ttgir)
     return [tuple(map(int, tile)) for tile in found]
 
 
 def _wide_accesses(tiles: list[tuple[int, int, int]], warps: int) -> int:
-    """How many accesses of 128 bits a thread needs for its part of these tiles; none if the part is smaller."""
+    """Return how many 128-bit accesses a thread needs for its part of these tiles; 0 if the part is smaller."""
     return sum(rows * columns * bits // (32 * warps * 128) for rows, columns, bits in tiles)
 
 
@@ -388,14 +389,14 @@ def _wide_accesses(tiles: list[tuple[int, int, int]], warps: int) -> int:
 
 
 def faults(static: Static, dtype: torch.dtype, aligned: bool = True) -> list[str]:
-    """What is wrong with a compiled kernel. aligned: rows are whole multiples of 16 bytes, and nothing is masked."""
+    """Return the faults of a compiled kernel. `aligned`: rows are multiples of 16 bytes, and nothing is masked."""
     product, stream = static.kernel in PRODUCTS, static.kernel in TRAFFIC
     half = dtype != torch.float32
     checks = {
         "spills": static.stack == static.local == 0,
         "atomics": static.atomics == 0,
         "occupancy": static.resident >= static.declared,
-        # products of float32 keep their precision, so they avoid the tensor cores, which would round to tf32
+        # float32 products must avoid the tensor cores, which would round to tf32
         "tensor cores": not product or (static.tensor_core > 0) == half,
         "matrix work": not product or not half or 1 <= static.matrix <= (3 if static.arch >= 100 else 1),
         "padded products": static.padded == 0,
@@ -409,7 +410,7 @@ def faults(static: Static, dtype: torch.dtype, aligned: bool = True) -> list[str
 
 
 def aligned(launch: Launch) -> bool:
-    """Whether rows are whole multiples of 16 bytes; those of maps of 2 × 2 or 6 × 6 pixels are not."""
+    """Return whether rows are multiples of 16 bytes. Those of maps of 2 × 2 or 6 × 6 pixels are not."""
     size = next(x for x in launch.args if x is not None).element_size()
     return launch.options.get("UNIT", 1) * size == 16 and launch.options.get("D", 16) * size % 16 == 0
 
@@ -418,7 +419,7 @@ def aligned(launch: Launch) -> bool:
 
 
 class Work(NamedTuple):
-    """One pass of an op. Operations of tiles include what is padded and what is computed again."""
+    """One pass of an op. The operations of tiles include padding and what is computed twice."""
 
     label: str
     bytes: int
@@ -427,12 +428,12 @@ class Work(NamedTuple):
     flash: int | None
 
     def modelled(self, gpu: Gpu) -> float:
-        """Seconds: a bound from published peaks, not a measurement."""
+        """Return a bound in seconds from published peaks; this is not a measurement."""
         return max(self.bytes / gpu.bandwidth, self.ours / gpu.flops)
 
 
 def attention_work(shape: AttentionShape, dtype: torch.dtype) -> list[Work]:
-    """The forward and the backward pass."""
+    """Return the work of the forward and of the backward pass."""
     launches = attention_launches(shape, dtype)
     cut = next(i for i, launch in enumerate(launches) if "backward" in launch.kernel.__name__)
     needed, result = flops("attention", Attention(*shape)), []
@@ -445,7 +446,7 @@ def attention_work(shape: AttentionShape, dtype: torch.dtype) -> list[Work]:
 
 
 def _attention_flops(launch: Launch, shape: AttentionShape) -> int:
-    """Operations of all turns of all programs."""
+    """Return the operations of all iterations of all programs."""
     name, products = launch.kernel.__name__.lstrip("_"), _products(launch)
     if not products:
         return 0
@@ -470,7 +471,7 @@ def _flash_flops(shape: AttentionShape, backward: bool) -> int | None:
 
 
 def group_norm_silu_work(shape: GroupNormShape, dtype: torch.dtype, memory_format: torch.memory_format) -> list[Work]:
-    """The forward and the backward pass. Their operations are nominal, and far from any peak."""
+    """Return the work of the forward and of the backward pass. Operations are nominal, and far from any peak."""
     launches = group_norm_silu_launches(shape, dtype, memory_format)
     names = [launch.kernel.__name__ for launch in launches]
     cut = next(i for i, name in enumerate(names) if "backward" in name or "grad" in name)
@@ -484,7 +485,7 @@ def group_norm_silu_work(shape: GroupNormShape, dtype: torch.dtype, memory_forma
 
 
 def _bytes(launches: Iterable[Launch]) -> int:
-    """Bytes of every tensor, once for each kernel that takes it."""
+    """Return the bytes of every tensor, counted once for each kernel that takes it."""
     return sum(x.numel() * x.element_size() for launch in launches for x in launch.args if isinstance(x, torch.Tensor))
 
 
@@ -492,7 +493,7 @@ def _bytes(launches: Iterable[Launch]) -> int:
 
 
 def _print_kernels(variants: list[Variant], architectures: list[int], dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Print the table line by line as the kernels are compiled; what is wrong stands before what a kernel is for."""
+    """Print the table line by line as the kernels are compiled. Faults come before the work that needs the kernel."""
     columns = [field.name for field in fields(Static)]
     widths = [max(6, len(name)) for name in columns[1:]]
     print("  ".join([f"{'kernel':16}", *(f"{name:>{w}}" for name, w in zip(columns[1:], widths, strict=True)), "for"]))

@@ -1,4 +1,4 @@
-"""group_norm_silu against PyTorch's group_norm followed by silu, in both memory layouts, forward and backward.
+"""Time group_norm_silu against PyTorch's group_norm followed by silu, in both memory layouts, forward and backward.
 
     python benchmarks/group_norm_silu.py [--dtype float32] [--shape channels_last] [--backward] [--compile]
 
@@ -23,19 +23,19 @@ from ldm_fast.ops.cases import TOLERANCE, GroupNormSilu, bytes_moved, flops, mak
 
 TINY = (GroupNormSilu((2, 64, 7, 7), 32), GroupNormSilu((2, 64, 7, 7), 32, "channels_last"))
 GRADIENTS = ("x", "weight", "bias")
-PEER_SLACK = 64  # times TOLERANCE: what a peer may be off
+PEER_SLACK = 64  # times TOLERANCE: how far off a peer may be
 
 
 def exact(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs in float64, contiguous: PyTorch's channels_last statistics are less exact."""
+    """Return the inputs in float64 and contiguous, since PyTorch's channels_last statistics are less exact."""
     return {key: value.double().contiguous() if isinstance(value, Tensor) else value for key, value in inputs.items()}
 
 
 def functions(bench: Bench) -> dict[str, Callable[..., Tensor]]:
-    """Ours and the peers."""
+    """Return our function and those of the peers."""
     found = {OURS: lambda **kwargs: ops.group_norm_silu(**kwargs, impl=bench.options.impl), "eager": eager}
     if bench.options.compile:
-        torch._dynamo.reset()  # or it would take the sizes of the rows for variable and compile for all of them
+        torch._dynamo.reset()  # otherwise it would treat the sizes as variable and compile for all rows at once
         found["eager, torch.compile"] = torch.compile(eager, dynamic=False)
     return found
 
@@ -60,7 +60,7 @@ def forward_row(bench: Bench, case: GroupNormSilu, dtype: torch.dtype) -> None:
 
 
 def backward_row(bench: Bench, case: GroupNormSilu, dtype: torch.dtype) -> None:
-    """The backward pass alone: at least x and dL/dy are read and dL/dx is written."""
+    """Time only the backward pass. It reads at least x and dL/dy, and writes dL/dx."""
     inputs = make_inputs("group_norm_silu", case, dtype, bench.device)
     grad = torch.empty_like(inputs["x"]).normal_(generator=torch.Generator(bench.device).manual_seed(1))
 
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     p = parser(__doc__, dtypes=("float32", "bfloat16"))
     add_impl_option(p, "group_norm_silu")
     p.add_argument(
-        "--backward", action="store_true", help="the backward pass of each shape, not of the first two alone"
+        "--backward", action="store_true", help="time the backward pass of every shape, not only of the first two"
     )
     bench = Bench("group_norm_silu", p.parse_args(arguments))
     for number, case in enumerate(bench.cases("group_norm_silu", TINY)):

@@ -1,10 +1,10 @@
-"""What latent diffusion asks of attention and group_norm_silu: every shape, recorded from the models themselves.
+"""Every shape that latent diffusion passes to attention and group_norm_silu, recorded from the models themselves.
 
-    python benchmarks/model_shapes.py        # runs the models on the meta device and prints the two tables anew
+    python benchmarks/model_shapes.py        # runs the models on the meta device and prints both tables again
 
 The models are Stable Diffusion 1.x, 2.x, XL (base and refiner) and the x4 upscaler, the LDM zoo, their first stages
-(encoder and decoder) and the text encoders that were trained along. UNets see two images, as with classifier-free
-guidance, first stages one.
+(encoder and decoder) and the text encoders that were trained with them. UNets get two images, as with
+classifier-free guidance; first stages get one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ldm_fast.models.unet import UNet
 
 
 class AttentionShape(NamedTuple):
-    """q (B, H, N, D), k and v (B, H, M, D)."""
+    """A call of attention: q is (B, H, N, D), k and v are (B, H, M, D)."""
 
     B: int
     H: int
@@ -37,7 +37,7 @@ class AttentionShape(NamedTuple):
 
 
 class GroupNormShape(NamedTuple):
-    """x (B, C, H, W); whether SiLU follows, and whether a time embedding scales and shifts."""
+    """A call of group_norm_silu: x is (B, C, H, W). SiLU may follow, and a time embedding may scale and shift."""
 
     B: int
     C: int
@@ -67,7 +67,7 @@ _HEADS = {  # (B, H, D): (N, M)
     (2, 28, 32): ((64, 64), (576, 11), (576, 576)), (2, 30, 32): ((64, 64), (64, 77)),
     (2, 32, 32): ((64, 1), (64, 64)), (2, 42, 32): ((144, 11), (144, 144)), (2, 56, 32): ((36, 11), (36, 36)),
 }
-_MAPS = {  # (B, silu, modulated): C: sides, all square
+_MAPS = {  # (B, silu, modulated): C: sides of the maps, all square
     (1, True, False): {
         128: (64, 128, 192, 256, 384, 512, 768, 1024), 256: (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024),
         512: (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512),
@@ -105,7 +105,7 @@ GROUP_NORM_SILU = [
 
 
 class Recorder(TorchDispatchMode):
-    """The shapes that reach the two ops while it is active."""
+    """Records the shapes that reach the two ops while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,14 +125,14 @@ class Recorder(TorchDispatchMode):
 
 GROUPS = 32  # in all of these models
 TEXT = 77  # tokens of a prompt
-TOKENS = {  # of other contexts: a class; boxes; a prompt's embedding and those of its ten nearest images
+TOKENS = {  # of other contexts: a class; boxes; the embeddings of a prompt and of its ten nearest images
     "LDM ImageNet (vq-f8)": 1,
     "LDM ImageNet (vq-f4)": 1,
     "LDM layout to image (vq-f4)": 92,
     "LDM retrieval-augmented (kl-f16)": 11,
 }
-OTHER_SIZES = {"LDM semantic synthesis (vq-f4)": (128,)}  # of latents, beside the one in the configuration
-FIRST_STAGES = (  # and the sizes of their images
+OTHER_SIZES = {"LDM semantic synthesis (vq-f4)": (128,)}  # of latents, besides the one in the configuration
+FIRST_STAGES = (  # each with the sizes of its images
     (AutoencoderConfig(), (256, 512, 768, 1024)),
     (AutoencoderConfig(block_out_channels=(128, 256, 512)), (256, 512)),
     (AutoencoderConfig(block_out_channels=(128, 128, 256, 256, 512), attention_levels=(4,)), (256, 768)),
@@ -145,11 +145,11 @@ FIRST_STAGES = (  # and the sizes of their images
 TEXT_ENCODERS = (
     TransformerConfig(30522, 1280, 1),
     TransformerConfig(8192, 512, 1, max_length=92),
-)  # all layers are alike
+)  # of one layer, since all layers are alike
 
 
 def unets() -> Iterator[Callable[[], Any]]:
-    """One evaluation of each UNet, for two images."""
+    """Yield one evaluation of each UNet, for two images."""
     seen = set()
     for row in PUBLISHED:
         for size in (row.unet.sample_size, *OTHER_SIZES.get(row.name, ())):
@@ -162,12 +162,12 @@ def unets() -> Iterator[Callable[[], Any]]:
 
 
 def unet(config: UNetConfig, tokens: int) -> Callable[[], Any]:
-    """One evaluation for two images and contexts of that many tokens."""
+    """Return one evaluation for two images, with contexts of `tokens` tokens."""
     model, side = UNet(config), config.sample_size
     added = {}
     if config.addition_time_embed_dim is not None:
         width = config.projection_class_embeddings_input_dim - config.addition_time_embed_dim
-        added = {"text_embeds": torch.empty(2, width), "time_ids": torch.empty(2, 1)}  # in all as wide as needed
+        added = {"text_embeds": torch.empty(2, width), "time_ids": torch.empty(2, 1)}  # together as wide as needed
     context = torch.empty(2, tokens, config.cross_attention_dim) if config.uses_context else None
     labels = None if config.num_class_embeds is None else torch.empty(2, dtype=torch.int64)
     sample, timesteps = torch.empty(2, config.in_channels, side, side), torch.empty(2)
@@ -175,7 +175,7 @@ def unet(config: UNetConfig, tokens: int) -> Callable[[], Any]:
 
 
 def first_stage(config: AutoencoderConfig, side: int) -> Callable[[], Any]:
-    """Encoding and decoding of one image."""
+    """Return a function that encodes and decodes one image."""
     model = (VQModel if isinstance(config, VQConfig) else AutoencoderKL)(config)
     latent = torch.empty(1, config.encoder_channels, *[side // config.downsampling_factor] * 2)
     image = torch.empty(1, config.in_channels, side, side)
@@ -183,13 +183,13 @@ def first_stage(config: AutoencoderConfig, side: int) -> Callable[[], Any]:
 
 
 def text_encoder(config: TransformerConfig) -> Callable[[], Any]:
-    """Two prompts."""
+    """Return a function that encodes two prompts."""
     model, tokens = TransformerEmbedder(config), torch.empty(2, config.max_length, dtype=torch.int64)
     return lambda: model(tokens)
 
 
 def record(runs: Iterable[Callable[[], Any]]) -> Recorder:
-    """What these runs ask of the two ops."""
+    """Return the shapes that these runs pass to the two ops."""
     recorder = Recorder()
     for run in runs:
         with recorder:
@@ -198,7 +198,7 @@ def record(runs: Iterable[Callable[[], Any]]) -> Recorder:
 
 
 def all_runs() -> Iterator[Callable[[], Any]]:
-    """Every model once. To be called, like what it gives, with the meta device as the default."""
+    """Yield one run of every model. Call this, and the runs, with the meta device as the default."""
     yield from unets()
     for config, sides in FIRST_STAGES:
         yield from (first_stage(config, side) for side in sides)

@@ -1,14 +1,15 @@
-"""nearest_codebook against the ways of finding the nearest code that one can install.
+"""Time nearest_codebook against other software that finds the nearest code.
 
     python benchmarks/nearest_codebook.py [--shape k16384-d4] [--threads 2] [--compile]
 
 Peers: the formula of taming-transformers (the whole N×K matrix of distances), torch.cdist, FAISS (IndexFlatL2, which is
-exact, built beforehand) and scikit-learn (pairwise_distances_argmin). Ours must not give one index that float32
-rounding cannot explain, as judged in float64; of a peer up to 1 % may be such. The error in the table is their share.
+exact, built beforehand) and scikit-learn (pairwise_distances_argmin). An index is wrong if float32 rounding cannot
+explain it, as judged in float64. Ours must give no wrong index; up to 1 % of a peer's may be wrong. The error in the
+table is the share of wrong indices.
 
-Two more rows are ours: the op with counts and sums (nearest_codebook_stats), verified by counting again, and, on the
-CPU, plain brute force, which shows how near its loop is to the fused multiply-adds the machine can do. That peak is
-measured in the same run; a matrix product stays below it.
+Two more contenders are ours: the op with counts and sums (nearest_codebook_stats), verified by counting again, and, on
+the CPU, plain brute force. The latter shows how close its loop comes to the machine's peak of fused multiply-adds. That
+peak is measured in the same run; a matrix product stays below it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ldm_fast.ops.cases import NearestCodebook, bytes_moved, flops, make_inputs,
 
 TINY = (NearestCodebook(65, 130, 4), NearestCodebook(65, 130, 4, data="kmeans"), NearestCodebook(65, 130, 40))
 STATS, BRUTE_FORCE = f"{OURS} with stats", f"{OURS} brute force"
-ALLOWED_PEER = 0.01  # of the rows: |z|² + |e|² - 2 z·e cancels, and equal codes may be told apart wrongly
+ALLOWED_PEER = 0.01  # of the rows: |z|² + |e|² - 2 z·e cancels, so the wrong one of two equal codes may be chosen
 Search = Callable[[Tensor, Tensor], Callable[[], Tensor]]
 
 
@@ -63,7 +64,7 @@ LIBRARIES: dict[str, tuple[str, str, Search]] = {
 
 
 def installed(bench: Bench) -> dict[str, Search]:
-    """The libraries that are here; the others are noted as absent."""
+    """Return the libraries that are installed, and note the others as absent."""
     found = {}
     for name, (module, package, search) in LIBRARIES.items():
         try:
@@ -80,15 +81,15 @@ def installed(bench: Bench) -> dict[str, Search]:
 def verdict(
     case: NearestCodebook, z: Tensor, codebook: Tensor, name: str, found: Tensor | tuple[Tensor, ...]
 ) -> Verdict:
-    """How many indices are wrong; of the op with statistics also whether they are those of the indices."""
+    """Judge the indices, and for the op with statistics whether counts and sums match the indices."""
     indices, *statistics = found if isinstance(found, tuple) else (found,)
     if indices.shape != (case.N,) or not ((indices >= 0) & (indices < case.K)).all():
-        return Verdict(float("inf"), False, "not N indices of codes")
+        return Verdict(float("inf"), False, "the result is not N indices of codes")
     if statistics:
         counts, sums = torch.bincount(indices, minlength=case.K), torch.zeros(case.K, case.d, dtype=torch.float64)
         sums = sums.to(z.device).index_add_(0, indices, z.double())
         if not torch.equal(statistics[0], counts) or (statistics[1] - sums).abs().max() > 1e-6 * sums.abs().max():
-            return Verdict(float("inf"), False, "the counts or sums are not those of the indices")
+            return Verdict(float("inf"), False, "the counts or sums do not match the indices")
     count = int(wrong_codes(z, codebook, indices.long()).sum())
     allowed = 0 if name.startswith(OURS) else ALLOWED_PEER * case.N
     return Verdict(count / case.N, count <= allowed, f"{count} of {case.N} indices are wrong")
@@ -114,14 +115,14 @@ def row(
         if reason:
             skipped[name] = reason
         elif name == "torch.cdist" and dtype != torch.float32:
-            skipped[name] = "takes float32"
+            skipped[name] = "takes only float32"
         else:
             contenders[name] = lambda function=function: function(z, codebook)
     for name, search in libraries.items():
         if bench.device.type == "cpu" and dtype == torch.float32:
             contenders[name] = search(z, codebook)
         else:
-            skipped[name] = "takes float32 on the CPU"
+            skipped[name] = "takes only float32 on the CPU"
 
     bench.row(
         str(case),
@@ -137,7 +138,7 @@ def row(
 
 
 def add_ratios(row: dict[str, Any], fma_rate: float | None) -> None:
-    """What only this benchmark asks of a row: what the statistics cost, and how near brute force is to the peak."""
+    """Add what only this benchmark reports: the cost of the statistics, and how close brute force comes to the peak."""
     times = {name: figures["median_ms"] for name, figures in row["contenders"].items()}
     if not times:
         return

@@ -1,11 +1,11 @@
-"""One evaluation of Stable Diffusion 1.x's UNet: ours, with attention alone ours, on PyTorch's own ops, and diffusers.
+"""Time one evaluation of Stable Diffusion 1.x's UNet: ours, only attention ours, PyTorch's own ops, and diffusers.
 
     python benchmarks/unet.py [--full] [--batch 2] [--latent 64] [--compile]
 
-Without --full it has half the channels and half the heads (215 M parameters instead of 860 M), so the widths of the
-heads and the lengths of the sequences are those of the real one. Weights are random, and the same for all. A float32
-result counts as right if it is within 1e-5 (relative L2) of the reference implementation; a half-precision one if its
-error is at most twice that of PyTorch's own ops in the same dtype.
+Without --full the UNet has half the channels and half the heads (215 M parameters instead of 860 M), so the widths of
+the heads and the lengths of the sequences are those of the real one. All contenders have the same random weights. A
+float32 result counts as right if it is within 1e-5 (relative L2) of the reference implementation, a half-precision
+result if its error is at most twice that of PyTorch's own ops in the same dtype.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ TINY = UNetConfig(
     num_attention_heads=2,
 )
 FLOAT32_ERROR = 1e-5
-PEER_ERROR = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}  # all a peer must show is that it is the same network
+PEER_ERROR = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}  # a peer need only show that it is the same network
 EAGER = "PyTorch's ops"
 
 
 def build(config: UNetConfig, bench: Bench) -> UNet:
-    """A UNet with PyTorch's initial weights, drawn after a fixed seed."""
+    """Return a UNet with PyTorch's initial weights, drawn with a fixed seed."""
     torch.manual_seed(0)
     with bench.device:
         model = UNet(config).eval().requires_grad_(False)
@@ -47,7 +47,7 @@ def build(config: UNetConfig, bench: Bench) -> UNet:
 
 
 def build_diffusers(model: UNet, bench: Bench) -> Any | None:
-    """diffusers' UNet with the parameters (the same tensors) of ours, or None if it is not installed."""
+    """Return diffusers' UNet with our parameters (the same tensors), or None if diffusers is not installed."""
     try:
         from diffusers import UNet2DConditionModel
     except ImportError as error:
@@ -84,11 +84,11 @@ def make_contenders(model: UNet, theirs: Any | None, inputs: tuple[Any, ...], co
         with eager_ops():
             return model(*inputs).sample
 
-    contenders = {OURS: ours, f"{OURS}, attention alone": one_op, EAGER: eager}
+    contenders = {OURS: ours, f"{OURS}, attention only": one_op, EAGER: eager}
     if theirs is not None:
         contenders["diffusers"] = lambda: theirs(*inputs).sample
     if compiled:
-        whole = [name for name in contenders if "alone" not in name]
+        whole = [name for name in contenders if "only" not in name]
         contenders |= {f"{name}, torch.compile": compiled_twin(name, model, theirs, inputs) for name in whole}
     return contenders
 
@@ -112,7 +112,7 @@ def row(bench: Bench, config: UNetConfig, label: str, dtype: str) -> None:
     sample, context = sample.to(bench.device), context.to(bench.device)
     kind = getattr(torch, dtype)
     model, sample, context = model.to(kind), sample.to(kind), context.to(kind)
-    # the weights and inputs as rounded, then everything in float32
+    # the rounded weights and inputs, computed in float32
     with use_impl("reference"):
         truth = model.float()(sample.float(), 500, context.float()).sample
     model = model.to(kind)
@@ -128,7 +128,7 @@ def row(bench: Bench, config: UNetConfig, label: str, dtype: str) -> None:
         found, limit = error(out), allowed if name.startswith(OURS) else PEER_ERROR[dtype]
         return Verdict(found, found <= limit, f"relative L2 error {found:.2e}, allowed {limit:.2e}")
 
-    # for ordinary inputs; explain names an op once for each device
+    # for ordinary inputs; explain lists each op once for each device
     chosen = {c.op: c.chosen for c in explain(kind).choices if c.device == bench.device.type}
     who = f"attention by {chosen['attention']}, group_norm_silu by {chosen['group_norm_silu']}"
     bench.row(label, dtype, contenders, verify, implementation=who)
@@ -136,12 +136,10 @@ def row(bench: Bench, config: UNetConfig, label: str, dtype: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     p = parser(__doc__, dtypes=("float32", "bfloat16"))
-    p.add_argument(
-        "--full", action="store_true", help="Stable Diffusion 1.x in its own size: slow, up to 12 GB of memory"
-    )
+    p.add_argument("--full", action="store_true", help="Stable Diffusion 1.x at full size: slow, up to 12 GB of memory")
     p.add_argument("--batch", type=int, default=2, metavar="N", help="default 2: with and without the condition")
     p.add_argument("--latent", type=int, default=64, metavar="N", help="side of the latent (default 64: 512² pixels)")
-    p.add_argument("--tokens", type=int, default=77, metavar="N", help="words of the condition (default 77)")
+    p.add_argument("--tokens", type=int, default=77, metavar="N", help="tokens of the condition (default 77)")
     options = p.parse_args(arguments)
     config, label = (FULL, "SD 1.x") if options.full else (HALF, "SD 1.x at half width")
     if options.quick:
@@ -150,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench("unet", options)
     label += f", batch {options.batch}, {options.latent}x{options.latent}, {options.tokens} tokens"
     if options.shape and options.shape not in label:
-        raise SystemExit(f"unet: no row is called {options.shape!r}; there is: {label}")
+        raise SystemExit(f"unet: the name of the only row does not contain {options.shape!r}: {label}")
     with torch.no_grad():
         for dtype in options.dtype:
             row(bench, config, label, dtype)

@@ -22,7 +22,7 @@ DIGITS, WIDTH, HEADS = 10, 64, 4
 
 
 class Block(nn.Module):
-    """Self attention and a feed-forward network, each normalised before and added to its input."""
+    """Self-attention and a feed-forward network, each with a norm before it and a residual connection around it."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -35,7 +35,7 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each: views, which the kernel reads as they are
         attended = ops.attention(q, k, v, mask=mask)  # (B, H, N, D), laid out as (B, N, H, D) in memory
-        x = x + self.out(attended.transpose(1, 2).flatten(2))  # so that this is a view, too
+        x = x + self.out(attended.transpose(1, 2).flatten(2))  # so this is a view, too
         return x + self.mlp(self.norm2(x))
 
 
@@ -67,6 +67,6 @@ for step in range(1, args.steps + 1):
         right = (logits.argmax(-1) == target).float().mean()
         print(f"step {step:4d}  loss {loss:.3f}  {right:.0%} of the digits are right")
 
-# An explicit implementation runs exactly that one or raises; None takes the best that supports the inputs.
+# An explicit `impl` runs exactly that implementation or raises. None takes the best one that supports the inputs.
 q = torch.randn(1, HEADS, args.length, WIDTH // HEADS)
 torch.testing.assert_close(ops.attention(q, q, q), ops.attention(q, q, q, impl="reference"), rtol=1e-4, atol=1e-5)

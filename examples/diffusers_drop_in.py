@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import ldm_fast
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--pipeline", help="a folder as diffusers writes it")
+parser.add_argument("--pipeline", help="a folder in diffusers' format")
 parser.add_argument("--prompt", default="a lighthouse at dusk")
 parser.add_argument("--steps", type=int, default=10)
 args = parser.parse_args()
@@ -50,7 +50,7 @@ def tiny_pipeline() -> StableDiffusionPipeline:
 
 
 def run(pipe: DiffusionPipeline) -> tuple[np.ndarray, float]:
-    """The picture, (H, W, 3) in [0, 1], and the seconds it took."""
+    """Return the picture, (H, W, 3) in [0, 1], and the seconds it took."""
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
     image = pipe(args.prompt, num_inference_steps=args.steps, generator=generator, output_type="np").images[0]
@@ -60,9 +60,9 @@ def run(pipe: DiffusionPipeline) -> tuple[np.ndarray, float]:
 pipe = DiffusionPipeline.from_pretrained(args.pipeline) if args.pipeline else tiny_pipeline()
 pipe.set_progress_bar_config(disable=True)
 theirs, seconds = run(pipe)
-ldm_fast.accelerate(pipe)  # in place: UNet and autoencoder become ours and share the weights
+ldm_fast.accelerate(pipe)  # in place: our UNet and autoencoder replace theirs and share the weights
 ours, seconds_of_ours = run(pipe)
 
 difference = np.abs(ours - theirs).max()
 assert difference < 2 / 255, difference
-print(f"diffusers {seconds:.2f} s, accelerated {seconds_of_ours:.2f} s, largest difference {difference:.1e} of 1")
+print(f"diffusers {seconds:.2f} s, accelerated {seconds_of_ours:.2f} s, largest difference {difference:.1e} (of 1)")

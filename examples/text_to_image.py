@@ -21,9 +21,9 @@ print(ldm_fast.explain())  # which implementation each op runs on this machine
 
 images = model.generate(args.prompts, seed=args.seed, steps=args.steps)  # uint8 (B, H, W, 3)
 
-# Image i draws its random numbers from seed + i alone, so it is the same in any batch.
+# Image i draws its random numbers only from seed + i, so it is the same in any batch.
 alone = model.generate(args.prompts[-1:], seed=args.seed + len(args.prompts) - 1, steps=args.steps)
-assert (alone[0].int() - images[-1].int()).abs().max() <= 1  # a larger matrix product may round the other way
+assert (alone[0].int() - images[-1].int()).abs().max() <= 1  # a larger matrix product may round differently
 
 row = images.transpose(0, 1).flatten(1, 2)  # side by side: (H, B * W, 3)
 Image.fromarray(row.numpy()).save(args.out)

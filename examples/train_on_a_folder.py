@@ -3,7 +3,7 @@
 python examples/train_on_a_folder.py --pictures my_pictures --run-dir runs/mine
 
 Captions are text files beside the pictures (cat.png, cat.txt). Without --pictures the script draws some coloured shapes
-first. The recipe, train_on_a_folder.toml, is far too small for real pictures: for those start from the shipped one,
+first. The recipe, train_on_a_folder.toml, is far too small for real pictures. For those, start from the shipped one,
 ldm_fast/training/recipes/emoji.toml.
 """
 
@@ -37,7 +37,7 @@ def draw_shapes(folder: Path) -> None:
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--pictures", type=Path, help="a folder of pictures with captions")
 parser.add_argument("--run-dir", type=Path, default=Path(tempfile.gettempdir()) / "ldm_fast_shapes")
-parser.add_argument("--steps", type=int, help="of each stage; default: the recipe's")
+parser.add_argument("--steps", type=int, help="steps of each stage (default: the recipe's)")
 parser.add_argument("--prompts", nargs="*", default=["red disc", "blue square"])
 args = parser.parse_args()
 
@@ -51,7 +51,7 @@ if args.steps is not None:
     first, second = (replace(stage, loop=replace(stage.loop, steps=args.steps)) for stage in stages)
     recipe = replace(recipe, first_stage=first, second_stage=second)
 
-# Stop it when you like, even by kill -9: the same call goes on where it was, bit for bit.
+# You may stop it at any time, even with kill -9. The same call then goes on where it stopped, bit for bit.
 path = train(recipe, args.run_dir / "run")
 
 model = ldm_fast.LatentDiffusion.load(path)

@@ -21,7 +21,7 @@ args = parser.parse_args()
 
 
 class Codebook(nn.Module):
-    """The nearest of K codes to each vector of a map, with the straight-through gradient."""
+    """Replaces each vector of a map by the nearest of K codes, with the straight-through gradient."""
 
     def __init__(self, codes: int, width: int, decay: float = 0.99):
         super().__init__()
@@ -31,7 +31,7 @@ class Codebook(nn.Module):
         self.register_buffer("sums", self.codes.clone())  # (K, d), the sum of those vectors
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B, d, h, w) → the codes, (B, d, h, w), and their indices, (B, h, w)."""
+        """Map z (B, d, h, w) to the nearest codes, (B, d, h, w), and their indices, (B, h, w)."""
         if self.training and not self.started:  # codes far from the latents would never be chosen
             vectors = z.detach().permute(0, 2, 3, 1).flatten(0, 2)
             self.codes.copy_(vectors[torch.randperm(len(vectors))[: len(self.codes)]])
@@ -47,7 +47,7 @@ class Codebook(nn.Module):
 
 
 class VQVAE(nn.Module):
-    """Two convolutions either way around the codebook: 16 × 16 pixels become 4 × 4 codes."""
+    """Two convolutions on either side of the codebook: 16 × 16 pixels become 4 × 4 codes."""
 
     def __init__(self, codes: int, width: int = 8):
         super().__init__()
@@ -64,7 +64,7 @@ class VQVAE(nn.Module):
 
 
 def squares(count: int, generator: torch.Generator) -> Tensor:
-    """(count, 3, 16, 16) in [-1, 1]: a coloured square somewhere on a coloured ground."""
+    """Draw a coloured square somewhere on a coloured ground: (count, 3, 16, 16) in [-1, 1]."""
     ground, colour = torch.rand(2, count, 3, 1, 1, generator=generator) * 2 - 1
     row, column = torch.randint(12, (2, count, 1, 1, 1), generator=generator)
     y, x = torch.arange(16)[:, None], torch.arange(16)

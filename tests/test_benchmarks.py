@@ -20,15 +20,15 @@ from ldm_fast import ops
 from ldm_fast.ops import cpu, dispatch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-# brute force by the native kernels is a row of its own where they are built
+# brute force by the native kernels is another contender if they are built
 NEAREST_CODEBOOK = {"taming", "torch.cdist", "ldm_fast with stats"}
 NEAREST_CODEBOOK |= {"ldm_fast brute force"} if cpu.unavailable() is None else set()
-# options besides --quick, the peers that need nothing installed, those that may be absent, rows
+# options besides --quick, contenders that need nothing installed, peers that may be absent, number of rows
 BENCHMARKS = {
     "attention": (["--backward"], {"SDPA", "SDPA flash", "SDPA math", "eager"}, set(), 8),
     "group_norm_silu": ([], {"eager"}, set(), 8),
     "nearest_codebook": ([], NEAREST_CODEBOOK, {"FAISS", "scikit-learn"}, 3),
-    "unet": ([], {"PyTorch's ops", "ldm_fast, attention alone"}, {"diffusers"}, 2),
+    "unet": ([], {"PyTorch's ops", "ldm_fast, attention only"}, {"diffusers"}, 2),
 }
 FIGURES = ("median_ms", "min_ms", "max_ms", "gflops", "gbs", "share_of_matmul_peak", "share_of_copy")
 
@@ -70,7 +70,7 @@ def test_attention_benchmark_measures_extra_memory() -> None:
 
 
 def off_by_little(op: str) -> Callable[..., torch.Tensor]:
-    """The op with one element of its result a little wrong, but by the reference, which is unet.py's truth."""
+    """The op with one slightly wrong element, except by the reference implementation, which is the truth of unet.py."""
     right = getattr(ops, op)
 
     def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -78,7 +78,7 @@ def off_by_little(op: str) -> Callable[..., torch.Tensor]:
         if dispatch.forced() == "reference":
             return out
         one = (torch.arange(out.numel(), device=out.device) == out.numel() // 2).reshape(out.shape).to(out.dtype)
-        return out + one if op == "nearest_codebook" else out + one * out  # the gradient is wrong as well
+        return out + one if op == "nearest_codebook" else out + one * out  # so that the gradient is wrong as well
 
     return wrong
 
@@ -142,7 +142,7 @@ def test_peer_that_raises_and_unknown_shape(monkeypatch: pytest.MonkeyPatch, cap
     assert nearest_codebook.main(["--quick", "--shape", "d40", "--device", "cpu"]) == 0
     (row,) = last_line(capsys.readouterr().out)["rows"]
     assert row["case"] == "n65-k130-d40" and "raises RuntimeError: out of memory" in row["left_out"]["torch.cdist"]
-    with pytest.raises(SystemExit, match="no row is called 'd7'; there are: n65-k130-d4"):
+    with pytest.raises(SystemExit, match="no row's name contains 'd7'; the rows are: n65-k130-d4"):
         nearest_codebook.main(["--quick", "--shape", "d7", "--device", "cpu"])
 
 

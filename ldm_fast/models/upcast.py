@@ -1,4 +1,4 @@
-"""Computing in float32 with weights that stay in float16."""
+"""Arithmetic in float32 with weights that stay in float16."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.overrides import TorchFunctionMode
 
 
 class Float32Arithmetic(TorchFunctionMode):
-    """While it is entered, an op that is given float32 and float16 tensors casts the latter to float32 first.
+    """A mode in which an op that is given float32 and float16 tensors casts the latter to float32 first.
 
-    So a model with float16 weights computes in float32 when its input is float32. A weight is cast for the op that uses
-    it: no float32 copy of the model exists at any time, and nothing in the model changes, so that other threads may use
-    it meanwhile. The mode holds for the thread that enters it.
+    This makes a model with float16 weights compute in float32 if its input is float32. A weight is cast only for the op
+    that uses it, so no float32 copy of the whole model ever exists. Nothing in the model changes, so other threads may
+    use it meanwhile. The mode applies only to the thread that enters it.
     """
 
     def __torch_function__(

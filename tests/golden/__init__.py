@@ -1,7 +1,7 @@
 """Outputs of the published latent-diffusion models, computed once in float32 on a CPU, and how to read them.
 
-NAME.json has `config` (constructor parameters of the original) and `state_dict` (key -> shape, dtype), NAME.npz inputs
-and outputs. The weights are a function of key and shape, see README.md.
+NAME.json holds `config` (constructor parameters of the original) and `state_dict` (key -> shape, dtype), NAME.npz the
+inputs and outputs. The weights are a function of key and shape; see README.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def state_dict(name: str) -> dict[str, Tensor]:
 
 
 def weight(key: str, shape: tuple[int, ...]) -> Tensor:
-    """Normal numbers seeded by the key: 1/sqrt(fan in) for matrices, 0.1 for vectors, around 1 for gains."""
+    """Return normal numbers seeded by the key: scaled by 1/sqrt(fan in) for matrices, 0.1 for vectors; gains add 1."""
     w = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(shape, dtype=np.float32)
     if len(shape) > 1:
         w *= np.float32(int(np.prod(shape[1:])) ** -0.5)
@@ -46,5 +46,5 @@ def weight(key: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def zoo() -> dict[str, dict[str, Any]]:
-    """The published configurations: constructor parameters and full-size key -> shape maps."""
+    """Return the published configurations: constructor parameters and full-size key -> shape maps."""
     return json.loads(gzip.decompress((FOLDER / "zoo.json.gz").read_bytes()))
