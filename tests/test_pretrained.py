@@ -74,6 +74,81 @@ def test_variants_and_shards(tmp_path):
         AutoencoderKL.from_pretrained(tmp_path)
 
 
+SAVED = {
+    "one file": ({}, ["diffusion_pytorch_model.safetensors"]),
+    "a variant": ({"variant": "fp16"}, ["diffusion_pytorch_model.fp16.safetensors"]),
+    "a pickle": ({"safe_serialization": False}, ["diffusion_pytorch_model.bin"]),
+    "shards": (
+        {"max_shard_size": "400KB"},
+        [
+            *(f"diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+            "diffusion_pytorch_model.safetensors.index.json",
+        ],
+    ),
+    "shards of a variant": (
+        {"max_shard_size": 600_000, "variant": "fp16", "safe_serialization": False},
+        [
+            *(f"diffusion_pytorch_model.fp16-0000{i}-of-00002.bin" for i in (1, 2)),
+            "diffusion_pytorch_model.bin.index.fp16.json",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("before", SAVED)
+@pytest.mark.parametrize("name", SAVED)
+def test_saved_as_asked_for(name, before, tmp_path):
+    """The files that diffusers writes, read as they were saved, whatever was saved there before."""
+    model, (arguments, files) = AutoencoderKL(KL), SAVED[name]
+    AutoencoderKL(KL).save_pretrained(tmp_path, **SAVED[before][0])
+    model.save_pretrained(tmp_path, **arguments)
+    variant = arguments.get("variant")
+    assert same(AutoencoderKL.from_pretrained(tmp_path, variant=variant), model.state_dict())
+    there = {path.name for path in tmp_path.iterdir()} - {"config.json"}
+    assert set(files) <= there and (name != before or set(files) == there)
+    if "one file" not in (name, before):
+        diffusers = pytest.importorskip("diffusers")
+        kind = {"use_safetensors": False} if "safe_serialization" in arguments else {}
+        theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path, variant=variant, low_cpu_mem_usage=False, **kind)
+        assert same(model, theirs.state_dict())
+        if name == before:
+            theirs.save_pretrained(tmp_path / "theirs", **arguments)
+            assert {path.name for path in (tmp_path / "theirs").iterdir()} == {*files, "config.json"}
+
+
+def test_arguments_of_saving_that_cannot_be_honoured(tmp_path):
+    model = AutoencoderKL(KL)
+    for arguments, message in (
+        ({"push_to_hub": True}, "push_to_hub is not supported"),
+        ({"layout": "compvis", "variant": "fp16"}, "takes neither a variant nor"),
+        ({"layout": "compvis", "safe_serialization": False}, "takes neither a variant nor"),
+        ({"max_shard_size": "5 apples"}, "max_shard_size must be a number of bytes or a string.*got '5 apples'"),
+        ({"max_shard_size": 0}, "max_shard_size must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.save_pretrained(tmp_path / "x", **arguments)
+    model.save_pretrained(tmp_path / "y", is_main_process=False)
+    assert [path.name for path in (tmp_path / "y").iterdir()] == ["diffusion_pytorch_model.safetensors"]
+
+
+def test_interrupted_shards_are_no_model(tmp_path, monkeypatch):
+    model = AutoencoderKL(KL)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    written = []
+
+    def fails(tensors, path, metadata):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr("ldm_fast.files.tensors.save_file", fails)
+    with pytest.raises(OSError, match="No space left"):
+        AutoencoderKL(KL).save_pretrained(tmp_path, max_shard_size="100KB")
+    with pytest.raises(CheckpointError, match="holds no diffusion_pytorch_model.safetensors"):
+        AutoencoderKL.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -197,6 +199,51 @@ def test_an_adapter_on_the_autoencoder():
         assert not torch.allclose(ours.decode(z).sample, before)
         ours.disable_adapters()
         torch.testing.assert_close(ours.decode(z).sample, before)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_saved_as_diffusers_saves(kind, tmp_path):
+    """Variants, pickles and shards, under the same names and with every entry of the configuration."""
+    ours, theirs = pair(kind)
+    for model in (ours, theirs):
+        model.register_to_config(my_own="entry")
+    for i, arguments in enumerate(
+        ({"variant": "fp16"}, {"safe_serialization": False}, {"max_shard_size": "100KB", "variant": "ema"})
+    ):
+        folders = [tmp_path / f"{name}{i}" for name in ("ours", "theirs")]
+        for model, folder in zip((ours, theirs), folders, strict=True):
+            model.save_pretrained(folder, **arguments)
+        mine, wanted = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+        assert {re.sub(r"\d{5}", "N", name) for name in mine} == {re.sub(r"\d{5}", "N", name) for name in wanted}
+        configs = [json.loads(files["config.json"]) for files in (mine, wanted)]
+        assert configs[0] == configs[1] and configs[0]["my_own"] == "entry"
+        again = type(theirs).from_pretrained(folders[0], variant=arguments.get("variant"), low_cpu_mem_usage=False)
+        state = ours.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+    with pytest.raises(ValueError, match="use_flashpack is not supported"):
+        ours.save_pretrained(tmp_path, use_flashpack=True)
+    with pytest.raises(TypeError, match="token without push_to_hub"):
+        ours.save_pretrained(tmp_path, token="x")
+
+
+def test_a_saved_pipeline_keeps_its_variant(tmp_path):
+    pipe, _ = text_to_image()
+    ldm_fast.accelerate(pipe).save_pretrained(tmp_path, variant="fp16")
+    for part in ("unet", "vae"):
+        assert {path.name for path in (tmp_path / part).iterdir()} == {
+            "config.json",
+            "diffusion_pytorch_model.fp16.safetensors",
+        }
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, variant="fp16")
+    assert type(again.unet) is diffusers.UNet2DConditionModel
+
+
+def test_uploads_go_to_diffusers(tmp_path, monkeypatch):
+    ours, theirs = pair("AutoencoderKL")
+    sent = []
+    monkeypatch.setattr(type(theirs), "push_to_hub", lambda self, *args, **kwargs: sent.append((args, kwargs)))
+    ours.save_pretrained(tmp_path / "mine", push_to_hub=True, variant="fp16", token="t")
+    assert sent == [(("mine",), {"safe_serialization": True, "variant": "fp16", "token": "t"})]
 
 
 def test_plain_models_know_nothing_of_diffusers():

@@ -8,7 +8,9 @@ its module, since diffusers decides some things by name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, SupportsIndex
 
 from torch import nn
@@ -27,6 +29,13 @@ def stand_in(base: type[nn.Module], kind: str) -> type[nn.Module]:
     """Return the class of the name `kind`, as in diffusers, made from our class `base` or from a stand-in's."""
     cls: type[nn.Module] = _made(_ours(base), kind)
     return cls
+
+
+def entries_of(theirs: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that a class of diffusers is built from; others are notes, such as an EMA's decay."""
+    theirs = getattr(theirs, "_stands_for", theirs)
+    known = inspect.signature(theirs.__init__).parameters  # type: ignore[misc]  # of this very class
+    return {**{name: value for name, value in config.items() if name in known}, "_class_name": theirs.__name__}
 
 
 def _ours(cls: type) -> Any:
@@ -176,6 +185,46 @@ class _Described:
             if name not in self.__dict__.get("_internal_dict", ()):
                 raise
         return super().__getattr__(name)  # type: ignore[misc]  # diffusers', which warns: entries of the configuration
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        *,
+        layout: str = "diffusers",
+        **upload: Any,
+    ) -> None:
+        """As `Pretrained.save_pretrained`; with `push_to_hub` the model is uploaded, too, as diffusers does it.
+
+        `upload` is for `push_to_hub` alone (repo_id, token, ...). ValueError for `use_flashpack`.
+        """
+        if use_flashpack:
+            raise ValueError("save_pretrained: use_flashpack is not supported; .safetensors and .bin files are")
+        if upload and not push_to_hub:
+            raise TypeError(f"save_pretrained: {', '.join(upload)} without push_to_hub=True")
+        super().save_pretrained(  # type: ignore[misc]  # our model's
+            save_directory, is_main_process, save_function, safe_serialization, variant, max_shard_size, layout=layout
+        )
+        if push_to_hub:
+            kept = {"safe_serialization": safe_serialization, "variant": variant}
+            repository = upload.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repository, **kept, **upload)  # diffusers'
+
+    def _own_config(self) -> Any:
+        described = self.__dict__.get("_internal_dict")
+        ours: Any = super()
+        return ours._own_config() if described is None else ours._read_config(entries_of(self._stands_for, described))
+
+    def _config_text(self) -> str:
+        """Return what diffusers would write: entries that we do not know are kept."""
+        text: str = self.to_json_string()
+        return text
 
     def fuse_qkv_projections(self) -> None:
         """Do nothing: attention here is as fast with separate projections; see `join_projections`."""

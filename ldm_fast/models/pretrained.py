@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm_fast.configs.first_stage import VQConfig
 from ldm_fast.files.atomic import write_atomically
+from ldm_fast.files.model_folder import remove_weights, weight_files, write_weights
 from ldm_fast.files.tensors import CheckpointError, read_json, read_shards, read_tensors, write_tensors
 from ldm_fast.interop import compvis, diffusers
 from ldm_fast.interop.diffusers import ModelConfig
@@ -27,14 +28,13 @@ from ldm_fast.interop.names import (
     to_compvis,
     without_training_state,
 )
-from ldm_fast.interop.stand_ins import stand_in
+from ldm_fast.interop.stand_ins import entries_of, stand_in
 from ldm_fast.models.recompute import set_recompute
 
 M = TypeVar("M", bound="Pretrained")
 N = TypeVar("N", bound=nn.Module)
 
 SAVED_LAYOUTS = ("diffusers", "compvis")
-WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of the file
 COMPVIS_WEIGHTS = "model.safetensors"
 STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that a model can compute in
 
@@ -118,7 +118,7 @@ class Pretrained(nn.Module):
         if kind not in cls.stands_for:
             raise TypeError(f"{theirs}: module must be a {' or '.join(cls.stands_for)}, got {kind}")
         values: Mapping[str, Any] = module.config  # type: ignore[assignment]  # diffusers' modules have one
-        config = cls._read_config({**values, "_class_name": kind})
+        config = cls._read_config(entries_of(type(module), values))
         if any(tensor.is_meta for tensor in module.parameters()):
             raise ValueError(f"{theirs}: the module is offloaded; bring its weights back first")
         model: Any = assemble(stand_in(cls, kind), config, module.state_dict(), None, theirs, mixed=True)
@@ -128,32 +128,72 @@ class Pretrained(nn.Module):
         model.describe_as(dict(values))
         return model.train(module.training)
 
-    def save_pretrained(self, path: str | Path, layout: str = "diffusers") -> None:
-        """Write a folder with config.json and the weights as .safetensors, each file whole or not at all.
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        *,
+        layout: str = "diffusers",
+    ) -> None:
+        """Write a folder with config.json and the weights, each file whole or not at all. Arguments as in diffusers.
 
-        layout: "diffusers", a folder that diffusers' `from_pretrained` opens; or "compvis", with the parameter names of
-        the original code, as its programs read them (a UNet under `model.diffusion_model.`).
+        Args:
+            save_directory: the folder.
+            is_main_process: False writes the weights alone and removes nothing.
+            save_function: without effect, as in diffusers.
+            safe_serialization: .safetensors files; if False, pickles (.bin).
+            variant: a part of the weights' file names ("fp16"); the weights keep their dtype.
+            max_shard_size: larger weights are split into files of this size, in bytes or as a string ("5GB").
+            push_to_hub: refused, unless the model stands in for one of diffusers.
+            layout: "diffusers", a folder that diffusers' `from_pretrained` opens; or "compvis", one .safetensors file
+                with the parameter names of the original code, as its programs read them (a UNet under
+                `model.diffusion_model.`).
 
-        Raises CheckpointError (a ValueError) if there are adapters in the model: merge or unload them first.
+        Raises:
+            ValueError: an argument that cannot be honoured.
+            CheckpointError (a ValueError): there are adapters in the model; merge or unload them first.
         """
         if layout not in SAVED_LAYOUTS:
             raise ValueError(f"save_pretrained: layout must be one of {', '.join(SAVED_LAYOUTS)}, got {layout!r}")
-        config = self._own_config()
-        if layout == "diffusers":
-            name, tensors = f"{WEIGHTS}.safetensors", without_training_state(self.state_dict())
-            model = _on_meta(type(self), config)  # not its `layout`: the original code has no name for some parts
-            shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-            check_names(tensors, shapes, f"{type(self).__name__} to save; adapters are to be merged or unloaded first")
-        else:
-            name = COMPVIS_WEIGHTS
-            tensors = {self.compvis_prefix + key: tensor for key, tensor in self.to_compvis().items()}
-        folder = Path(path)
+        if push_to_hub:
+            raise ValueError("save_pretrained: push_to_hub is not supported; upload the folder once it is written")
+        compvis_file = layout == "compvis"
+        if compvis_file and (variant or not safe_serialization):
+            raise ValueError("save_pretrained: layout='compvis' takes neither a variant nor safe_serialization=False")
+        tensors = self._tensors_to_save(layout)
+        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / name, tensors, {"format": "pt"})
-        for other in {f"{WEIGHTS}.safetensors", COMPVIS_WEIGHTS} - {name}:  # of a model saved here before, which
-            (folder / other).unlink(missing_ok=True)  # from_pretrained could not tell from this one
-        content = json.dumps(diffusers.config_to_diffusers(config), indent=2)
-        write_atomically(folder / "config.json", f"{content}\n".encode())
+        if compvis_file:
+            write_tensors(folder / COMPVIS_WEIGHTS, tensors, {"format": "pt"})
+            written = {COMPVIS_WEIGHTS}
+        else:
+            kind = "safetensors" if safe_serialization else "bin"
+            written = write_weights(folder, tensors, kind, variant, max_shard_size)
+        if not is_main_process:
+            return
+        for kind in ("safetensors",) if safe_serialization and not compvis_file else ("safetensors", "bin"):
+            remove_weights(folder, kind, variant, keep=written)
+        if not compvis_file and not variant:
+            (folder / COMPVIS_WEIGHTS).unlink(missing_ok=True)
+        write_atomically(folder / "config.json", self._config_text().encode())
+
+    def _tensors_to_save(self, layout: str) -> dict[str, Tensor]:
+        """Return the state dict without what only training needs. CheckpointError if there are adapters in it."""
+        if layout == "compvis":
+            return {self.compvis_prefix + key: tensor for key, tensor in self.to_compvis().items()}
+        tensors = without_training_state(self.state_dict())
+        model = _on_meta(type(self), self._own_config())  # `layout` names only what the original code has
+        shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        check_names(tensors, shapes, f"{type(self).__name__} to save; adapters are to be merged or unloaded first")
+        return tensors
+
+    def _config_text(self) -> str:
+        return json.dumps(diffusers.config_to_diffusers(self._own_config()), indent=2) + "\n"
 
     def to_compvis(self) -> dict[str, Tensor]:
         """Return the state dict under the names and in the shapes of the original code."""
@@ -197,9 +237,8 @@ def read_folder(folder: Path, variant: str | None) -> tuple[dict[str, Any], str,
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; models are read from local folders, nothing is downloaded")
     config = read_json(folder / "config.json")
-    middle = f".{variant}" if variant else ""
     for kind in ("safetensors", "bin"):
-        file, index = folder / f"{WEIGHTS}{middle}.{kind}", folder / f"{WEIGHTS}.{kind}.index{middle}.json"
+        file, index = (folder / name for name in weight_files(kind, variant))
         if file.is_file():
             return config, "diffusers", read_tensors(file).tensors
         if index.is_file():
@@ -208,7 +247,7 @@ def read_folder(folder: Path, variant: str | None) -> tuple[dict[str, Any], str,
         tensors = read_tensors(folder / COMPVIS_WEIGHTS).tensors
         return config, "compvis", {name.removeprefix(UNET_PREFIX): tensor for name, tensor in tensors.items()}
     there = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
-    wanted = f"{WEIGHTS}{middle}.safetensors"
+    wanted, _ = weight_files("safetensors", variant)
     raise CheckpointError(f"{folder} holds no {wanted}; weights there: {', '.join(there) or 'none'}")
 
 
