@@ -127,6 +127,10 @@ def test_the_configuration_can_be_changed():
     ours.conv_in = torch.nn.Conv2d(5, 32, 3, padding=1)
     assert ours.config.in_channels == ours.config["in_channels"] == 5 and ours.config.my_own == "entry"
     assert ours(torch.ones(1, 5, 8, 8), 3, CONTEXT[:1]).sample.shape == (1, 4, 8, 8)
+    ours.conv_in = torch.nn.Conv2d(8, 32, 3, padding=1)  # as programs do that never tell the configuration
+    assert ours(torch.ones(1, 8, 8, 8), 3, CONTEXT[:1]).sample.shape == (1, 4, 8, 8)
+    with pytest.raises(ValueError, match=r"sample must be \(B, 8, H, W\), got \(1, 4, 8, 8\)"):
+        ours(sample()[:1], 3, CONTEXT[:1])
     ours._internal_dict = diffusers.configuration_utils.FrozenDict({**ours.config, "sample_size": 16})  # pipelines do
     assert ours.config.sample_size == ours.sample_size == 16 and ours.config.in_channels == 5
     assert pickle.loads(pickle.dumps(ours)).config == ours.config

@@ -189,11 +189,6 @@ class UNetConfig(UNetDetails):
         return not self.is_conditional and self.time_embedding_type == "fourier"
 
     @property
-    def sample_channels(self) -> int:
-        """The channels of the sample: all that enter the network but the four that are made of a hint."""
-        return self.in_channels - (4 if self.addition_embed_type == "image_hint" else 0)
-
-    @property
     def given_context_channels(self) -> int | None:
         """The width of the context that the network is called with, before any projection."""
         return self.encoder_hid_dim or self.cross_attention_dim

@@ -37,6 +37,7 @@ from ldm_fast.models.unet_inputs import (
     check_residuals,
     check_sample,
     given,
+    sample_channels,
 )
 from ldm_fast.ops.op import autocast_dtype
 
@@ -251,7 +252,7 @@ class UNet(Pretrained):
         class_labels: Tensor | None,
         timestep_cond: Tensor | None,
     ) -> None:
-        check_sample(self.config, sample, timestep, timestep_cond)
+        check_sample(self.config, sample_channels(self.config, self.conv_in), sample, timestep, timestep_cond)
         plain = "forward" not in self.conv_in.__dict__ and not self.conv_in._forward_pre_hooks  # else these may convert
         if plain and autocast_dtype(sample) is None:
             check_dtypes(self.dtype, sample=sample, encoder_hidden_states=context, timestep_cond=timestep_cond)

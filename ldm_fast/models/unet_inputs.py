@@ -19,10 +19,20 @@ def check_dtypes(dtype: torch.dtype, **inputs: Tensor | None) -> None:
             raise ValueError(f"UNet: {name} must be {dtype} as the weights are, got {tensor.dtype}")
 
 
-def check_sample(config: UNetConfig, sample: Tensor, timestep: Any, timestep_cond: Tensor | None) -> None:
+def sample_channels(config: UNetConfig, conv_in: torch.nn.Module) -> int | None:
+    """Return the channels of the sample: all that the first layer takes but the four that are made of a hint.
+
+    The layer may have been exchanged for one that takes more. None if it does not tell.
+    """
+    channels = getattr(conv_in, "in_channels", None)
+    return channels - (4 if config.addition_embed_type == "image_hint" else 0) if isinstance(channels, int) else None
+
+
+def check_sample(
+    config: UNetConfig, channels: int | None, sample: Tensor, timestep: Any, timestep_cond: Tensor | None
+) -> None:
     """ValueError if the latent, the timesteps or their condition have the wrong shape."""
-    channels = config.sample_channels
-    if sample.ndim != 4 or sample.shape[1] != channels:
+    if sample.ndim != 4 or sample.shape[1] != (channels or sample.shape[1]):
         raise ValueError(f"UNet: sample must be (B, {channels}, H, W), got {tuple(sample.shape)}")
     batch = sample.shape[0]
     shape = () if isinstance(timestep, (float, int)) else getattr(timestep, "shape", None)  # NumPy's have one, too
