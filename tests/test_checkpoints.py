@@ -193,6 +193,12 @@ def test_whole_checkpoint(kind, whole, tmp_path):
         checkpoints.load(path, config={"unet": UNET}, parts=["vae"])
 
 
+@pytest.mark.parametrize(("latent", "pixels"), [(12, 24), ((8, 12), (16, 24)), (None, KL.sample_size)])
+def test_first_stage_is_as_large_as_the_latents_say(whole, latent, pixels):
+    found = inspect_tensors(whole, Path("x"), {"unet": replace(UNET, sample_size=latent)})
+    assert found.parts["first_stage"].config.sample_size == pixels
+
+
 def test_a_text_encoder_without_its_tokenizer(tmp_path):
     """The file has the network alone, and words say nothing to it."""
     text = TransformerConfig(vocab_size=len(WORDS), width=8, depth=1, max_length=4)

@@ -242,8 +242,11 @@ def _recognise_first_stage(tensors: Mapping[str, Tensor], found: Found) -> Autoe
         found.scaling_factor = config.scaling_factor
         found.assumed.append(f"scaling factor {config.scaling_factor}")
         return config
-    size = unet.config.sample_size * config.downsampling_factor
-    return replace(config, sample_size=size, scaling_factor=found.scaling_factor)
+    size, factor = unet.config.sample_size, config.downsampling_factor
+    if size is None:
+        return replace(config, scaling_factor=found.scaling_factor)
+    pixels = size * factor if isinstance(size, int) else (size[0] * factor, size[1] * factor)
+    return replace(config, sample_size=pixels, scaling_factor=found.scaling_factor)
 
 
 def _recognise_encoder(tensors: Mapping[str, Tensor], found: Found) -> Config:
