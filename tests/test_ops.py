@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm_fast import ops, use_impl
-from ldm_fast.ops import codebook_op, cpu, dispatch
+from ldm_fast.ops import codebook_op, cpu, dispatch, pytorch
 from ldm_fast.ops.arguments import Norm
 from ldm_fast.ops.cases import CASES, TOLERANCE, Attention, GroupNormSilu, NearestCodebook, make_inputs, wrong_codes
 from ldm_fast.ops.explain import explain
@@ -783,6 +783,28 @@ def test_use_impl(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+@pytest.mark.skipif(why_not("attention", "torch") is not None, reason=str(why_not("attention", "torch")))
+def test_attention_is_pytorchs_where_that_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 on tile units (AMX): there our kernels run at a half to a fifth of PyTorch's speed."""
+
+    def chosen(keys: int, width: int, dtype: torch.dtype = torch.bfloat16, mask: Tensor | None = None) -> str:
+        q, k = torch.zeros(1, 2, 16, width, dtype=dtype), torch.zeros(1, 2, keys, width, dtype=dtype)
+        return dispatch.choose("attention", None, (q, k, k, mask, 1.0))
+
+    usual = chosen(1024, 40, torch.float32)
+    monkeypatch.setattr(pytorch, "amx_is_used", lambda: True)
+    assert chosen(1024, 40) == chosen(77, 160) == chosen(4096, 512) == "torch"
+    assert chosen(77, 40) == chosen(77, 80) == usual
+    assert chosen(1024, 40, torch.float32) == chosen(1024, 40, torch.float16) == usual
+    assert chosen(1024, 40, mask=torch.ones(1, 2, 16, 1024, dtype=torch.bool)) == usual, "nobody has measured masks"
+    with use_impl("reference"):
+        assert chosen(1024, 40) == "reference"
+    monkeypatch.setattr(pytorch, "flash_attention_for_cpu", None)
+    assert chosen(1024, 40) == usual
+    with pytest.raises(ValueError, match="impl='torch' cannot run here: PyTorch .* has no attention for CPUs that"):
+        ops.attention(*torch.zeros(3, 1, 1, 2, 8), impl="torch")
+
+
 def test_use_impl_of_threads_that_overlap() -> None:
     first, second = use_impl("reference"), use_impl("cpu")
     first.__enter__(), second.__enter__()
@@ -893,7 +915,7 @@ BAD_CALLS = [
     ("attention", {"mask": X(4, 5, device="meta")}, ValueError, "device of q"),
     ("attention", {"mask": X(4, 5, requires_grad=True)}, ValueError, "detach"),
     ("attention", {"scale": "large"}, TypeError, "scale must be a number"),
-    ("attention", {"impl": "cuda"}, ValueError, "impl must be None or one of triton, cpu, reference, got 'cuda'"),
+    ("attention", {"impl": "cuda"}, ValueError, "one of triton, cpu, torch, reference, got 'cuda'"),
     ("group_norm_silu", {"x": None}, TypeError, "x must be a tensor"),
     ("group_norm_silu", {"x": X(6)}, ValueError, "0 to 3 spatial dims"),
     ("group_norm_silu", {"x": X(2, 6, 1, 1, 1, 1)}, ValueError, "0 to 3 spatial dims"),

@@ -84,3 +84,25 @@ def test_what_goes_on_is_seen() -> None:
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     assert torch_private.global_hooks_may_exist()
     handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "used"),
+    [
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX", True),
+        ("ONEDNN_MAX_CPU_ISA", "avx512_core_bf16", False),
+        ("DNNL_MAX_CPU_ISA", "AVX2", False),
+        ("ATEN_CPU_CAPABILITY", "avx2", False),
+        ("UNRELATED", "AVX2", True),
+    ],
+)
+def test_tile_units_are_used_unless_the_environment_forbids_it(
+    variable: str, value: str, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    assert torch_private.amx_is_used.__wrapped__() is used
+    monkeypatch.delattr("torch.cpu._is_amx_tile_supported")
+    assert torch_private.amx_is_used.__wrapped__() is False

@@ -35,7 +35,7 @@ def attention(
         mask: broadcastable to (B, H, N, M). Boolean: True means may attend. Floating point: added to the scores. It
             gets no gradient. A row whose keys are all masked gives zeros.
         scale: factor of the scores, D ** -0.5 by default.
-        impl: None for the best implementation that supports the inputs, or "triton", "cpu", "reference".
+        impl: None for the best implementation that supports the inputs, or "triton", "cpu", "torch", "reference".
 
     Returns:
         (B, H, N, D) in q's dtype. The memory is laid out (B, N, H, D), so merging the heads is free. Autocast lowers q,

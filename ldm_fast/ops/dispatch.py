@@ -23,12 +23,14 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
-_CPU, _CUDA, _REFERENCE = "ldm_fast.ops.cpu", "ldm_fast.ops.cuda", "ldm_fast.ops.reference"
+_CPU, _CUDA, _TORCH = "ldm_fast.ops.cpu", "ldm_fast.ops.cuda", "ldm_fast.ops.pytorch"
+_REFERENCE = "ldm_fast.ops.reference"
 _TRITON_NORM = "ldm_fast.kernels.group_norm_silu"
 
-# Who can compute each op, best first: a name and the module. impl=None takes the first that supports the inputs.
+# Who can compute each op, best first: a name and the module. impl=None takes the first that supports the inputs. One
+# that was measured to be the fastest for inputs like these, on a machine like this, comes before all others.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "attention": {"triton": "ldm_fast.kernels.attention", "cpu": _CPU, "reference": _REFERENCE},
+    "attention": {"triton": "ldm_fast.kernels.attention", "cpu": _CPU, "torch": _TORCH, "reference": _REFERENCE},
     "group_norm_silu": {"triton": _TRITON_NORM, "cpu": _CPU, "reference": _REFERENCE},
     # The two halves of group_norm_silu, for the parts of an image that is never in memory as a whole.
     "group_norm_stats": {"triton": _TRITON_NORM, "cpu": _CPU, "reference": _REFERENCE},
@@ -44,7 +46,7 @@ _forced: list[tuple[str | None, object]] = []  # one entry for each open `use_im
 
 @contextlib.contextmanager
 def use_impl(name: str | None) -> Iterator[None]:
-    """Make every op with `impl=None` run `name` inside the `with` block: "triton", "cuda", "cpu" or "reference".
+    """Make every op with `impl=None` run `name` inside the `with` block: "triton", "cuda", "cpu", "torch", "reference".
 
     An op that has no implementation of that name (nearest_codebook has no "triton") chooses as usual; one that has it
     but cannot run it here raises, as an explicit `impl=` would. A backward pass obeys the setting at the moment it
@@ -69,11 +71,12 @@ def forced() -> str | None:
 
 
 class Implementation(NamedTuple):
-    """The functions of one implementation of an op: `<op>`, `<op>_backward` and `<op>_unsupported` of its module."""
+    """The functions of one implementation of an op: `<op>`, `<op>_backward`, … of its module."""
 
     compute: Callable[..., Any]
     backward: Callable[..., Any]
     unsupported: Callable[..., str | None]  # why it cannot compute these arguments; None if it can
+    preferred: Callable[..., bool] | None = None  # whether it was measured to be the fastest for these arguments
 
 
 @functools.cache
@@ -85,7 +88,8 @@ def implementation(op: str, impl: str) -> Implementation:
     if not hasattr(module, op):
         return _missing(f"{module.__name__} does not compute {op}")
     backward = getattr(module, f"{op}_backward", None) or _missing(f"{op} has no gradient").compute
-    return Implementation(getattr(module, op), backward, getattr(module, f"{op}_unsupported", lambda *_: None))
+    unsupported = getattr(module, f"{op}_unsupported", lambda *_: None)
+    return Implementation(getattr(module, op), backward, unsupported, getattr(module, f"{op}_preferred", None))
 
 
 def _load(path: str) -> ModuleType | str:
@@ -111,6 +115,13 @@ def _missing(reason: str) -> Implementation:
     return Implementation(compute, compute, lambda *_: reason)
 
 
+@functools.cache
+def _preferences(op: str) -> tuple[tuple[str, Callable[..., bool]], ...]:
+    """Return the implementations that may be preferred, and who says whether they are."""
+    found = ((name, implementation(op, name).preferred) for name in IMPLEMENTATIONS[op])
+    return tuple((name, preferred) for name, preferred in found if preferred is not None)
+
+
 def why_not(op: str, impl: str, args: tuple[Any, ...]) -> str | None:
     """Return why `impl` cannot compute `op` of these arguments here; None if it can."""
     return implementation(op, impl).unsupported(*args)
@@ -119,11 +130,15 @@ def why_not(op: str, impl: str, args: tuple[Any, ...]) -> str | None:
 def consider(op: str, impl: str | None, args: tuple[Any, ...]) -> tuple[str | None, list[tuple[str, str]]]:
     """Return who runs `op` on these arguments, and who was considered before, each with the reason it cannot.
 
-    That is `impl` if it is given, else what `use_impl` asks for, else the first in the table that can. The name is
-    None if nobody can.
+    That is `impl` if it is given, else what `use_impl` asks for, else one that is preferred for these arguments, else
+    the first in the table that can. The name is None if nobody can.
     """
     wanted = impl or (_forced[-1][0] if _forced else None)
     passed_over: list[tuple[str, str]] = []
+    if wanted not in IMPLEMENTATIONS[op]:
+        for name, preferred in _preferences(op):
+            if preferred(*args) and why_not(op, name, args) is None:
+                return name, passed_over
     for name in (wanted,) if wanted in IMPLEMENTATIONS[op] else IMPLEMENTATIONS[op]:
         reason = why_not(op, name, args)
         if reason is None:

@@ -1,12 +1,15 @@
-"""What PyTorch is doing around a call, asked by its private names. No other file uses them.
+"""PyTorch's private names: what it is doing around a call, and what it can do. No other file uses them.
 
 Hot paths ask these questions on every call, and PyTorch has no public answer, or one that takes longer than a small
 op. Where a version of PyTorch lacks a name, the question is answered "perhaps", which is True, and the caller takes
 the public road: the dispatcher, a look at each tensor, or the call of a layer. The result is the same, only later.
+A function that a version of PyTorch lacks is None, and nothing is computed by it.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +37,25 @@ _count_function_modes = _question("_C._len_torch_function_stack")
 _innermost_transform = _question("_C._functorch.peek_interpreter_stack")
 _is_profiling = _question("autograd._profiler_enabled")
 _is_any_autocast_on = _question("_C._is_any_autocast_enabled")
+
+
+# (q, k, v, attn_mask=None, scale=None) → out, log-sum-exp; and its gradients.
+flash_attention_for_cpu: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+flash_attention_for_cpu_backward: Any = getattr(
+    torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None
+)
+
+
+@functools.cache
+def amx_is_used() -> bool:
+    """Whether PyTorch multiplies bfloat16 matrices on Intel's tile units here; False if it cannot be found out.
+
+    The environment variables that hold PyTorch and its library oneDNN back to narrower instructions count, too.
+    """
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    library = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
+    allowed = "AMX" in library or library in ("ALL", "DEFAULT")
+    return bool(supported and supported() and allowed and "ATEN_CPU_CAPABILITY" not in os.environ)
 
 
 def someone_may_watch() -> bool:
