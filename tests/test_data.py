@@ -1,6 +1,7 @@
 """Training data: emojis, folders of images, and what goes wrong with them."""
 
 import json
+import sys
 import zlib
 
 import pytest
@@ -151,6 +152,120 @@ def test_transparency_becomes_white_and_the_middle_is_kept(tmp_path):
     found = folder_images(tmp_path, 10)
     assert int(found.images[0].min()) == 255
     assert found.images[1, :, 5, 5].tolist() == [0, 0, 255]
+
+
+# What is left out of a folder
+
+
+@pytest.fixture
+def links(tmp_path):
+    """A class of pictures, and a folder elsewhere with one picture more."""
+    if sys.platform == "win32":
+        pytest.skip("symbolic links need a privilege there")
+    root, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    picture(root / "x" / "1.png", "red")
+    picture(elsewhere / "deep" / "2.png", "blue")
+    return root, elsewhere
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_links_are_followed(links):
+    """To folders, to files, from the root, and twice to one folder."""
+    root, elsewhere = links
+    (root / "y").symlink_to(elsewhere)
+    (root / "z").symlink_to(elsewhere)
+    (root / "x" / "3.png").symlink_to(elsewhere / "deep" / "2.png")
+    found = folder_images(root, 8)
+    assert found.classes == ("x", "y", "z") and found.labels.tolist() == [0, 0, 1, 2] and found.left_out == ()
+    assert found.names == ("x/1.png", "x/3.png", "y/deep/2.png", "z/deep/2.png")
+    (root.parent / "link").symlink_to(root)
+    assert folder_images(root.parent / "link", 8).names == found.names
+
+
+def test_loops_of_links_are_errors(links):
+    root, elsewhere = links
+    for place, target in ((root / "x" / "up", root), (root / "y", root.parent), (root / "x" / "here", root / "x")):
+        place.symlink_to(target)
+        with pytest.raises(DataError, match="is a link back to a folder that it lies in"):
+            folder_images(root, 8)
+        place.unlink()
+    (root / "y").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root)
+    with pytest.raises(DataError, match=r"y.back is a link back"):
+        folder_images(root, 8)
+    (elsewhere / "back").unlink()
+    (root / "a.png").symlink_to(root / "b.png")
+    (root / "b.png").symlink_to(root / "a.png")
+    with pytest.raises(DataError, match=r"a\.png is a link in a circle"):
+        folder_images(root, 8)
+
+
+def test_links_that_lead_nowhere_are_named(links):
+    root, _ = links
+    (root / "x" / "9.png").symlink_to(root / "gone.png")
+    (root / "y").symlink_to(root / "gone")
+    with pytest.warns(UserWarning, match=r"left out: 2 links that lead nowhere \(x/9\.png, y\)$"):
+        assert folder_images(root, 8).left_out == ("x/9.png", "y")
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_suffixes_in_any_case(tmp_path):
+    for name in ("a.JPG", "b.Jfif", "c.PNG", "d.TIFF", "e.WebP", "f.jpe"):
+        kind = {"b": "jpeg", "f": "jpeg"}.get(name[0])
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name, kind)
+        (tmp_path / name).with_suffix(".TXT" if name[0] in "ac" else ".txt").write_text(name)
+    found = folder_images(tmp_path, 8)
+    assert found.captions == found.names == ("a.JPG", "b.Jfif", "c.PNG", "d.TIFF", "e.WebP", "f.jpe")
+    (tmp_path / "Captions.JSONL").write_text(
+        "".join(json.dumps({"file": n, "caption": "x"}) + "\n" for n in found.names)
+    )
+    with pytest.warns(UserWarning, match="6 files of other kinds, or texts"):
+        assert folder_images(tmp_path, 8).captions == ("x",) * 6
+
+
+def test_avif(tmp_path):
+    features = pytest.importorskip("PIL.features")
+    if "avif" not in features.get_supported():
+        pytest.skip("this Pillow has no AVIF")
+    picture(tmp_path / "a.avif", "red")
+    assert folder_images(tmp_path, 8).names == ("a.avif",)
+
+
+def test_other_files_are_counted_and_named_once(tmp_path):
+    picture(tmp_path / "x" / "a.png", "red")
+    (tmp_path / "y").mkdir()
+    picture(tmp_path / ".thumbs" / "b.png", "red")
+    for name in ("x/c.heic", "x/d.HEIC", "README.md", "x/e.txt", "x/captions.jsonl"):
+        (tmp_path / name).write_text("x")
+    with pytest.warns(UserWarning) as warned:
+        found = folder_images(tmp_path, 8)
+    (message,) = (str(one.message) for one in warned)
+    assert message == (
+        f"{tmp_path}: left out: 1 hidden pictures (.thumbs/b.png); 1 empty folders (y); 5 files of other kinds, "
+        "or texts that are no caption (README.md, x/c.heic, x/captions.jsonl, x/d.HEIC, x/e.txt)"
+    )
+    assert found.classes == ("x",) and len(found.left_out) == 7
+    for number in range(20):
+        (tmp_path / f"{number}.xyz").write_text("x")
+    with pytest.warns(
+        UserWarning, match=r"25 files of other kinds, .*\(0\.xyz, 1\.xyz, 10\.xyz, 11\.xyz, 12\.xyz, …\)"
+    ):
+        folder_images(tmp_path, 8)
+
+
+def test_captions_without_a_picture_are_named(tmp_path):
+    """Other spellings of a path are the same picture."""
+    picture(tmp_path / "x" / "a.png", "red")
+    picture(tmp_path / "x" / "b.png", "red")
+    files = ["./x/a.png", "x\\b.png", str(tmp_path / "x" / "b.png"), "x/../x/b.png", "gone.png", "x/b.heic"]
+    lines = [json.dumps({"file": file, "caption": f"caption {i}"}) for i, file in enumerate(files)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    with pytest.warns(UserWarning) as warned:
+        found = folder_images(tmp_path, 8)
+    assert found.captions == ("caption 0", "caption 3")
+    (message,) = (str(one.message) for one in warned)
+    assert "2 captions in captions.jsonl without a picture (gone.png, x/b.heic)" in message
+    assert "2 captions in captions.jsonl that a later line replaces (x/b.png, x/b.png)" in message
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ class ImageSet:
         captions: N strings, or None.
         labels: N class numbers into `classes`, or None.
         held_out: (N,) bool, True if neither stage may train on the image; default: none is held out.
-        left_out: captions that have no picture.
+        left_out: captions that have no picture, and files that could not be used.
     """
 
     images: Tensor
