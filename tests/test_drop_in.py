@@ -405,12 +405,31 @@ def test_xl_is_left_to_diffusers_pipeline(tmp_path):
 
 
 def test_what_we_cannot_run_is_named():
-    pipe, _ = text_to_image()
-    pipe.unet = unet(act_fn="gelu")
-    with pytest.raises(ValueError, match=r"unet.*act_fn"):
+    """The other parts are replaced; with `strict`, or if there are no others, nothing is."""
+    pipe, arguments = text_to_image()
+    pipe.vae = theirs = vae(act_fn="relu")
+    before = run(pipe, arguments)
+    with pytest.raises(ValueError, match=r"accelerate: vae: AutoencoderKL: act_fn must be"):
+        ldm_fast.accelerate(pipe, strict=True)
+    assert not isinstance(pipe.unet, ldm_fast.UNet)
+    with pytest.warns(UserWarning, match=r"left as diffusers' own: vae: AutoencoderKL: act_fn must be .*relu") as said:
         ldm_fast.accelerate(pipe)
+    assert len(said) == 1 and isinstance(pipe.unet, ldm_fast.UNet) and pipe.vae is theirs
+    assert difference(before, run(pipe, arguments)) <= TOLERANCE
+    alone = diffusers.StableDiffusionPipeline(**{**pipe.components, "unet": None}, requires_safety_checker=False)
+    with pytest.raises(ValueError, match=r"accelerate: vae: AutoencoderKL: act_fn must be"):
+        ldm_fast.accelerate(alone)
     with pytest.raises(TypeError, match="accelerate"):
         ldm_fast.accelerate("stable diffusion")
+
+
+def test_adapters_come_after(lora_file):
+    """Weights that are wrapped already are an error of order, not a part to be left out."""
+    pipe, _ = text_to_image()
+    pipe.load_lora_weights(lora_file)
+    with pytest.raises(ValueError, match=r"accelerate: unet: .*unexpected"):
+        ldm_fast.accelerate(pipe)
+    assert not isinstance(pipe.vae, ldm_fast.AutoencoderKL)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ class Pretrained(nn.Module):
         values: Mapping[str, Any] = module.config  # type: ignore[assignment]  # diffusers' modules have one
         config = cls._read_config(entries_of(type(module), values))
         if any(tensor.is_meta for tensor in module.parameters()):
-            raise ValueError(f"{theirs}: the module is offloaded; bring its weights back first")
+            raise CheckpointError(f"{theirs}: the module is offloaded; bring its weights back first")
         model: Any = assemble(stand_in(cls, kind), config, module.state_dict(), None, theirs, mixed=True)
         trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
         for name, parameter in model.named_parameters():

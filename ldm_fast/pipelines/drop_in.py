@@ -9,10 +9,12 @@ or one component at a time: `pipe.unet = ldm_fast.UNet.from_diffusers(pipe.unet)
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 from torch import nn
 
+from ldm_fast.files.tensors import CheckpointError
 from ldm_fast.interop.stand_ins import require_diffusers
 from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
 from ldm_fast.models.memory import fixed_weights
@@ -21,7 +23,7 @@ from ldm_fast.models.unet import UNet
 REPLACED = {kind: ours for ours in (UNet, AutoencoderKL, VQModel) for kind in ours.stands_for}
 
 
-def accelerate(pipe: Any) -> Any:
+def accelerate(pipe: Any, strict: bool = False) -> Any:
     """Replace every UNet and first stage of a diffusers pipeline by ours, in place, and return the pipeline.
 
     The weights are shared, not copied; `pipe.unet.join_projections()` trades that for fewer products. Other components
@@ -29,34 +31,45 @@ def accelerate(pipe: Any) -> Any:
     opens without us. Weights must not be trained during a call of the pipeline, because what does not change between
     its steps is computed once. Accelerate a pipeline made of its components, too.
 
+    A part with a configuration that we cannot run stays as it is, too, and a warning says which and why.
+
+    Args:
+        pipe: the pipeline.
+        strict: raise ValueError for such a part instead, and replace nothing.
+
     Raises:
         TypeError: `pipe` is not a diffusers pipeline.
-        ValueError: it has no UNet and no first stage, or one with a configuration that we cannot run, or one that is
-            compiled or offloaded already. Nothing is replaced then.
+        ValueError: no part of it can be replaced, or a part is compiled, offloaded or wrapped by adapters already.
+            Nothing is replaced then.
     """
     diffusers = require_diffusers()
     if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise TypeError(f"accelerate: pipe must be a diffusers pipeline, got {type(pipe).__name__}")
-    replaced, ours = {}, tuple(REPLACED.values())
+    ours = tuple(REPLACED.values())
     parts = {name: part for name, part in pipe.components.items() if part is not None}
     modules = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # as before torch.compile
-    for name, module in modules.items():
-        kind = type(module).__name__
-        if kind not in REPLACED or isinstance(module, ours):
-            continue
+    known = {name: module for name, module in modules.items() if type(module).__name__ in REPLACED}
+    foreign = {name: module for name, module in known.items() if not isinstance(module, ours)}
+    replaced, refused = {}, {}
+    for name, module in foreign.items():
         _check_untouched(name, parts[name])
         try:
-            replaced[name] = REPLACED[kind].from_diffusers(module)
-        except ValueError as error:
+            replaced[name] = REPLACED[type(module).__name__].from_diffusers(module)
+        except CheckpointError as error:
             raise ValueError(f"accelerate: {name}: {error}") from error
-    if not replaced and not any(isinstance(module, ours) for module in modules.values()):
+        except ValueError as error:
+            refused[name] = f"{name}: {error}"
+    if not known:
         found = ", ".join(f"{name} ({type(part).__name__})" for name, part in parts.items())
         raise ValueError(
             f"accelerate: {type(pipe).__name__} has no {', '.join(REPLACED)} to replace; its components are {found}"
         )
+    if refused and (strict or len(refused) == len(known)):
+        raise ValueError(f"accelerate: {'; '.join(refused.values())}")
+    if refused:
+        warnings.warn(f"accelerate: left as diffusers' own: {'; '.join(refused.values())}", stacklevel=2)
     for name, module in replaced.items():
         setattr(pipe, name, module)
-        pipe.register_to_config(**{name: ("diffusers", type(module).__name__)})
     pipe.__class__ = _with_fixed_weights(pipe.__class__)
     return pipe
 
