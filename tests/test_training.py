@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import os
@@ -11,15 +12,18 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
 import torch
 from PIL import Image
+from small_models import KL, UNET, VQ
 from torch import nn
 
 from ldm_fast.configs.first_stage import AutoencoderConfig
-from ldm_fast.models.autoencoder import AutoencoderKL
+from ldm_fast.models.autoencoder import AutoencoderKL, VQModel
+from ldm_fast.models.unet import UNet
 from ldm_fast.pipelines.latent_diffusion import LatentDiffusion
 from ldm_fast.training import (
     CheckpointError,
@@ -29,6 +33,7 @@ from ldm_fast.training import (
     checkpoint,
     export,
     load_recipe,
+    loop,
     run,
     train,
 )
@@ -42,7 +47,7 @@ from ldm_fast.training.loop import learning_rate_factor
 from ldm_fast.training.recipe import ConfigError, LoopConfig, Phase
 from ldm_fast.training.run import _alone_in, load_first_stage
 from ldm_fast.training.second_stage import SecondStage, multiscale_error
-from ldm_fast.training.stage import DataOrder, capture, seeded, update_weights
+from ldm_fast.training.stage import DataOrder, capture, numbered, seeded, trained_parameters, update_weights
 
 CPU = torch.device("cpu")
 TINY = load_recipe("tiny")
@@ -157,6 +162,48 @@ def test_killed_and_resumed_is_the_same_run(tmp_path, whole, where, occasion, st
     train(TINY, tmp_path, progress=False)
     assert_same_run(tmp_path, whole)
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("stage", ["first_stage", "second_stage"])
+def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path, whole, monkeypatch, stage):
+    """Optimizers' state by number, in the order that parameters had then."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    list_checkpoints(tmp_path / stage / "checkpoints")[-1].unlink()
+    if stage == "first_stage":
+        shutil.rmtree(tmp_path / "second_stage")
+    before, renamed = loop.restore, []
+
+    def restore_numbered(stage, tensors):
+        for name, optimizer in stage.optimizers().items():
+            parameters = trained_parameters(stage, optimizer)
+            for parameter, number in zip(parameters, numbered(parameters), strict=True):
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    tensors[f"optimizer/{name}/{number}/{key}"] = tensors.pop(f"optimizer/{name}/{parameter}/{key}")
+                    renamed.append(key)
+        before(stage, tensors)
+
+    monkeypatch.setattr(loop, "restore", restore_numbered)
+    train(TINY, tmp_path, progress=False)
+    assert len(renamed) > 100
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    "build, digest",
+    [
+        (lambda: UNet(replace(UNET, num_class_embeds=3, layers_per_block=11)), "c259b54d30c3fff0"),
+        (lambda: VQModel(VQ), "29c47ebf7ada183a"),
+        (lambda: AutoencoderKL(KL), "a8d90ce0df17b6dc"),
+    ],
+    ids=["unet", "vq", "kl"],
+)
+def test_the_numbers_that_parameters_had_in_earlier_versions(build, digest):
+    """The digest is of their names in the order they had then."""
+    with torch.device("meta"):
+        names = [name for name, _ in build().named_parameters()]
+    numbers = dict(zip(map(int, numbered([f"model/{name}" for name in names])), names, strict=True))
+    before = "\n".join(numbers[i] for i in range(len(names)))
+    assert hashlib.sha256(before.encode()).hexdigest()[:16] == digest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -257,6 +257,10 @@ class VQModel(_FirstStage):
             config.legacy,
             config.codebook_ema_decay,
         )
+        for name in ("post_quant_conv", "decoder"):  # after the codebook: the order of parameters is that of diffusers
+            part = getattr(self, name)
+            delattr(self, name)
+            setattr(self, name, part)
 
     @_after_offloading
     def encode(

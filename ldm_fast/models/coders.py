@@ -41,8 +41,9 @@ class Decoder(Recomputed):
         super().__init__()
         channels = config.block_out_channels
         self.conv_in = nn.Conv2d(config.encoder_channels, channels[-1], 3, padding=1)
-        self.mid_block = MidBlock(config)
+        middle = MidBlock(config)
         self.up_blocks = nn.ModuleList(DecoderBlock(config, level) for level in reversed(range(len(channels))))
+        self.mid_block = middle  # the order of parameters is that of diffusers
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], EPS)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
@@ -80,8 +81,9 @@ class EncoderBlock(nn.Module):
     def __init__(self, config: AutoencoderConfig, level: int):
         super().__init__()
         channels, count = config.block_out_channels, config.layers_per_block
-        self.resnets = _res_blocks(config, channels[max(level - 1, 0)], channels[level], count)
+        resnets = _res_blocks(config, channels[max(level - 1, 0)], channels[level], count)
         self.attentions = _attentions(config, level, count)
+        self.resnets = resnets
         last = level == len(channels) - 1
         self.downsamplers = None if last else nn.ModuleList([Downsample(channels[level], asymmetric=True)])
 
@@ -99,8 +101,9 @@ class DecoderBlock(nn.Module):
     def __init__(self, config: AutoencoderConfig, level: int):
         super().__init__()
         channels, count = config.block_out_channels, config.layers_per_block + 1
-        self.resnets = _res_blocks(config, channels[min(level + 1, len(channels) - 1)], channels[level], count)
+        resnets = _res_blocks(config, channels[min(level + 1, len(channels) - 1)], channels[level], count)
         self.attentions = _attentions(config, level, count)
+        self.resnets = resnets
         self.upsamplers = None if level == 0 else nn.ModuleList([Upsample(channels[level])])
 
     def forward(self, h: Tensor) -> Tensor:
@@ -117,9 +120,10 @@ class MidBlock(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         channels = config.block_out_channels[-1]
-        self.resnets = _res_blocks(config, channels, channels, 2)
+        resnets = _res_blocks(config, channels, channels, 2)
         attention = config.mid_block_add_attention
         self.attentions = nn.ModuleList([_self_attention(config, channels)]) if attention else None
+        self.resnets = resnets
 
     def forward(self, h: Tensor) -> Tensor:
         h = self.resnets[0](h)

@@ -134,7 +134,12 @@ class SelfAttention2d(Attention):
 
     def __init__(self, channels: int, *, heads: int, head_dim: int, groups: int = 32, eps: float = 1e-5):
         super().__init__(channels, heads=heads, head_dim=head_dim, qkv_bias=True)
-        self.group_norm = GroupNorm(groups, channels, eps)
+        projections = dict(self.named_children())
+        for name in projections:
+            delattr(self, name)
+        self.group_norm = GroupNorm(groups, channels, eps)  # first: the order of parameters is that of diffusers
+        for name, layer in projections.items():
+            setattr(self, name, layer)
 
     def forward(self, x: Tensor, conditions: Conditions | None = None) -> Tensor:  # type: ignore[override]  # of a map
         tokens = _to_tokens(self.group_norm(x))  # (B, H·W, C)

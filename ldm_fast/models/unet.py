@@ -80,8 +80,9 @@ class UNet(Pretrained):
 
         levels = range(len(channels))
         self.down_blocks = nn.ModuleList(DownBlock(config, level, time_channels) for level in levels)
-        self.mid_block = None if config.mid_block_type is None else MidBlock(config, time_channels)
+        middle = None if config.mid_block_type is None else MidBlock(config, time_channels)
         self.up_blocks = nn.ModuleList(UpBlock(config, level, time_channels) for level in reversed(levels))
+        self.mid_block = middle  # after the way up: optimizers know parameters by diffusers' order
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_act = activation(config.act_fn if config.is_conditional else "silu")
         self.conv_out = _convolution(channels[0], config.out_channels, config.conv_out_kernel)

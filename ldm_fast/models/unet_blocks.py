@@ -93,6 +93,7 @@ class Block(Recomputed):
     """Residual blocks and attention; with `gradient_checkpointing` their inside is computed twice instead of stored.
 
     A block without attention has no attribute `attentions`: programs made for diffusers' blocks ask `hasattr`.
+    Attentions come before residual blocks in the order of parameters, as in diffusers' blocks.
     """
 
     resnets: nn.ModuleList
@@ -117,11 +118,12 @@ class DownBlock(Block):
         super().__init__()
         channels, block_type = config.block_out_channels, config.down_block_types[level]
         inputs, outputs = channels[max(level - 1, 0)], channels[level]
-        self.resnets = nn.ModuleList(
+        resnets = nn.ModuleList(
             _res_block(config, block_type, inputs if i == 0 else outputs, outputs, time_channels)
             for i in range(config.layers(level))
         )
         self._add_attentions(config, level, block_type, config.depths_down(level))
+        self.resnets = resnets
         last = level == len(channels) - 1
         self.downsamplers = None if last else _resampler(config, level, block_type, time_channels, "down")
 
@@ -157,11 +159,12 @@ class MidBlock(Block):
             config.mid_block_scale_factor,
         )
         count = 1 if kind == "ResnetMidBlock2D" else 2
-        self.resnets = nn.ModuleList(
+        resnets = nn.ModuleList(
             _res_block(config, kind, channels, channels, time_channels, out_scale=scale) for _ in range(count)
         )
         attentions = [_middle_attention(config, kind)] if count == 2 else []
         self.attentions = nn.ModuleList(attentions)  # type: ignore[arg-type]  # None, as there, if there is none
+        self.resnets = resnets
         self.has_cross_attention = "CrossAttn" in kind
 
     def forward(self, h: Tensor, temb: Tensor, conditions: Conditions) -> Tensor:
@@ -200,10 +203,11 @@ class UpBlock(Block):
         count = config.layers(level) + 1
         skips = [*[outputs] * (count - 1), channels[max(level - 1, 0)]]
         inputs = [below, *[outputs] * (count - 1)]
-        self.resnets = nn.ModuleList(
+        resnets = nn.ModuleList(
             _res_block(config, block_type, i + s, outputs, time_channels) for i, s in zip(inputs, skips, strict=True)
         )
         self._add_attentions(config, level, block_type, config.depths_up(level))
+        self.resnets = resnets
         self.upsamplers = None if level == 0 else _resampler(config, level, block_type, time_channels, "up")
 
     def forward(self, h: Tensor, skips: list[Tensor], temb: Tensor, conditions: Conditions) -> Tensor:

@@ -53,8 +53,9 @@ def capture(stage: Stage) -> dict[str, Tensor]:
     for name, module in stage.modules().items():
         tensors.update({f"weights/{name}/{key}": value for key, value in module.state_dict().items()})
     for name, optimizer in stage.optimizers().items():
-        for number, values in optimizer.state_dict()["state"].items():
-            tensors.update({f"optimizer/{name}/{number}/{key}": value for key, value in values.items()})
+        for path, parameter in zip(trained_parameters(stage, optimizer), _parameters(optimizer), strict=True):
+            state = optimizer.state.get(parameter, {})
+            tensors.update({f"optimizer/{name}/{path}/{key}": value for key, value in state.items()})
     tensors.update({f"extra/{name}": value for name, value in stage.extra().items()})
     return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
@@ -65,24 +66,70 @@ def restore(stage: Stage, tensors: dict[str, Tensor]) -> None:
         for name, module in stage.modules().items():
             module.load_state_dict(under(tensors, f"weights/{name}/"))
         for name, optimizer in stage.optimizers().items():
-            _restore_optimizer(optimizer, under(tensors, f"optimizer/{name}/"))
+            _restore_optimizer(optimizer, trained_parameters(stage, optimizer), under(tensors, f"optimizer/{name}/"))
         for name, value in stage.extra().items():
             value.copy_(tensors[f"extra/{name}"])
     except (KeyError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"the checkpoint does not fit the recipe's {stage.name}: {error}") from error
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
     """State tensors get the memory layout of their parameter: the fused optimizers read both in memory order."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = _parameters(optimizer)
+    if all(name.split("/")[0].isdecimal() for name in tensors):  # of an earlier version
+        names = numbered(names)
+    places = {name: i for i, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        number, key = name.split("/", 1)
-        param = params[int(number)]
-        if tensor.shape == param.shape:
+        parameter, key = name.rsplit("/", 1)
+        place = places[parameter]
+        param = params[place]
+        if tensor.ndim:  # all but the number of steps
+            if tensor.shape != param.shape:
+                raise KeyError(f"{key} of {parameter} is {tuple(tensor.shape)}, must be {tuple(param.shape)}")
             tensor = torch.empty_like(param, memory_format=torch.preserve_format).copy_(tensor)
-        state.setdefault(int(number), {})[key] = tensor
+        state.setdefault(place, {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def trained_parameters(stage: Stage, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return "module/parameter" for each of the optimizer's parameters."""
+    names = {p: f"{name}/{key}" for name, module in stage.modules().items() for key, p in module.named_parameters()}
+    return [names[p] for p in _parameters(optimizer)]
+
+
+# Checkpoints of earlier versions hold an optimizer's state by number, in the order that parameters had before they took
+# that of diffusers. These are the modules that have moved among their siblings, in the old order.
+_MOVED = (
+    *("conv_in", "time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj", "encoder"),
+    *("down_blocks", "mid_block", "decoder", "up_blocks", "conv_norm_out", "conv_out"),
+    *("resnets", "attentions", "downsamplers", "upsamplers"),
+    *("to_q", "to_k", "to_v", "to_out", "group_norm"),
+    *("quant_conv", "post_quant_conv", "quantize"),
+)
+
+
+def numbered(names: list[str]) -> list[str]:
+    """Return for each of these parameters the number, as text, that it had in checkpoints of earlier versions."""
+    first: dict[str, int] = {}
+    for place, name in enumerate(names):
+        parts = name.split("/")[-1].split(".")
+        for depth in range(len(parts) + 1):
+            first.setdefault(".".join((name.split("/")[0], *parts[:depth])), place)
+
+    def key(name: str) -> list[tuple[int, int]]:
+        module, path = name.split("/")
+        parts = path.split(".")
+        above = [".".join((module, *parts[:depth])) for depth in range(1, len(parts) + 1)]
+        ranks = [_MOVED.index(part) if part in _MOVED else -1 for part in parts]
+        return [(0, first[module]), *((rank, first[prefix]) for rank, prefix in zip(ranks, above, strict=True))]
+
+    before = {name: str(number) for number, name in enumerate(sorted(names, key=key))}
+    return [before[name] for name in names]
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
