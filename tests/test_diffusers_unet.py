@@ -11,7 +11,6 @@ from compare import assert_same_gradients, gradients, relative_error
 from torch import Tensor, nn
 
 from ldm_fast.configs.unet import UNetConfig
-from ldm_fast.models.layers import Conditions
 from ldm_fast.models.unet import UNet
 
 diffusers = pytest.importorskip("diffusers")
@@ -338,10 +337,10 @@ def test_attention_mask_over_pixels_without_transformers():
         )
         out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         wanted = h + attention.to_out[0](out).transpose(1, 2).unflatten(2, (4, 4))
-        got = attention(h, Conditions(mask=bias))
+        got = attention(h, attention_mask=bias)
     assert relative_error(got, wanted) <= TOLERANCE
     with pytest.raises(ValueError, match=r"attention_mask must be \(B, 16\) for this size, got \(B, 15\)"):
-        attention(h, Conditions(mask=bias[..., 1:]))
+        attention(h, attention_mask=bias[..., 1:])
 
 
 def addresses(model: nn.Module) -> dict[str, int]:
@@ -372,14 +371,15 @@ def residuals(ours: UNet, given: dict) -> tuple[list[Tensor], Tensor]:
     """A ControlNet's: of the shapes of skips and middle."""
     shapes = []
     hooks = [ours.mid_block.register_forward_hook(lambda m, a, out: shapes.append(out.shape))]
-    note = lambda m, a: shapes.append([s.shape for s in a[1]])  # noqa: E731
-    hooks += [block.register_forward_pre_hook(note) for block in ours.up_blocks]
+    note = lambda m, a, k: shapes.append([s.shape for s in k["res_hidden_states_tuple"]])  # noqa: E731
+    hooks += [block.register_forward_pre_hook(note, with_kwargs=True) for block in ours.up_blocks]
     with torch.no_grad():
         ours(**given)
     for hook in hooks:
         hook.remove()
     random = torch.Generator().manual_seed(3)
-    return [torch.randn(s, generator=random) for s in shapes[1]], torch.randn(shapes[0], generator=random)
+    down = [shape for block in reversed(shapes[1:]) for shape in block]
+    return [torch.randn(s, generator=random) for s in down], torch.randn(shapes[0], generator=random)
 
 
 @pytest.mark.parametrize("name", ["sd1", "xl"])
@@ -454,7 +454,7 @@ def test_processors_are_named_and_ordered_as_in_diffusers():
     assert list(ours.attn_processors) == list(theirs.attn_processors)
     ours.set_attn_processor(theirs.attn_processors)  # plain ones: nothing changes
     assert_same(theirs, ours, inputs("sd1"))
-    with pytest.raises(ValueError, match="Strange computes attention in a way of its own"):
+    with pytest.raises(TypeError, match="a processor must be callable, got Strange"):
         ours.set_attn_processor(type("Strange", (), {})())
     with pytest.raises(ValueError, match="needs one processor for each attention; missing or unknown: "):
         ours.set_attn_processor({})
@@ -526,8 +526,6 @@ def test_ip_adapter_errors(with_images):
     ):
         with pytest.raises(ValueError, match=message):
             ours(**given, cross_attention_kwargs={"ip_adapter_masks": masks})
-    with pytest.raises(ValueError, match="may hold ip_adapter_masks, got gligen"):
-        ours(**given, cross_attention_kwargs={"gligen": {}})
     for processor in ours.attn_processors.values():
         if hasattr(processor, "scale"):
             processor.scale = [[0.7, 0.2]]

@@ -216,7 +216,7 @@ def layout(model: nn.Module, config: Config) -> tuple[Entry, ...]:
     renames = dict(NAMES[type(config)](config))
     # Theirs has 1×1 convolutions in attention over pixels: over a row of them in a UNet, over a map in a first stage.
     pixels = (1,) if isinstance(config, UNetConfig) else (1, 1)
-    heads = {name: m.heads for name, m in model.named_modules() if hasattr(m, "heads") and hasattr(m, "group_norm")}
+    heads = {name: m.heads for name, m in model.named_modules() if getattr(m, "residual_connection", False)}
 
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     grouped: dict[str, list[str]] = {}

@@ -75,7 +75,7 @@ def _built_by_theirs(build: Callable[..., Any]) -> Any:
 
 
 def _conditional_unet(base: Any) -> dict[str, Any]:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
     from diffusers.utils import peft_utils
 
     lora: Any = peft_utils
@@ -90,15 +90,11 @@ def _conditional_unet(base: Any) -> dict[str, Any]:
         finally:
             lora.unscale_lora_layers(self, scale)
 
-    theirs: Any = UNet2DConditionModel
     return {
         "forward": forward,
         "output_class": UNet2DConditionOutput,
         "sample_size": property(lambda self: self.config.sample_size),
         "num_upsamplers": property(lambda self: len(self.up_blocks) - 1),
-        # Our blocks: what `compile_repeated_blocks` compiles, and what `device_map` leaves in one piece.
-        "_repeated_blocks": [*theirs._repeated_blocks, "TransformerBlock"],
-        "_no_split_modules": [*theirs._no_split_modules, "TransformerBlock", "ResBlock", "UpBlock"],
     }
 
 

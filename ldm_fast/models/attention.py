@@ -2,95 +2,162 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_fast import ops
+from ldm_fast.models.attention_processors import (
+    AttnProcessor,
+    ProcessorTools,
+    is_ip_adapter,
+    is_plain_processor,
+    run_processor,
+    warn_unused,
+)
+from ldm_fast.models.image_prompts import Context, image_parts, text_and_images
 from ldm_fast.models.joined import join, linears, separate
 from ldm_fast.models.memory import recall
 
-# Classes of diffusers that compute plain attention, each in its own way.
-PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 
+class Attention(ProcessorTools):
+    """Multi-head attention from tokens to a context, or to the tokens themselves if there is no context.
 
-class ImagePrompts(NamedTuple):
-    """What cross attention looks at besides the text (Ye et al., arXiv:2308.06721), one entry for each IP-Adapter."""
+    With `residual` it is attention over the pixels of a map, to which the result is added, perhaps after a `group_norm`
+    (LDM's AttentionBlock and AttnBlock). Attributes and arguments have diffusers' names.
 
-    embeds: Sequence[Tensor]  # (B, images, tokens, context channels)
-    masks: Sequence[Tensor | None] | None = None  # (1, images, height, width) of any size: where each image counts
-
-
-class AttnProcessor:
-    """Plain attention. diffusers' loaders exchange such objects, and look at the names of their classes."""
-
-
-class Attention(nn.Module):
-    """Multi-head attention from x to `context`, or to x itself if there is no context.
-
-    Inside `fixed_weights`, keys and values of a context are computed once. After `join`, q, k and v of x (k and v
+    Inside `fixed_weights`, keys and values of a context are computed once. After `join`, q, k and v of tokens (k and v
     of a context) come from one product. Both need plain linear layers (`joined.is_plain`).
     """
 
+    path = "Attention"  # where the layer is in its model
+    processor: Any
+    to_k: Any  # None in `AddedKVAttention`, perhaps
+    to_v: Any
     _joined = False
+    _runs_processor = False  # instead of computing plain attention or an IP-Adapter
+    _takes_images = False  # since the processor is an IP-Adapter
+    _processor_call: Any = None  # the code of the processor's class when it was set
 
     def __init__(
-        self, channels: int, *, heads: int, head_dim: int, context_channels: int | None = None, qkv_bias: bool = False
+        self,
+        channels: int,
+        *,
+        heads: int,
+        head_dim: int,
+        context_channels: int | None = None,
+        qkv_bias: bool = False,
+        group_norm: nn.Module | None = None,
+        residual: bool = False,
+        rescale_output_factor: float = 1.0,
+        upcast_attention: bool = False,
     ):
         super().__init__()
-        self.heads = heads
-        inner = heads * head_dim
+        self.heads = self.sliceable_head_dim = heads
+        self.inner_dim = self.inner_kv_dim = inner = heads * head_dim
+        self.query_dim = self.out_dim = channels
+        self.is_cross_attention = context_channels is not None
+        self.cross_attention_dim = context_channels or channels
+        self.scale = head_dim**-0.5
+        self.upcast_attention = upcast_attention  # for processors: here scores are computed in float32 in any case
+        self.use_bias = qkv_bias
+        self.residual_connection = self.upcast_softmax = self._from_deprecated_attn_block = residual
+        self.rescale_output_factor = rescale_output_factor
+        self.group_norm = group_norm
+        self._without_extras()
         self.to_q = nn.Linear(channels, inner, bias=qkv_bias)
-        self.to_k = nn.Linear(context_channels or channels, inner, bias=qkv_bias)
-        self.to_v = nn.Linear(context_channels or channels, inner, bias=qkv_bias)
+        self.to_k = nn.Linear(self.cross_attention_dim, inner, bias=qkv_bias)
+        self.to_v = nn.Linear(self.cross_attention_dim, inner, bias=qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(inner, channels), nn.Dropout(0.0)])
-        self.processor: Any = AttnProcessor()
-        self.has_context = context_channels is not None
+        self.processor = AttnProcessor()
 
     def forward(
         self,
-        x: Tensor,
-        context: Tensor | None = None,
-        mask: Tensor | None = None,
-        images: ImagePrompts | None = None,
+        hidden_states: Tensor,
+        encoder_hidden_states: Context = None,
+        attention_mask: Tensor | None = None,
+        **cross_attention_kwargs: Any,
     ) -> Tensor:
-        """Attend from x (B, N, C) to context (B, L, context channels); the mask is that of `ops.attention`."""
+        """Attend from tokens (B, N, C), or the pixels of a map (B, C, H, W), to a context (B, L, context channels).
+
+        With IP-Adapters, the context is (context, images) and `ip_adapter_masks` says where each image counts.
+        attention_mask is added to the scores: (B, keys), (B, N or 1, keys), the same for each head (B · heads, N or 1,
+        keys), or broadcastable to (B, heads, N, keys). A processor of others gets these arguments as they are.
+        """
+        if self._runs_processor or type(self.processor).__call__ is not self._processor_call:
+            return run_processor(self, hidden_states, encoder_hidden_states, attention_mask, cross_attention_kwargs)
+        if cross_attention_kwargs:
+            warn_unused(self.processor, [name for name in cross_attention_kwargs if name != "temb"])
+        areas = cross_attention_kwargs.get("ip_adapter_masks")
+        return self.attend(hidden_states, encoder_hidden_states, attention_mask, areas)
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Context = None,
+        attention_mask: Tensor | None = None,
+        ip_adapter_masks: Any = None,
+    ) -> Tensor:
+        """Compute what `forward` does if the processor is a plain one or an IP-Adapter."""
+        x = self._tokens(hidden_states)  # (B, N, C)
+        context, images = text_and_images(encoder_hidden_states)
         if context is None:
             q, k, v = linears(x, (self.to_q, self.to_k, self.to_v))
         else:
-            layers = (self.to_k, self.to_v)
-            k, v = recall(context, layers, lambda: linears(context, layers))
+            k, v = recall(context, (self.to_k, self.to_v), lambda: self._keys_and_values(context))
             q = self.to_q(x)
-        q = self._split(q)  # (B, H, N, D)
-        out = ops.attention(q, self._split(k), self._split(v), mask=mask)  # (B, H, N, D)
+        q, k, v = self._split(q), self._split(k), self._split(v)  # (B, H, N, D)
+        mask = None if attention_mask is None else self._mask(attention_mask, len(q), k.shape[2])
+        out = ops.attention(q, k, v, mask=mask)  # (B, H, N, D)
         if images is not None:
-            out = self._add_images(out, q, images)
+            out = self._add_images(out, q, images, ip_adapter_masks)
         result: Tensor = self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, N, C)
-        return result
+        if hidden_states.ndim == 4:
+            result = to_map(result, hidden_states)
+        if self.residual_connection:
+            result = hidden_states + result
+        return result if self.rescale_output_factor == 1 else result / self.rescale_output_factor
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """Return x normalised, a map as tokens."""
+        if x.ndim == 4:
+            return to_tokens(x if self.group_norm is None else self.group_norm(x))
+        return x if self.group_norm is None else self.group_norm(x.transpose(1, 2)).transpose(1, 2)
+
+    def _keys_and_values(self, context: Tensor) -> Sequence[Tensor]:
+        return linears(
+            context if self.norm_cross is None else self.norm_encoder_hidden_states(context), (self.to_k, self.to_v)
+        )
 
     def _split(self, t: Tensor) -> Tensor:
         """(B, N, H·D) → (B, H, N, D), as a view."""
         return torch.unflatten(t, -1, (self.heads, -1)).transpose(1, 2)
 
-    def _add_images(self, out: Tensor, q: Tensor, images: ImagePrompts) -> Tensor:
+    def _mask(self, mask: Tensor, batch: int, keys: int) -> Tensor:
+        """Return the mask as (B, heads or 1, N or 1, keys). ValueError if it is for another number of keys."""
+        if mask.shape[-1] != keys:
+            raise ValueError(
+                f"{self.path}: attention_mask must be (B, {keys}) for this size, got (B, {mask.shape[-1]}); a UNet "
+                "with self attention at several resolutions takes none"
+            )
+        if mask.ndim == 4:
+            return mask
+        rows, images = len(mask), 1 if len(mask) == 1 else batch
+        if rows not in (1, batch, batch * self.heads):
+            raise ValueError(
+                f"{self.path}: attention_mask must be for {batch} images or {batch * self.heads} heads, got {rows}"
+            )
+        return mask.reshape(images, rows // images, -1, keys)
+
+    def _add_images(self, out: Tensor, q: Tensor, images: Sequence[Tensor], masks: Any) -> Tensor:
         """Return out + Σ scale · mask · attention to the image, over the images of all IP-Adapters, (B, H, N, D)."""
-        adapters = self.processor
-        if isinstance(adapters, AttnProcessor):
-            raise ValueError("Attention: got image embeddings, but no IP-Adapter is loaded")
-        count = len(adapters.scale)
-        masks = [None] * count if images.masks is None else images.masks
-        for name, given in (("image embeddings", images.embeds), ("ip_adapter_masks", masks)):
-            if len(given) != count:
-                raise ValueError(f"Attention: {name} must be one for each of the {count} IP-Adapters, got {len(given)}")
-        parts = zip(images.embeds, masks, adapters.scale, adapters.to_k_ip, adapters.to_v_ip, strict=True)
-        for embeds, mask, scale, to_k, to_v in parts:
-            for part, weight, area in _image_parts(embeds, mask, scale, q):
-                attended = ops.attention(q, self._split(to_k(part)), self._split(to_v(part)))
-                out = out + weight * (attended if area is None else attended * area)
+        if not self._takes_images:
+            raise ValueError(f"{self.path}: got image embeddings, but no IP-Adapter is loaded")
+        for tokens, weight, area, (to_k, to_v) in image_parts(self.processor, images, masks, q):
+            attended = ops.attention(q, self._split(to_k(tokens)), self._split(to_v(tokens)))
+            out = out + weight * (attended if area is None else attended * area)
         return out
 
     def join(self) -> None:
@@ -99,7 +166,7 @@ class Attention(nn.Module):
         Copies and moves of the layer keep this layout. `train()` ends it: training has ordinary parameters.
         """
         self._joined = True
-        join((self.to_k, self.to_v) if self.has_context else (self.to_q, self.to_k, self.to_v))
+        join((self.to_k, self.to_v) if self.is_cross_attention else (self.to_q, self.to_k, self.to_v))
 
     def train(self, mode: bool = True) -> Attention:
         if mode and self._joined:
@@ -118,59 +185,61 @@ class Attention(nn.Module):
         if self._joined:  # copy.deepcopy gives every weight memory of its own
             self.join()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "processor":
+            self.set_processor(value)
+        else:
+            super().__setattr__(name, value)
+
     def get_processor(self) -> Any:
         """Return what `set_processor` was given."""
         return self.processor
 
     def set_processor(self, processor: Any) -> None:
-        """Take an IP-Adapter's processor (a module with to_k_ip, to_v_ip and scale), or a plain one for none.
+        """Set what computes the layer; assigning `processor` does the same.
 
-        Only its weights and scales are used, never its code: `forward` stays what is computed. ValueError for any other
-        processor.
+        Of plain processors and IP-Adapters of diffusers only weights and scales are used: `forward` computes what they
+        would. Any other callable computes the layer itself. TypeError if it cannot be called.
         """
-        if isinstance(processor, nn.Module) and hasattr(processor, "to_k_ip") and hasattr(processor, "to_v_ip"):
-            self.processor = processor
-        elif type(processor).__name__ in PLAIN_PROCESSORS:
-            self._modules.pop("processor", None)
-            self.processor = AttnProcessor()
-        else:
-            raise ValueError(
-                f"set_processor: {type(processor).__name__} computes attention in a way of its own, which this layer "
-                f"does not run; it takes IP-Adapters and {', '.join(PLAIN_PROCESSORS)}"
-            )
+        plain, images = is_plain_processor(processor), is_ip_adapter(processor)
+        if not (plain or images or callable(processor)):
+            raise TypeError(f"{self.path}: a processor must be callable, got {type(processor).__name__}")
+        self._modules.pop("processor", None)
+        self.__dict__.pop("processor", None)
+        super().__setattr__("processor", processor)
+        self._runs_processor, self._takes_images = not (plain or images), images
+        self._processor_call = None if self._runs_processor else type(processor).__call__
+
+    def not_ours(self) -> str | None:
+        """Return what computes this layer in our place, None if nothing does."""
+        kind = type(self.processor)
+        if self._runs_processor or kind.__call__ is not self._processor_call:
+            return f"processor {kind.__name__} of {kind.__module__} computes attention in a way of its own"
+        return "its forward was replaced" if "forward" in self.__dict__ else None
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) → (B, H·W, C), contiguous: every norm and product of a view would copy it."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+def to_map(tokens: Tensor, like: Tensor) -> Tensor:
+    """(B, H·W, C) → (B, C, H, W) of the size of `like`, as a view."""
+    return torch.unflatten(tokens, 1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def attention_layers(model: nn.Module) -> dict[str, Attention]:
+    """Return {"down_blocks.0.attentions.0…": layer} of a model, in the order of its modules."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Attention)}
+
+
+def name_attentions(model: nn.Module) -> None:
+    """Tell every attention where it is in the model, for errors."""
+    for name, layer in attention_layers(model).items():
+        layer.path = f"{type(model).__name__}: {name}"
 
 
 def join_projections(model: nn.Module) -> None:
     """Call `Attention.join` of every attention in the model."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.join()
-
-
-def _image_parts(
-    embeds: Tensor, mask: Tensor | None, scale: float | list[float], q: Tensor
-) -> list[tuple[Tensor, float, Tensor | None]]:
-    """Return [(tokens (B, L, C), weight, area (1, 1, N, 1))] of an IP-Adapter; without masks all its images at once."""
-    if mask is None:
-        if isinstance(scale, list):
-            raise ValueError("Attention: one IP-Adapter scale for each image needs ip_adapter_masks")
-        return [(embeds.flatten(1, -2), scale, None)] if scale != 0 else []
-    images = embeds.shape[1]
-    if mask.ndim != 4 or mask.shape[:2] != (1, images):
-        raise ValueError(f"Attention: an IP-Adapter's mask must be (1, {images}, H, W), got {tuple(mask.shape)}")
-    scales = scale if isinstance(scale, list) else [scale] * images
-    if len(scales) != images:
-        raise ValueError(f"Attention: this IP-Adapter needs {images} scales, one for each image, got {len(scales)}")
-    if not any(scales):
-        return []
-    area = _over_tokens(mask, q.shape[2]).to(q.device, q.dtype)  # (images, N)
-    return [(embeds[:, i], scales[i], area[i][None, None, :, None]) for i in range(images)]
-
-
-def _over_tokens(mask: Tensor, count: int) -> Tensor:
-    """Return a mask (1, images, H, W) as (images, count), resized to where its proportions have `count` pixels."""
-    height, width = mask.shape[2:]
-    rows = max(1, int(math.sqrt(count / (width / height))))
-    rows += count % rows != 0
-    flat = F.interpolate(mask, size=(rows, count // rows), mode="bicubic").flatten(2)[0]
-    return F.pad(flat, (0, count - flat.shape[1]))  # cut or filled with zeros if the proportions differ
+    for layer in attention_layers(model).values():
+        layer.join()

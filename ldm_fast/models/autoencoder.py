@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
-from ldm_fast.models.attention import join_projections
+from ldm_fast.models.attention import join_projections, name_attentions
 from ldm_fast.models.bands import BANDS_PER_TILE, decode_in_bands, encode_in_bands
 from ldm_fast.models.coders import Decoder, Encoder
 from ldm_fast.models.outputs import AutoencoderKLOutput, DecoderOutput, VQEncoderOutput
@@ -63,6 +63,7 @@ class _FirstStage(Pretrained):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(moments * inner, moments * z, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(z, inner, 1) if config.use_post_quant_conv else None
+        name_attentions(self)
         self.latent_channels = z
         self.use_slicing = self.use_tiling = False
         size = config.sample_size

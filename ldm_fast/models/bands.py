@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_fast import ops
-from ldm_fast.models.coders import Decoder, DecoderBlock, Encoder, EncoderBlock
-from ldm_fast.models.layers import Downsample, GroupNorm, ResBlock, Upsample, upsample_nearest
+from ldm_fast.models.coders import Decoder, DownEncoderBlock2D, Encoder, UpDecoderBlock2D
+from ldm_fast.models.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, upsample_nearest
 
 BANDS_PER_TILE = 8  # besides the maps that are kept, a layer needs a few bands: together less than a tile
 
@@ -39,10 +39,10 @@ def encode_in_bands(encoder: Encoder, x: Tensor, pixels: int) -> Tensor:
 
 def _decode_one(decoder: Decoder, z: Tensor, pixels: int) -> Tensor:
     h = Bands.cut(decoder.mid_block(decoder.conv_in(z)), pixels)  # (1, C, H/f, W/f)
-    for block in cast("list[DecoderBlock]", decoder.up_blocks):
+    for block in cast("list[UpDecoderBlock2D]", decoder.up_blocks):
         _res_blocks(block, h)
         if block.upsamplers is not None:
-            _upsample(cast("Upsample", block.upsamplers[0]), h, pixels)  # (1, C', 2H, 2W)
+            _upsample(cast("Upsample2D", block.upsamplers[0]), h, pixels)  # (1, C', 2H, 2W)
     _after_norm(decoder.conv_norm_out, h, decoder.conv_out)
     return h.joined()  # (1, out, H, W)
 
@@ -50,10 +50,10 @@ def _decode_one(decoder: Decoder, z: Tensor, pixels: int) -> Tensor:
 def _encode_one(encoder: Encoder, x: Tensor, pixels: int) -> Tensor:
     h = Bands.cut(x, pixels, multiple=2 ** (len(encoder.down_blocks) - 1))  # (1, in, H, W)
     h.replace(encoder.conv_in)
-    for block in cast("list[EncoderBlock]", encoder.down_blocks):
+    for block in cast("list[DownEncoderBlock2D]", encoder.down_blocks):
         _res_blocks(block, h)
         if block.downsamplers is not None:
-            _downsample(cast("Downsample", block.downsamplers[0]), h)  # (1, C', H/2, W/2)
+            _downsample(cast("Downsample2D", block.downsamplers[0]), h)  # (1, C', H/2, W/2)
     out: Tensor = encoder.conv_out(encoder.conv_norm_out(encoder.mid_block(h.joined()), "silu"))
     return out  # (1, outputs, H/f, W/f)
 
@@ -124,14 +124,14 @@ def _after_norm(norm: GroupNorm, x: Bands, conv: nn.Module) -> None:
     x.replace(lambda band: conv(_norm_silu(norm, band, stats)))
 
 
-def _res_blocks(block: EncoderBlock | DecoderBlock, x: Bands) -> None:
-    for i, resnet in enumerate(cast("list[ResBlock]", block.resnets)):
+def _res_blocks(block: DownEncoderBlock2D | UpDecoderBlock2D, x: Bands) -> None:
+    for i, resnet in enumerate(cast("list[ResnetBlock2D]", block.resnets)):
         _res_block(resnet, x)
         if block.attentions is not None:
             _whole(block.attentions[i], x)
 
 
-def _res_block(block: ResBlock, x: Bands) -> None:
+def _res_block(block: ResnetBlock2D, x: Bands) -> None:
     """Replace x by block(x). The shortcut's result takes the place of its band, so that no third map is kept."""
     stats = _statistics(block.norm1, x)
     h = Bands([])
@@ -157,9 +157,10 @@ def _whole(layer: nn.Module, x: Bands) -> None:
     x.parts = parts
 
 
-def _upsample(layer: Upsample, x: Bands, pixels: int) -> None:
+def _upsample(layer: Upsample2D, x: Bands, pixels: int) -> None:
     """Replace x by layer(x), each band cut into as many as are needed."""
     parts: list[Tensor] = []
+    conv = cast("nn.Conv2d", layer.conv)
     for i in range(len(x.parts)):
         top, bottom = x.rims(i)
         large = upsample_nearest(x.take(i))
@@ -169,12 +170,12 @@ def _upsample(layer: Upsample, x: Bands, pixels: int) -> None:
         for start in range(0, rows, step):
             # From the row before (a rim, or the band's own) to the row after.
             first, last = max(0, start + top - 1), start + top + min(step, rows - start) + 1
-            parts.append(layer.conv(large[:, :, first:last]))
+            parts.append(conv(large[:, :, first:last]))
     x.parts = parts
     x.update_rims()
 
 
-def _downsample(layer: Downsample, x: Bands) -> None:
+def _downsample(layer: Downsample2D, x: Bands) -> None:
     """Replace x by layer(x). Row r sees rows 2r to 2r + 2, so a band needs the rim below; below the last are zeros."""
     for i, band in enumerate(x.parts):
         top, bottom = x.rims(i)

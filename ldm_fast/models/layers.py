@@ -1,18 +1,23 @@
 """The layers that UNet and first stage are made of. They hold weights and call `ldm_fast.ops`, nothing more.
 
-Sub-modules have diffusers' names, since LoRA, ControlNet and IP-Adapter files address them by name.
+Classes, sub-modules, attributes and arguments have diffusers' names: LoRA, ControlNet and IP-Adapter files address
+modules by name, and other programs find classes by name, call layers in our place and replace how they compute.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_fast import ops
-from ldm_fast.models.attention import Attention, ImagePrompts
+from ldm_fast.models.attention import Attention, to_map, to_tokens
+from ldm_fast.models.attention_processors import NOTHING
+from ldm_fast.models.image_prompts import Context, text_and_images
 
 
 class GroupNorm(nn.GroupNorm):
@@ -26,12 +31,34 @@ class GroupNorm(nn.GroupNorm):
         )
 
 
-class ResBlock(nn.Module):
-    """norm-silu-conv twice around a time embedding, plus the input (LDM's ResBlock, diffusers' ResnetBlock2D).
+def norm_and_activation(
+    norm: nn.Module, activation: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """Return activation(norm(x) · (1 + scale) + shift): one op, unless the norm was replaced or the activation differs.
+
+    Programs replace `norm.forward` by functions of x alone.
+    """
+    if type(norm) is GroupNorm and "forward" not in norm.__dict__ and type(activation) is nn.SiLU:
+        fused: Tensor = norm(x, "silu", scale, shift)
+        return fused
+    h: Tensor = norm(x)
+    if scale is not None and shift is not None:
+        h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    out: Tensor = activation(h)
+    return out
+
+
+class ResnetBlock2D(nn.Module):
+    """norm-silu-conv twice around a time embedding, plus the input (LDM's ResBlock).
 
     With `scale_shift` the time embedding modulates the second norm, instead of being added before it. If `resample` is
-    "up" or "down", both branches change their size by 2 between the first norm and the first convolution.
+    "up" or "down", both branches change their size by 2 between the first norm and the first convolution. With
+    `skip_time_act` there is no activation before the projection of the time embedding. The sum is divided by
+    `out_scale`.
     """
+
+    pre_norm = True
+    use_conv_shortcut = False
 
     def __init__(
         self,
@@ -44,10 +71,15 @@ class ResBlock(nn.Module):
         scale_shift: bool = False,
         resample: str | None = None,
         dropout: float = 0.0,
+        nonlinearity: nn.Module | None = None,
+        skip_time_act: bool = False,
+        out_scale: float = 1.0,
     ):
         super().__init__()
-        self.scale_shift = scale_shift
-        self.resample = resample
+        self.skip_time_act, self.output_scale_factor = skip_time_act, out_scale
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.time_embedding_norm = "scale_shift" if scale_shift else "default"
+        self.up, self.down = resample == "up", resample == "down"
         self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj: nn.Linear | None = None
@@ -56,29 +88,35 @@ class ResBlock(nn.Module):
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.nonlinearity = nonlinearity or nn.SiLU()
+        self.upsample = Upsample2D(in_channels, use_conv=False) if self.up else None
+        self.downsample = Downsample2D(in_channels, use_conv=False) if self.down else None
+        self.use_in_shortcut = in_channels != out_channels
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if self.use_in_shortcut else None
 
-    def forward(self, x: Tensor, temb: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        h: Tensor = self.norm1(x, "silu")  # (B, C, H, W)
-        if self.resample is not None:
-            h, x = (_resample(t, self.resample, size) for t in (h, x))
+    def forward(
+        self, input_tensor: Tensor, temb: Tensor | None = None, output_size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Return (B, C', H', W'), given (B, C, H, W) and the time embedding (B, time channels)."""
+        x, h = input_tensor, norm_and_activation(self.norm1, self.nonlinearity, input_tensor)  # (B, C, H, W)
+        if self.upsample is not None:
+            h, x = (self.upsample(t, output_size) for t in (h, x))
+        elif self.downsample is not None:
+            h, x = self.downsample(h), self.downsample(x)
         h = self.conv1(h)  # (B, C', H', W')
         scale = shift = None
         if self.time_emb_proj is not None:
-            assert temb is not None, "ResBlock: the time embedding is missing"
-            emb = self.time_emb_proj(F.silu(temb))  # (B, C') or (B, 2 C')
-            if self.scale_shift:
+            assert temb is not None, "ResnetBlock2D: the time embedding is missing"
+            emb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))  # (B, C') or (B, 2 C')
+            if self.time_embedding_norm == "scale_shift":
                 scale, shift = emb.chunk(2, dim=1)
             else:
                 h = h + emb[:, :, None, None]
-        h = self.conv2(self.dropout(self.norm2(h, "silu", scale, shift)))
+        h = self.conv2(self.dropout(norm_and_activation(self.norm2, self.nonlinearity, h, scale, shift)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        return x + h
-
-
-def _resample(x: Tensor, direction: str, size: tuple[int, int] | None) -> Tensor:
-    return F.avg_pool2d(x, 2) if direction == "down" else upsample_nearest(x, size)
+        out: Tensor = x + h
+        return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
 
 def upsample_nearest(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -86,75 +124,37 @@ def upsample_nearest(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     return F.interpolate(x, scale_factor=2.0) if size is None else F.interpolate(x, size=size)
 
 
-class Downsample(nn.Module):
-    """3×3 convolution of stride 2. In the first stage it pads asymmetrically, on the right and below only."""
+class Downsample2D(nn.Module):
+    """3×3 convolution of stride 2, or without `use_conv` the average of 2×2 pixels.
 
-    def __init__(self, channels: int, *, asymmetric: bool = False):
+    In the first stage the convolution pads asymmetrically, on the right and below only.
+    """
+
+    def __init__(self, channels: int, *, use_conv: bool = True, asymmetric: bool = False):
         super().__init__()
-        self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        self.channels = self.out_channels = channels
+        self.use_conv, self.padding = use_conv, 0 if asymmetric else 1
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=self.padding) if use_conv else nn.AvgPool2d(2)
 
-    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        asymmetric = self.use_conv and self.padding == 0
+        h: Tensor = self.conv(F.pad(hidden_states, (0, 1, 0, 1)) if asymmetric else hidden_states)
         return h
 
 
-class Upsample(nn.Module):
-    """Nearest-neighbour upsampling and a 3×3 convolution."""
+class Upsample2D(nn.Module):
+    """Nearest-neighbour upsampling and, with `use_conv`, a 3×3 convolution."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, *, use_conv: bool = True):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.channels = self.out_channels = channels
+        self.use_conv = use_conv
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else None
 
-    def forward(self, x: Tensor, temb: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        h: Tensor = self.conv(upsample_nearest(x, size))
-        return h
-
-
-class Conditions(NamedTuple):
-    """What the attention layers of a UNet look at besides the image."""
-
-    context: Tensor | None = None  # τ_θ(y), (B, L, context channels)
-    context_mask: Tensor | None = None  # (B, 1, 1, L), added to the scores of cross attention
-    mask: Tensor | None = None  # (B, 1, 1, keys), added to the scores of self attention
-    images: ImagePrompts | None = None
-
-    def mask_over(self, keys: int) -> Tensor | None:
-        """Return the mask of self attention over this many keys. ValueError if it is for another number."""
-        if self.mask is not None and self.mask.shape[-1] != keys:
-            raise ValueError(
-                f"UNet: attention_mask must be (B, {keys}) for this size, got (B, {self.mask.shape[-1]}); a UNet with "
-                "self attention at several resolutions takes none"
-            )
-        return self.mask
-
-
-class SelfAttention2d(Attention):
-    """Attention over the pixels of a map, with its own norm and residual (LDM's AttentionBlock and AttnBlock)."""
-
-    def __init__(self, channels: int, *, heads: int, head_dim: int, groups: int = 32, eps: float = 1e-5):
-        super().__init__(channels, heads=heads, head_dim=head_dim, qkv_bias=True)
-        projections = dict(self.named_children())
-        for name in projections:
-            delattr(self, name)
-        self.group_norm = GroupNorm(groups, channels, eps)  # first: the order of parameters is that of diffusers
-        for name, layer in projections.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor, conditions: Conditions | None = None) -> Tensor:  # type: ignore[override]  # of a map
-        tokens = _to_tokens(self.group_norm(x))  # (B, H·W, C)
-        mask = None if conditions is None else conditions.mask_over(tokens.shape[1])
-        return x + _to_map(super().forward(tokens, mask=mask), x)
-
-
-def _to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, H·W, C), contiguous: every norm and product of a view would copy it."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-
-
-def _to_map(tokens: Tensor, like: Tensor) -> Tensor:
-    """(B, H·W, C) → (B, C, H, W) of the size of `like`, as a view."""
-    return torch.unflatten(tokens, 1, like.shape[2:]).permute(0, 3, 1, 2)
+    def forward(self, hidden_states: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        h = upsample_nearest(hidden_states, output_size)
+        out: Tensor = h if self.conv is None else self.conv(h)
+        return out
 
 
 class GEGLU(nn.Module):
@@ -183,11 +183,16 @@ class FeedForward(nn.Module):
         return h
 
 
-class TransformerBlock(nn.Module):
+class BasicTransformerBlock(nn.Module):
     """Self attention, cross attention, feed-forward, each after a layer norm and around a residual.
 
     With `only_cross_attention` the first attention looks at the context, too.
     """
+
+    norm_type = "layer_norm"  # programs that compute the block in our place ask for the other kinds
+    use_layer_norm = True
+    use_ada_layer_norm = use_ada_layer_norm_zero = use_ada_layer_norm_single = use_ada_layer_norm_continuous = False
+    double_self_attention = False
 
     def __init__(
         self,
@@ -197,29 +202,54 @@ class TransformerBlock(nn.Module):
         head_dim: int,
         context_channels: int | None,
         only_cross_attention: bool = False,
+        upcast_attention: bool = False,
     ):
         super().__init__()
-        self.only_cross_attention = only_cross_attention
-        own = context_channels if only_cross_attention else None
+        self.dim, self.num_attention_heads, self.attention_head_dim = channels, heads, head_dim
+        self.cross_attention_dim, self.only_cross_attention = context_channels, only_cross_attention
+        self.pos_embed = None
+        attention = functools.partial(
+            Attention, channels, heads=heads, head_dim=head_dim, upcast_attention=upcast_attention
+        )
         self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, heads=heads, head_dim=head_dim, context_channels=own)
+        self.attn1 = attention(context_channels=context_channels if only_cross_attention else None)
         self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(channels, heads=heads, head_dim=head_dim, context_channels=context_channels)
+        self.attn2 = attention(context_channels=context_channels)
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
-        context = conditions.context
-        own = context if self.only_cross_attention else None
-        mask = conditions.mask_over((x if own is None else own).shape[1])
-        x = x + self.attn1(self.norm1(x), own, mask)
-        x = x + self.attn2(self.norm2(x), context, conditions.context_mask, conditions.images)
-        out: Tensor = x + self.ff(self.norm3(x))
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Context = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Any = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        class_labels: Any = None,
+        added_cond_kwargs: Any = None,
+    ) -> Tensor:
+        """Return (B, N, C), given such tokens. Masks are those of `Attention.forward`."""
+        h, more = hidden_states, cross_attention_kwargs or NOTHING
+        own = text_and_images(encoder_hidden_states)[0] if self.only_cross_attention else None
+        h = h + self.attn1(self.norm1(h), encoder_hidden_states=own, attention_mask=attention_mask, **more)
+        h = h + self.attn2(
+            self.norm2(h), encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **more
+        )
+        out: Tensor = h + self.ff(self.norm3(h))
         return out
 
 
-class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a map (LDM's SpatialTransformer, diffusers' Transformer2DModel)."""
+class TransformerOutput(NamedTuple):
+    """What `Transformer2DModel` returns: `output.sample`, or `output[0]`."""
+
+    sample: Tensor  # (B, C, H, W)
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer blocks over the pixels of a map (LDM's SpatialTransformer)."""
+
+    is_input_continuous = True
 
     def __init__(
         self,
@@ -232,28 +262,63 @@ class SpatialTransformer(nn.Module):
         groups: int = 32,
         linear: bool = False,
         only_cross_attention: bool = False,
+        upcast_attention: bool = False,
     ):
         super().__init__()
         inner = heads * head_dim
-        self.linear = linear
+        self.in_channels = self.out_channels = channels
+        self.num_attention_heads, self.attention_head_dim, self.inner_dim = heads, head_dim, inner
+        self.use_linear_projection = linear
         self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(
+            BasicTransformerBlock(
                 inner,
                 heads=heads,
                 head_dim=head_dim,
                 context_channels=context_channels,
                 only_cross_attention=only_cross_attention,
+                upcast_attention=upcast_attention,
             )
             for _ in range(depth)
         )
         self.proj_out = nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1)
 
-    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
-        h: Tensor = self.norm(x)  # (B, C, H, W)
-        h = self.proj_in(_to_tokens(h)) if self.linear else _to_tokens(self.proj_in(h))  # (B, H·W, C)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Context = None,
+        timestep: Any = None,
+        added_cond_kwargs: Any = None,
+        class_labels: Any = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> TransformerOutput | tuple[Tensor]:
+        """Return a map like hidden_states, (B, C, H, W).
+
+        Masks (B, keys) hold 1 for keys that count and 0 for others; masks of more dimensions are added to the scores.
+        """
+        x, h = hidden_states, self.norm(hidden_states)  # (B, C, H, W)
+        h = self.proj_in(to_tokens(h)) if self.use_linear_projection else to_tokens(self.proj_in(h))  # (B, H·W, C)
+        attention_mask, encoder_attention_mask = bias(attention_mask, x), bias(encoder_attention_mask, x)
         for block in self.transformer_blocks:
-            h = block(h, conditions)
-        h = _to_map(self.proj_out(h), x) if self.linear else self.proj_out(_to_map(h, x))
-        return x + h
+            h = block(
+                h,
+                attention_mask=attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                timestep=timestep,
+                cross_attention_kwargs=cross_attention_kwargs,
+                class_labels=class_labels,
+            )
+        h = to_map(self.proj_out(h), x) if self.use_linear_projection else self.proj_out(to_map(h, x))
+        return TransformerOutput(x + h) if return_dict else (x + h,)
+
+
+def bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return a mask (B, keys), 1 = attend, as what is added to the scores, (B, 1, keys): 0, and -10000 for a 0."""
+    if mask is None or mask.ndim != 2:
+        return mask
+    return ((1 - mask.to(like.dtype)) * -10000.0)[:, None, :]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -21,11 +22,11 @@ class Recomputed(nn.Module):
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Any] = staticmethod(recompute)
 
-    def _run(self, module: nn.Module, *inputs: Any) -> Tensor:
-        """Return module(*inputs)."""
-        twice = self.gradient_checkpointing and torch.is_grad_enabled()
-        h: Tensor = self._gradient_checkpointing_func(module, *inputs) if twice else module(*inputs)
-        return h
+    def _run(self, module: nn.Module, *inputs: Any, **keywords: Any) -> Any:
+        """Return module(*inputs, **keywords)."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return module(*inputs, **keywords)
+        return self._gradient_checkpointing_func(functools.partial(module, **keywords) if keywords else module, *inputs)
 
 
 def set_recompute(model: nn.Module, enabled: bool, function: Callable[..., Any] | None) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.interop.names import UNET_PREFIX
-from ldm_fast.models.attention import Attention, AttnProcessor, ImagePrompts, join_projections
+from ldm_fast.models.attention import Attention, attention_layers, join_projections, name_attentions
+from ldm_fast.models.attention_processors import AttnProcessor
 from ldm_fast.models.embeddings import (
     Timesteps,
     activation,
@@ -21,11 +22,12 @@ from ldm_fast.models.embeddings import (
     time_embedding,
     time_projection,
 )
-from ldm_fast.models.layers import Conditions, GroupNorm, ResBlock, SelfAttention2d, SpatialTransformer
+from ldm_fast.models.image_prompts import Context, text_and_images
+from ldm_fast.models.layers import GroupNorm, ResnetBlock2D, Transformer2DModel, norm_and_activation
 from ldm_fast.models.memory import recall
 from ldm_fast.models.outputs import UNetOutput
 from ldm_fast.models.pretrained import Pretrained
-from ldm_fast.models.unet_blocks import DownBlock, MidBlock, UpBlock
+from ldm_fast.models.unet_blocks import DOWN_BLOCKS, MID_BLOCKS, UP_BLOCKS
 from ldm_fast.models.unet_inputs import (
     add_extras,
     add_residuals,
@@ -78,10 +80,15 @@ class UNet(Pretrained):
         self.time_embed_act = None if act is None else activation(act)
         time_channels = config.time_channels * (2 if config.class_embeddings_concat else 1)
 
-        levels = range(len(channels))
-        self.down_blocks = nn.ModuleList(DownBlock(config, level, time_channels) for level in levels)
-        middle = None if config.mid_block_type is None else MidBlock(config, time_channels)
-        self.up_blocks = nn.ModuleList(UpBlock(config, level, time_channels) for level in reversed(levels))
+        self.down_blocks = nn.ModuleList(
+            DOWN_BLOCKS[kind](config, level, time_channels) for level, kind in enumerate(config.down_block_types)
+        )
+        kind = config.mid_block_type
+        middle = None if kind is None else MID_BLOCKS[kind](config, time_channels)
+        self.up_blocks = nn.ModuleList(
+            UP_BLOCKS[kind](config, len(channels) - 1 - i, time_channels)
+            for i, kind in enumerate(config.up_block_types)
+        )
         self.mid_block = middle  # after the way up: optimizers know parameters by diffusers' order
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_act = activation(config.act_fn if config.is_conditional else "silu")
@@ -90,12 +97,13 @@ class UNet(Pretrained):
         if config.n_embed is not None:
             norm = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
             self.id_predictor = nn.Sequential(norm, nn.Conv2d(channels[0], config.n_embed, 1))
+        name_attentions(self)
 
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor | float | int,
-        encoder_hidden_states: Tensor | tuple[Tensor, Sequence[Tensor]] | None = None,
+        encoder_hidden_states: Context = None,
         class_labels: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -118,7 +126,8 @@ class UNet(Pretrained):
                 class_embed_type is given, (B,) for "timestep", (B, width) for the others.
             timestep_cond: (B, time_cond_proj_dim), added to the timestep's embedding.
             attention_mask: (B, keys) of self attention, 1 = attend, 0 = do not.
-            cross_attention_kwargs: "ip_adapter_masks", for each IP-Adapter (1, images, height, width).
+            cross_attention_kwargs: for processors, and "ip_adapter_masks", for each IP-Adapter (1, images, height,
+                width). What nobody takes is named in a warning.
             added_cond_kwargs: "text_embeds" (B, width) and "time_ids" (B, numbers) if addition_embed_type is
                 "text_time"; "image_embeds" for IP-Adapters.
             down_block_additional_residuals, mid_block_additional_residual: a ControlNet's, for every skip connection
@@ -130,8 +139,7 @@ class UNet(Pretrained):
         Raises:
             ValueError: an input is missing, has the wrong shape or dtype, or is not for this UNet.
         """
-        states = encoder_hidden_states
-        context, images = states if isinstance(states, tuple) else (states, None)
+        context, images = text_and_images(encoder_hidden_states)
         added, extras = added_cond_kwargs or {}, list(down_intrablock_additional_residuals or ())
         residuals, residual = down_block_additional_residuals, mid_block_additional_residual
         self._check(sample, timestep, context, class_labels, timestep_cond)
@@ -140,20 +148,21 @@ class UNet(Pretrained):
         temb, hint = self._embed_conditions(temb, context, class_labels, added)
         context, images = self._project_context(context, images, added)
         masks = biases(attention_mask, encoder_attention_mask, sample, context)
-        conditions = _conditions(context, images, masks, cross_attention_kwargs or {})
+        conditions = {
+            "encoder_hidden_states": context if images is None else (context, images),
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "attention_mask": masks[0],
+            "encoder_attention_mask": masks[1],
+        }
 
         h = self.conv_in(self._whole_input(sample, hint))  # (B, C, H, W)
-        skips = [h]
-        for block in self.down_blocks:
-            h, skips_of_block = block(h, temb, conditions, extras.pop(0) if extras else None)  # (B, C', H/2, W/2)
-            skips += skips_of_block
+        h, skips = self._down(h, temb, conditions, extras)  # (B, C', H/8, W/8)
         if self.mid_block is not None:
-            h = self.mid_block(h, temb, conditions)
+            h = self.mid_block(h, temb, **_for(self.mid_block, conditions))
         h = add_extras(h, extras)
         if residual is not None and residuals is not None:
             h, skips = h + residual, add_residuals(skips, residuals)
-        for block in self.up_blocks:
-            h = block(h, skips, temb, conditions)  # (B, C', 2H, 2W)
+        h = self._up(h, skips, temb, conditions)  # (B, C, H, W)
         h = self._head(h)  # (B, out, H, W)
         if self.config.predicts_over_level:
             h = h / as_batch(timestep, h)[:, None, None, None]
@@ -162,14 +171,38 @@ class UNet(Pretrained):
         output: UNetOutput = self.output_class(sample=h)
         return output
 
+    def _down(
+        self, h: Tensor, temb: Tensor, conditions: Mapping[str, Any], extras: list[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return (h, all skips) of the way down. Takes one of the extras, a T2I-Adapter's residuals, for each level."""
+        skips = (h,)
+        for block in self.down_blocks:
+            given, extra = _for(block, conditions), extras.pop(0) if extras else None
+            crosses = getattr(block, "has_cross_attention", False)
+            if extra is not None and crosses:
+                given["additional_residuals"] = extra
+            h, skips_of_block = block(hidden_states=h, temb=temb, **given)  # (B, C', H/2, W/2)
+            if extra is not None and not crosses:  # after the reduction
+                h = h + extra
+                skips_of_block = (*skips_of_block[:-1], h)
+            skips += tuple(skips_of_block)
+        return h, skips
+
+    def _up(self, h: Tensor, skips: Sequence[Tensor], temb: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+        for block in self.up_blocks:
+            count = len(cast("nn.ModuleList", block.resnets))
+            skips, own = skips[:-count], tuple(skips[-count:])
+            size = tuple(skips[-1].shape[2:]) if skips else None  # skips may be of odd sizes
+            given = _for(block, conditions)
+            h = block(hidden_states=h, temb=temb, res_hidden_states_tuple=own, upsample_size=size, **given)
+        return h
+
     def _head(self, h: Tensor) -> Tensor:
         """Return the prediction, (B, C, H, W) → (B, out_channels, H, W), or that of codes (B, n_embed, H, W)."""
         if self.id_predictor is not None:
             h = self.id_predictor(h)
-        elif isinstance(self.conv_act, nn.SiLU):
-            h = self.conv_out(self.conv_norm_out(h, "silu"))
         else:
-            h = self.conv_out(self.conv_act(self.conv_norm_out(h)))
+            h = self.conv_out(norm_and_activation(self.conv_norm_out, self.conv_act, h))
         return h
 
     def _embed_time(self, sample: Tensor, timestep: Tensor | float | int, condition: Tensor | None) -> Tensor:
@@ -309,23 +342,18 @@ class UNet(Pretrained):
         parts: dict[str, nn.Module] = {"down_blocks": self.down_blocks, "up_blocks": self.up_blocks}
         if self.mid_block is not None:
             parts["mid_block"] = self.mid_block
-        return {
-            f"{part}.{name}": layer
-            for part, blocks in parts.items()
-            for name, layer in blocks.named_modules()
-            if isinstance(layer, Attention)
-        }
+        return {f"{part}.{name}": layer for part in parts for name, layer in attention_layers(parts[part]).items()}
 
     @torch.no_grad()
     def zero_residuals(self) -> None:
         """Set the last layer of every residual branch, and of the whole, to zero, as training should start."""
         last: list[nn.Module] = [self.conv_out]
         for module in self.modules():
-            if isinstance(module, ResBlock):
+            if isinstance(module, ResnetBlock2D):
                 last.append(module.conv2)
-            elif isinstance(module, SpatialTransformer):
+            elif isinstance(module, Transformer2DModel):
                 last.append(module.proj_out)
-            elif isinstance(module, SelfAttention2d):
+            elif isinstance(module, Attention) and module.residual_connection:
                 last.append(module.to_out[0])
         for layer in last:
             for parameter in layer.parameters():
@@ -344,18 +372,9 @@ def _convolution(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
 
 
-def _conditions(
-    context: Tensor | None,
-    images: Sequence[Tensor] | None,
-    masks: tuple[Tensor | None, Tensor | None],
-    attention_arguments: Mapping[str, Any],
-) -> Conditions:
-    unknown = [name for name in attention_arguments if name != "ip_adapter_masks"]
-    if unknown:
-        raise ValueError(f"UNet: cross_attention_kwargs may hold ip_adapter_masks, got {', '.join(unknown)}")
-    self_mask, context_mask = masks
-    area = attention_arguments.get("ip_adapter_masks")
-    if isinstance(area, Tensor):  # (adapters, 1, height, width)
-        area = list(area.unsqueeze(1))
-    prompts = None if images is None else ImagePrompts(images, area)
-    return Conditions(context, context_mask, self_mask, prompts)
+def _for(block: Any, conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the conditions that the block looks at; blocks that replace ours may take no others."""
+    if getattr(block, "has_cross_attention", False):
+        return dict(conditions)
+    mask = conditions["attention_mask"]
+    return {} if mask is None else {"attention_mask": mask}

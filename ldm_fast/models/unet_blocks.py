@@ -1,24 +1,27 @@
-"""The levels of a UNet: residual blocks, attention after each, and the change of size between levels."""
+"""The levels of a UNet: residual blocks, attention after each, and the change of size between levels.
+
+Blocks are classes of diffusers' names, chosen by the configuration's block types, and take diffusers' arguments.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ldm_fast.configs.unet import UNetConfig
-from ldm_fast.models.layers import Conditions, Downsample, ResBlock, SelfAttention2d, SpatialTransformer, Upsample
-from ldm_fast.models.rare_layers import (
-    AddedKVAttention,
-    Nearest,
-    PlainResBlock,
-    Pool,
-    ScaledSelfAttention,
-)
+from ldm_fast.models.attention import Attention
+from ldm_fast.models.attention_processors import NOTHING
+from ldm_fast.models.embeddings import activation
+from ldm_fast.models.freeu import apply_freeu
+from ldm_fast.models.image_prompts import Context
+from ldm_fast.models.layers import Downsample2D, GroupNorm, ResnetBlock2D, Transformer2DModel, Upsample2D
+from ldm_fast.models.rare_layers import AddedKVAttention
 from ldm_fast.models.recompute import Recomputed
+
+B = TypeVar("B", bound="Block")
 
 
 def _res_block(
@@ -29,23 +32,24 @@ def _res_block(
     time_channels: int,
     resample: str | None = None,
     out_scale: float = 1.0,
-) -> ResBlock:
+) -> ResnetBlock2D:
     skip_time_act = False
     if "SimpleCrossAttn" in block_type or block_type.startswith(("ResnetDown", "ResnetUp")):
         skip_time_act = config.resnet_skip_time_act
         out_scale *= 1.0 if "Mid" in block_type else config.resnet_out_scale_factor
-    common: dict[str, Any] = dict(
+    return ResnetBlock2D(
+        inputs,
+        outputs,
         time_channels=time_channels,
         groups=config.norm_num_groups,
         eps=config.norm_eps,
         scale_shift=config.resnet_time_scale_shift == "scale_shift",
         resample=resample,
         dropout=config.dropout,
+        nonlinearity=activation(config.act_fn),
+        skip_time_act=skip_time_act,
+        out_scale=out_scale,
     )
-    if config.act_fn in ("silu", "swish") and out_scale == 1 and not skip_time_act:
-        return ResBlock(inputs, outputs, **common)
-    act = config.act_fn
-    return PlainResBlock(inputs, outputs, act=act, skip_time_act=skip_time_act, out_scale=out_scale, **common)
 
 
 def _attention(
@@ -64,8 +68,9 @@ def _attention(
             norm=config.cross_attention_norm,
         )
     if "CrossAttn" not in block_type:
-        return SelfAttention2d(channels, heads=heads, head_dim=head_dim, groups=groups, eps=config.norm_eps)
-    return SpatialTransformer(
+        norm = GroupNorm(groups, channels, config.norm_eps)
+        return Attention(channels, heads=heads, head_dim=head_dim, qkv_bias=True, group_norm=norm, residual=True)
+    return Transformer2DModel(
         channels,
         heads=heads,
         head_dim=head_dim,
@@ -74,6 +79,7 @@ def _attention(
         groups=groups,
         linear=config.use_linear_projection,
         only_cross_attention=only_cross_attention,
+        upcast_attention=config.upcast_attention,
     )
 
 
@@ -82,11 +88,9 @@ def _resampler(config: UNetConfig, level: int, block_type: str, time_channels: i
     channels, kind = config.block_out_channels[level], config.at_level("resample_type", level)
     if kind == "resnet" or block_type.startswith(("Resnet", "Simple")):
         return nn.ModuleList([_res_block(config, block_type, channels, channels, time_channels, direction)])
-    if kind == "pool":
-        return nn.ModuleList([Pool() if direction == "down" else Nearest()])
     if direction == "up":
-        return nn.ModuleList([Upsample(channels)])
-    return nn.ModuleList([Downsample(channels, asymmetric=config.downsample_padding == 0)])
+        return nn.ModuleList([Upsample2D(channels, use_conv=kind != "pool")])
+    return nn.ModuleList([Downsample2D(channels, use_conv=kind != "pool", asymmetric=config.downsample_padding == 0)])
 
 
 class Block(Recomputed):
@@ -96,124 +100,279 @@ class Block(Recomputed):
     Attentions come before residual blocks in the order of parameters, as in diffusers' blocks.
     """
 
-    resnets: nn.ModuleList
+    # "self", over the pixels; "cross", a transformer; "added", over the pixels and the context at once; None for none
+    attention: ClassVar[str | None] = None
     has_cross_attention = False
+    resnets: nn.ModuleList
+    attentions: nn.ModuleList
 
-    def _add_attentions(self, config: UNetConfig, level: int, block_type: str, depths: Sequence[int]) -> None:
-        only_cross = config.at_level("only_cross_attention", level)
-        self.has_cross_attention = "CrossAttn" in block_type
-        if "Attn" in block_type:
-            self.attentions = nn.ModuleList(_attention(config, level, block_type, n, only_cross) for n in depths)
+    def _set(self, resnets: nn.ModuleList, config: UNetConfig, level: int, depths: Sequence[int]) -> None:
+        """Set the residual blocks, and the attention after each."""
+        if self.attention is not None:
+            kind, only_cross = type(self).__name__, config.at_level("only_cross_attention", level)
+            self.attentions = nn.ModuleList(_attention(config, level, kind, depth, only_cross) for depth in depths)
+        self.resnets = resnets
 
-    def _pair(self, i: int, h: Tensor, temb: Tensor, conditions: Conditions) -> Tensor:
-        """Run the i-th residual block and, if there is one, the attention after it."""
-        h = self._run(self.resnets[i], h, temb)
-        return self._run(self.attentions[i], h, conditions) if hasattr(self, "attentions") else h
+    def _pairs(self) -> Iterable[tuple[nn.Module, nn.Module | None]]:
+        """Return residual blocks, each with the attention after it if there is one."""
+        attentions = self.attentions if self.attention is not None else [None] * len(self.resnets)
+        return zip(self.resnets, attentions, strict=True)
+
+    def _attend(self, attention: nn.Module | None, h: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+        """Return what the attention makes of h, given the conditions that the block was called with."""
+        if attention is None:
+            return h
+        mask, more = conditions["attention_mask"], conditions["cross_attention_kwargs"] or NOTHING
+        if self.attention == "cross":
+            return self._run(attention, h, **conditions, return_dict=False)[0]  # type: ignore[no-any-return]
+        if self.attention == "added":
+            context = conditions["encoder_hidden_states"]
+            if mask is None and context is not None:
+                mask = conditions["encoder_attention_mask"]
+            return self._run(attention, h, encoder_hidden_states=context, attention_mask=mask, **more)  # type: ignore[no-any-return]
+        masked = NOTHING if mask is None else {"attention_mask": mask}
+        return self._run(attention, h, **masked, **more)  # type: ignore[no-any-return]
 
 
-class DownBlock(Block):
-    """One level on the way down: residual blocks, each with attention, then a reduction by 2 (not at the last)."""
+class DownBlock2D(Block):
+    """One level on the way down: residual blocks, each perhaps with attention, then a reduction by 2 (but the last)."""
 
     def __init__(self, config: UNetConfig, level: int, time_channels: int):
         super().__init__()
-        channels, block_type = config.block_out_channels, config.down_block_types[level]
+        channels, kind = config.block_out_channels, type(self).__name__
         inputs, outputs = channels[max(level - 1, 0)], channels[level]
         resnets = nn.ModuleList(
-            _res_block(config, block_type, inputs if i == 0 else outputs, outputs, time_channels)
+            _res_block(config, kind, inputs if i == 0 else outputs, outputs, time_channels)
             for i in range(config.layers(level))
         )
-        self._add_attentions(config, level, block_type, config.depths_down(level))
-        self.resnets = resnets
+        self._set(resnets, config, level, config.depths_down(level))
         last = level == len(channels) - 1
-        self.downsamplers = None if last else _resampler(config, level, block_type, time_channels, "down")
+        self.downsamplers = None if last else _resampler(config, level, kind, time_channels, "down")
 
     def forward(
-        self, h: Tensor, temb: Tensor, conditions: Conditions, extra: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return h and the skips.
+        self,
+        hidden_states: Tensor,
+        temb: Tensor | None = None,
+        encoder_hidden_states: Context = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        additional_residuals: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return (h, the skips): h after every residual block with its attention, and after the reduction.
 
-        `extra` is a T2I-Adapter's residual. With cross attention it is added before the reduction, else after it.
+        `additional_residuals`, of a T2I-Adapter, are added before the reduction.
         """
-        skips = []
-        for i in range(len(self.resnets)):
-            h = self._pair(i, h, temb, conditions)
+        conditions = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "attention_mask": attention_mask,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+        h, skips = hidden_states, []
+        for resnet, attention in self._pairs():
+            h = self._attend(attention, self._run(resnet, h, temb), conditions)  # (B, C', H, W)
             skips.append(h)
-        if extra is not None and self.has_cross_attention:
-            skips[-1] = h = h + extra
-        if self.downsamplers is not None:
-            h = self.downsamplers[0](h, temb)
+        if additional_residuals is not None:
+            skips[-1] = h = h + additional_residuals
+        for downsampler in self.downsamplers or ():
+            h = downsampler(h, temb) if isinstance(downsampler, ResnetBlock2D) else downsampler(h)  # (B, C', H/2, W/2)
             skips.append(h)
-        if extra is not None and not self.has_cross_attention:
-            skips[-1] = h = h + extra
-        return h, skips
+        return h, tuple(skips)
 
 
-class MidBlock(Block):
+class AttnDownBlock2D(DownBlock2D):
+    """A level on the way down with attention over pixels."""
+
+    attention = "self"
+
+
+class CrossAttnDownBlock2D(DownBlock2D):
+    """A level on the way down with transformers that look at the context."""
+
+    attention, has_cross_attention = "cross", True
+
+
+class ResnetDownsampleBlock2D(DownBlock2D):
+    """A level on the way down without attention, whose size a residual block changes."""
+
+
+class SimpleCrossAttnDownBlock2D(DownBlock2D):
+    """A level on the way down with attention over pixels and context at once."""
+
+    attention, has_cross_attention = "added", True
+
+
+class UNetMidBlock2D(Block):
     """Residual block, attention, residual block at the lowest resolution; "ResnetMidBlock2D" is the first alone."""
+
+    attention = "self"
 
     def __init__(self, config: UNetConfig, time_channels: int):
         super().__init__()
-        kind, channels, scale = (
-            config.mid_block_type or "",
-            config.block_out_channels[-1],
-            config.mid_block_scale_factor,
-        )
-        count = 1 if kind == "ResnetMidBlock2D" else 2
+        kind, channels = config.mid_block_type or "", config.block_out_channels[-1]
+        count, scale = 1 if kind == "ResnetMidBlock2D" else 2, config.mid_block_scale_factor
         resnets = nn.ModuleList(
             _res_block(config, kind, channels, channels, time_channels, out_scale=scale) for _ in range(count)
         )
         attentions = [_middle_attention(config, kind)] if count == 2 else []
         self.attentions = nn.ModuleList(attentions)  # type: ignore[arg-type]  # None, as there, if there is none
         self.resnets = resnets
-        self.has_cross_attention = "CrossAttn" in kind
 
-    def forward(self, h: Tensor, temb: Tensor, conditions: Conditions) -> Tensor:
-        h = self._run(self.resnets[0], h, temb)
-        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            if attention is not None:
-                h = self._run(attention, h, conditions)
-            h = self._run(resnet, h, temb)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        temb: Tensor | None = None,
+        encoder_hidden_states: Context = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return a map like hidden_states, (B, C, H, W)."""
+        if self.attention == "self":
+            cross_attention_kwargs = {"temb": temb}  # as in diffusers, for processors that look at it
+        conditions = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "attention_mask": attention_mask,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+        first, *others = self.resnets
+        h: Tensor = self._run(first, hidden_states, temb)
+        for attention, resnet in zip(self.attentions, others, strict=True):
+            h = self._run(resnet, self._attend(attention, h, conditions), temb)
         return h
 
 
+class UNetMidBlock2DCrossAttn(UNetMidBlock2D):
+    """The middle with transformers that look at the context."""
+
+    attention, has_cross_attention = "cross", True
+
+
+class UNetMidBlock2DSimpleCrossAttn(UNetMidBlock2D):
+    """The middle with attention over pixels and context at once."""
+
+    attention, has_cross_attention = "added", True
+
+
 def _middle_attention(config: UNetConfig, kind: str) -> nn.Module | None:
-    level, scale = len(config.block_out_channels) - 1, config.mid_block_scale_factor
+    level = len(config.block_out_channels) - 1
     if "Cross" in kind:
         return _attention(config, level, kind, config.depth_of_middle, config.mid_block_only_cross_attention)
     if not config.add_attention:
         return None
+    channels = config.block_out_channels[level]
     groups = config.norm_num_groups if config.attn_norm_num_groups is None else config.attn_norm_num_groups
     heads, head_dim = config.heads(level, kind)
-    make = functools.partial(ScaledSelfAttention, scale) if scale != 1 else SelfAttention2d
-    attention = make(
-        config.block_out_channels[level], heads=heads, head_dim=head_dim, groups=groups or 1, eps=config.norm_eps
+    return Attention(
+        channels,
+        heads=heads,
+        head_dim=head_dim,
+        qkv_bias=True,
+        group_norm=GroupNorm(groups, channels, config.norm_eps) if groups else None,
+        residual=True,
+        rescale_output_factor=config.mid_block_scale_factor,
     )
-    if groups == 0:
-        attention.group_norm = nn.Identity()  # type: ignore[assignment]
-    return attention
 
 
-class UpBlock(Block):
-    """One level on the way up: residual blocks over h and a skip, each with attention, then a doubling."""
+class UpBlock2D(Block):
+    """One level on the way up: residual blocks over h and a skip, each perhaps with attention, then a doubling."""
+
+    has_freeu: ClassVar[bool] = True  # in diffusers, other kinds of levels do not look at these factors
+    s1: float | None = None  # FreeU's factors, see `apply_freeu`
+    s2: float | None = None
+    b1: float | None = None
+    b2: float | None = None
 
     def __init__(self, config: UNetConfig, level: int, time_channels: int):
         super().__init__()
-        channels, block_type = config.block_out_channels, config.up_block_types[-1 - level]
+        channels, kind = config.block_out_channels, type(self).__name__
         below, outputs = channels[min(level + 1, len(channels) - 1)], channels[level]
         count = config.layers(level) + 1
         skips = [*[outputs] * (count - 1), channels[max(level - 1, 0)]]
         inputs = [below, *[outputs] * (count - 1)]
         resnets = nn.ModuleList(
-            _res_block(config, block_type, i + s, outputs, time_channels) for i, s in zip(inputs, skips, strict=True)
+            _res_block(config, kind, i + s, outputs, time_channels) for i, s in zip(inputs, skips, strict=True)
         )
-        self._add_attentions(config, level, block_type, config.depths_up(level))
-        self.resnets = resnets
-        self.upsamplers = None if level == 0 else _resampler(config, level, block_type, time_channels, "up")
+        self._set(resnets, config, level, config.depths_up(level))
+        self.upsamplers = None if level == 0 else _resampler(config, level, kind, time_channels, "up")
+        self.resolution_idx = len(channels) - 1 - level  # FreeU changes the first two
 
-    def forward(self, h: Tensor, skips: list[Tensor], temb: Tensor, conditions: Conditions) -> Tensor:
-        """Take the skips of this level from the end of the list."""
-        for i in range(len(self.resnets)):
-            h = self._pair(i, torch.cat([h, skips.pop()], dim=1), temb, conditions)
-        if self.upsamplers is not None:
-            h = self.upsamplers[0](h, temb, size=tuple(skips[-1].shape[2:]))
+    def forward(
+        self,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: Sequence[Tensor],
+        temb: Tensor | None = None,
+        encoder_hidden_states: Context = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        upsample_size: tuple[int, int] | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return (B, C', H', W') of upsample_size, twice that of hidden_states by default.
+
+        res_hidden_states_tuple: the skips of this level, of which the last is taken first.
+        """
+        conditions = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "attention_mask": attention_mask,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+        if len(res_hidden_states_tuple) < len(self.resnets):
+            raise ValueError(
+                f"{type(self).__name__}: res_hidden_states_tuple must hold {len(self.resnets)} skips, got "
+                f"{len(res_hidden_states_tuple)}"
+            )
+        h = hidden_states
+        for (resnet, attention), skip in zip(self._pairs(), reversed(res_hidden_states_tuple), strict=False):
+            if self.has_freeu and self.s1 and self.s2 and self.b1 and self.b2:
+                h, skip = apply_freeu(self.resolution_idx, h, skip, s1=self.s1, s2=self.s2, b1=self.b1, b2=self.b2)
+            h = self._attend(attention, self._run(resnet, torch.cat([h, skip], dim=1), temb), conditions)
+        for upsampler in self.upsamplers or ():
+            if isinstance(upsampler, ResnetBlock2D):
+                h = upsampler(h, temb) if _is_double(h, upsample_size) else upsampler(h, temb, upsample_size)
+            else:
+                h = upsampler(h, upsample_size)  # (B, C', H', W')
         return h
+
+
+class AttnUpBlock2D(UpBlock2D):
+    """A level on the way up with attention over pixels."""
+
+    attention, has_freeu = "self", False
+
+
+class CrossAttnUpBlock2D(UpBlock2D):
+    """A level on the way up with transformers that look at the context."""
+
+    attention, has_cross_attention = "cross", True
+
+
+class ResnetUpsampleBlock2D(UpBlock2D):
+    """A level on the way up without attention, whose size a residual block changes."""
+
+    has_freeu = False
+
+
+class SimpleCrossAttnUpBlock2D(UpBlock2D):
+    """A level on the way up with attention over pixels and context at once."""
+
+    attention, has_cross_attention, has_freeu = "added", True, False
+
+
+def _is_double(x: Tensor, size: tuple[int, int] | None) -> bool:
+    return size is None or tuple(size) == (2 * x.shape[2], 2 * x.shape[3])
+
+
+def _by_name(*blocks: type[B]) -> dict[str, type[B]]:
+    return {block.__name__: block for block in blocks}
+
+
+DOWN_BLOCKS = _by_name(
+    DownBlock2D, AttnDownBlock2D, CrossAttnDownBlock2D, ResnetDownsampleBlock2D, SimpleCrossAttnDownBlock2D
+)
+MID_BLOCKS = _by_name(UNetMidBlock2D, UNetMidBlock2DCrossAttn, UNetMidBlock2DSimpleCrossAttn)
+MID_BLOCKS["ResnetMidBlock2D"] = UNetMidBlock2D
+UP_BLOCKS = _by_name(UpBlock2D, AttnUpBlock2D, CrossAttnUpBlock2D, ResnetUpsampleBlock2D, SimpleCrossAttnUpBlock2D)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.models.embeddings import class_label_shape
+from ldm_fast.models.layers import bias
 
 
 def check_dtypes(dtype: torch.dtype, **inputs: Tensor | None) -> None:
@@ -95,17 +96,14 @@ def given(added: Mapping[str, Any], name: str) -> Any:
 def biases(
     mask: Tensor | None, context_mask: Tensor | None, sample: Tensor, context: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return masks (B, keys), 1 = attend, as what is added to the scores, (B, 1, 1, keys): 0, and -10000 for a 0."""
+    """Return masks (B, keys), 1 = attend, as what is added to the scores, (B, 1, keys): 0, and -10000 for a 0."""
     batch, tokens = sample.shape[0], None if context is None else context.shape[1]
     if mask is not None and (mask.ndim != 2 or mask.shape[0] != batch):
         raise ValueError(f"UNet: attention_mask must be ({batch}, keys), got {tuple(mask.shape)}")
     if context_mask is not None and tuple(context_mask.shape) != (batch, tokens):
         needed = "None without encoder_hidden_states" if context is None else (batch, tokens)
         raise ValueError(f"UNet: encoder_attention_mask must be {needed}, got {tuple(context_mask.shape)}")
-    mask, context_mask = (
-        None if m is None else ((1 - m.to(sample.dtype)) * -10000.0)[:, None, None, :] for m in (mask, context_mask)
-    )
-    return mask, context_mask
+    return bias(mask, sample), bias(context_mask, sample)
 
 
 def add_extras(h: Tensor, extras: Sequence[Tensor]) -> Tensor:
