@@ -1,4 +1,4 @@
-"""How outputs and gradients of two models are compared."""
+"""Comparison of the outputs and gradients of two models."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Relative L2 error, in float64."""
+    """Return the relative L2 error, computed in float64."""
     assert got.shape == wanted.shape, f"{tuple(got.shape)} instead of {tuple(wanted.shape)}"
     got, wanted = got.detach().double(), wanted.detach().double()
     return float((got - wanted).norm() / wanted.norm())
 
 
 def gradients(model: torch.nn.Module, output: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
-    """Gradients of a fixed random projection of the output by every parameter and input."""
+    """Return the gradients of a fixed random projection of the output with respect to every parameter and input."""
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     named = {**dict(model.named_parameters()), **{f"input {i}": t for i, t in enumerate(inputs)}}
     values = torch.autograd.grad((output.double() * direction).sum(), list(named.values()), allow_unused=True)
@@ -22,8 +22,10 @@ def gradients(model: torch.nn.Module, output: Tensor, *inputs: Tensor) -> dict[s
 
 
 def assert_same_gradients(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-4) -> None:
-    """Relative L2 of each gradient. Some are zero but for rounding (a key's bias moves every score of a row alike), so
-    errors below 1e-6 of the whole gradient's norm count as none.
+    """Compare each gradient by its relative L2 error.
+
+    Some gradients are zero except for rounding (a key's bias moves every score of a row alike), so errors below 1e-6 of
+    the norm of the whole gradient are ignored.
     """
     assert got.keys() == wanted.keys()
     floor = 1e-6 * torch.stack([g.double().norm() for g in wanted.values()]).norm()

@@ -1,4 +1,4 @@
-"""First stages: fast against reference, half precision, sizes, the two regularisations and their losses."""
+"""First stages: fast code against the reference, half precision, sizes, the two regularisations and their losses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def images(batch: int = 2, size: tuple[int, int] = (8, 8), channels: int = 3) ->
 
 
 def reconstruct(model: AutoencoderKL | VQModel, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The reconstruction (of the mode) and the regulariser."""
+    """Return the reconstruction (from the mode) and the loss of the regularisation."""
     out = model(x)
     if isinstance(model, VQModel):
         return out.sample, out.commit_loss
@@ -78,8 +78,9 @@ def test_float64_agrees_with_plain_pytorch(name):
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_bfloat16_error(name, impl):
-    """Against float64 on the same rounded weights and inputs, at most twice the error of bf16 eager PyTorch. Decoding
-    skips the quantizer: one latent that rounds to another code would be all that the comparison sees.
+    """The error is at most twice that of eager PyTorch in bfloat16, against float64 with the same rounded weights.
+
+    Decoding skips the quantizer: a single latent that rounds to another code would dominate the comparison.
     """
     model, x = make(name).bfloat16(), images(4, (32, 32)).bfloat16()
     z = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -171,7 +172,7 @@ def test_config_errors(fields, message):
             config(**fields)
 
 
-def test_a_codebook_has_codes():
+def test_an_empty_codebook_is_refused():
     with pytest.raises(ValueError, match="VQConfig: num_vq_embeddings must be a positive number, got 0"):
         VQConfig(num_vq_embeddings=0)
 
@@ -201,7 +202,7 @@ def test_gaussian_samples():
 
 
 def test_gaussian_stays_finite():
-    """Moments of an untrained or diverging encoder: the log-variance is clamped to [-30, 20]."""
+    """The moments may come from an untrained or diverging encoder: the log-variance is clamped to [-30, 20]."""
     for logvar, clamped in ((-1e4, -30.0), (1e4, 20.0)):
         posterior = DiagonalGaussian(torch.tensor([0.0, logvar]).reshape(1, 2, 1, 1))
         assert float(posterior.logvar) == clamped
@@ -239,7 +240,7 @@ def quantizer(codes: list[list[float]], **fields) -> VectorQuantizer:
 
 
 def vectors(*rows: list[float]) -> Tensor:
-    """Latents (1, d, 1, N) holding the rows."""
+    """Return latents (1, d, 1, N) that hold the rows."""
     return torch.tensor(rows).T[None, :, None].contiguous()
 
 
@@ -256,7 +257,7 @@ def test_quantizer_takes_the_nearest_codes():
 
 
 def test_straight_through_gradient():
-    """The decoder's gradient passes to the encoder as it is, and not to the codebook."""
+    """The decoder's gradient passes to the encoder unchanged, and does not reach the codebook."""
     module, z = quantizer(CODES), vectors([0.4, 0.1], [1.5, -1.0]).requires_grad_()
     direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
     (module(z).z_q * direction).sum().backward()
@@ -267,8 +268,9 @@ def test_straight_through_gradient():
 @pytest.mark.parametrize("weight", [0.25, 2.0])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_losses_by_hand(legacy, weight):
-    """van den Oord et al., eq. 3, as means over all N d entries: ‖sg[z] - e‖² + β ‖z - sg[e]‖², β on the other term in
-    the published code. Both terms have the same value; only their gradients tell them apart.
+    """The loss is that of van den Oord et al., eq. 3, as means over all N d entries: ‖sg[z] - e‖² + β ‖z - sg[e]‖².
+
+    The published code (`legacy`) has β on the other term. Both terms have the same value; only their gradients differ.
     """
     module = quantizer(CODES, legacy=legacy, commitment_weight=weight)
     z = vectors([0.4, 0.1], [1.5, -1.0], [0.5, 0.0]).requires_grad_()
@@ -284,7 +286,7 @@ def test_losses_by_hand(legacy, weight):
 
 
 def test_moving_averages_by_hand():
-    """van den Oord et al., appendix A.1: e = m / N, both exponential moving averages; one vector to a code at first."""
+    """The codes are those of van den Oord et al., appendix A.1: e = m / N, both moving averages; N starts at one."""
     module, decay = quantizer(CODES, ema_decay=0.75), 0.75
     steps = ([[0.4, 0.1], [1.5, -1.0], [0.5, 0.0]], [[2.5, 1.0], [0.0, 5.0], [0.0, 3.0]], [[0.0, 3.5]])
     means, counts = torch.tensor(CODES, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
@@ -294,16 +296,16 @@ def test_moving_averages_by_hand():
         chosen = torch.cdist(shown, codes.double()).argmin(1)
         out = module(vectors(*rows))
         assert out.indices.flatten().tolist() == chosen.tolist()
-        torch.testing.assert_close(out.z_q[0, :, 0].T, codes[chosen])  # those before the step
+        torch.testing.assert_close(out.z_q[0, :, 0].T, codes[chosen])  # the codes before the step
         one_hot = torch.nn.functional.one_hot(chosen, 4).double()
         means = decay * means + (1 - decay) * one_hot.T @ shown
         counts = decay * counts + (1 - decay) * one_hot.sum(0)
         torch.testing.assert_close(module.embedding.weight.double(), means / counts[:, None], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(module.ema_counts.double(), counts, rtol=1e-6, atol=0)
-    assert module.embedding.weight[3].tolist() == CODES[3]  # nothing chose it
+    assert module.embedding.weight[3].tolist() == CODES[3]  # no vector chose it
 
 
-def test_moving_averages_learn_in_training_mode_alone():
+def test_moving_averages_learn_only_in_training_mode():
     module, z = quantizer(CODES, ema_decay=0.5).eval(), vectors([0.4, 0.1], [1.5, -1.0])
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     assert before.keys() == {"embedding.weight", "ema_counts"}
@@ -327,7 +329,7 @@ def test_moving_averages_leave_the_commitment_loss(legacy, on_encoder):
 
 
 def test_moving_averages_find_the_clusters():
-    """A code that is chosen goes to the mean of its vectors, however long it was not."""
+    """A code that is chosen goes to the mean of its vectors, even if it was not chosen for a long time."""
     module, z = quantizer([[1.0, 1.0], [9.0, 1.0], [1.0, 9.0], [99.0, 99.0]], ema_decay=0.9), clusters()
     for _ in range(100):
         module(z.T[None, :, None])
@@ -355,7 +357,7 @@ def test_moving_averages_start_at_k_means():
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])
-def test_a_decay_that_is_none(decay):
+def test_decay_outside_its_range_is_refused(decay):
     with pytest.raises(ValueError, match=f"ema_decay must be in \\[0, 1\\), got {decay}"):
         VectorQuantizer(4, 2, ema_decay=decay)
 
@@ -365,7 +367,7 @@ def _one_of_two(rank, folder):
     module = quantizer(CODES, ema_decay=0.75)
     module(vectors([0.4, 0.1], [1.5, -1.0]) if rank == 0 else vectors([0.5, 0.0]))
     torch.save(module.state_dict(), folder / f"{rank}.pt")
-    torch.distributed.barrier()  # PyTorch 2.6 may wait forever in the next line for a process that has left already
+    torch.distributed.barrier()  # PyTorch 2.6 may wait forever in the next line for a process that has already left
     torch.distributed.destroy_process_group()
 
 
@@ -382,7 +384,7 @@ def test_moving_averages_are_those_of_all_processes(tmp_path):
 
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_a_quantizer_compiles(decay):
-    """In one graph, with the same result."""
+    """A quantizer compiles into one graph, which gives the same result."""
     modules = [quantizer(CODES, ema_decay=decay) for _ in range(2)]
     compiled = torch.compile(modules[1], fullgraph=True, backend="aot_eager")
     for rows in ([[0.4, 0.1], [1.5, -1.0]], [[2.5, 1.0], [0.0, 5.0]]):
@@ -430,7 +432,7 @@ def test_k_means_finds_the_clusters():
 
 
 def test_k_means_leaves_no_code_without_vectors():
-    """Twelve points of very different weight, on which Lloyd's iterations alone empty one of the five cells."""
+    """On these twelve points of very different weight, plain Lloyd iterations would leave one of five cells empty."""
     generator = torch.Generator().manual_seed(231)
     points = torch.randn(12, 2, generator=generator)
     z = points.repeat_interleave((10 ** (3 * torch.rand(12, generator=generator))).long(), 0)
@@ -473,14 +475,14 @@ def test_upcast_computes_with_the_float16_weights_in_float32(name):
     with model.upcast() as dtype:
         got = model.encode_latents(x.to(dtype), generator=torch.Generator().manual_seed(0))
     assert torch.equal(got, wide.encode_latents(x, generator=torch.Generator().manual_seed(0)))
-    assert model.decode(z.half()).sample.dtype == torch.float16  # over again
+    assert model.decode(z.half()).sample.dtype == torch.float16  # the upcast has ended
     model.config = replace(model.config, force_upcast=False)
     assert upcast_decode(model, z).dtype == torch.float16
 
 
 @pytest.mark.parametrize("name", ["kl", "vq"])
 def test_two_threads_decode_one_float16_model(name):
-    """A hundred pictures each, and all of them as one after the other, whatever the two run at the same time."""
+    """Each decodes a hundred pictures, and all are as if decoded one after the other."""
     model = make(name).half()
     model.config = replace(model.config, force_upcast=True)
     model.join_projections()
@@ -498,7 +500,7 @@ def test_two_threads_decode_one_float16_model(name):
 
 
 def test_tiling_is_switched_by_an_argument_too():
-    """As diffusers' `enable_tiling(use_tiling)` was."""
+    """`enable_tiling` takes `use_tiling`, as it did in diffusers."""
     model = make("kl")
     for given in (False, True):
         model.enable_tiling(given)

@@ -1,4 +1,4 @@
-"""Large images in bands: `encode` and `decode` with `tile=…` give what the whole image gives, in less memory."""
+"""Large images in bands: `encode` and `decode` with `tile=…` give the result of the whole image, in less memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def latent(size: tuple[int, int], batch: int = 1) -> Tensor:
 
 
 def decode(model: AutoencoderKL | VQModel, z: Tensor, **kwargs: int) -> Tensor:
-    """Without the quantizer, which would hide small differences and exaggerate others."""
+    """Decode without the quantizer, which would hide small differences and exaggerate others."""
     plain = {"force_not_quantize": True} if isinstance(model, VQModel) else {}
     return model.decode(z, **plain, **kwargs).sample
 
@@ -33,7 +33,7 @@ def encode(model: AutoencoderKL | VQModel, x: Tensor, **kwargs: int) -> Tensor:
 
 
 def deep(**fields: object) -> AutoencoderKL:
-    """Three levels, several blocks: bands are split and halved more than once."""
+    """Return a model with three levels and several blocks, so that bands are split and halved more than once."""
     torch.manual_seed(0)
     shape = dict(block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4, latent_channels=3)
     return AutoencoderKL(AutoencoderConfig(**{"attention_levels": (1,), **shape, **fields})).eval()
@@ -51,7 +51,7 @@ def assert_same(got: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("tile", (1, 2, 3, 64))
 @pytest.mark.parametrize("name", (*MODELS, "deep"))
 @torch.no_grad()
-def test_decodes_as_the_whole(name: str, tile: int) -> None:
+def test_decoding_in_bands_equals_decoding_the_whole(name: str, tile: int) -> None:
     model = model_called(name)
     for size in SIZES:
         z = latent(size)
@@ -61,7 +61,7 @@ def test_decodes_as_the_whole(name: str, tile: int) -> None:
 @pytest.mark.parametrize("tile", (1, 2, 3, 64))
 @pytest.mark.parametrize("name", (*MODELS, "deep"))
 @torch.no_grad()
-def test_encodes_as_the_whole(name: str, tile: int) -> None:
+def test_encoding_in_bands_equals_encoding_the_whole(name: str, tile: int) -> None:
     model = model_called(name)
     for size in IMAGES:
         x = images(1, size)
@@ -86,8 +86,8 @@ def test_bfloat16() -> None:
 
 
 @torch.no_grad()
-def test_tiles_of_their_own_are_something_else() -> None:
-    """What `enable_tiling` gives is far from the whole, so the tests above tell the two apart; `tile` goes first."""
+def test_enable_tiling_does_not_give_what_bands_give() -> None:
+    """Its result is far from that of the whole, so the tests above can tell them apart; `tile` takes precedence."""
     model, z = deep(), latent((12, 12))
     whole = decode(model, z)
     model.enable_tiling()
@@ -97,7 +97,7 @@ def test_tiles_of_their_own_are_something_else() -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes of results that were alive after any op."""
+    """Records the most bytes of results that were alive after any op."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class LiveBytes(TorchDispatchMode):
 
 @torch.no_grad()
 def test_memory_is_two_maps_and_some_bands() -> None:
-    """Two of the last level's 8 channels, or one of the 16 that come into it, are what must be kept."""
+    """Two maps with the last level's 8 channels, or one with the 16 that enter it, have to be kept in any case."""
     model, z, x = deep(attention_levels=()), latent((64, 64)), images(1, (256, 256))
     two_maps = 2 * 8 * 256 * 256 * 4
     for function in (lambda **tile: decode(model, z, **tile), lambda **tile: encode(model, x, **tile)):
@@ -141,7 +141,7 @@ def test_bands_cover_the_image(height: int, pixels: int, multiple: int) -> None:
     assert torch.equal(bands.joined(), x)
     before = [part.clone() for part in bands.parts]
     for part in bands.parts:
-        assert part.data_ptr() != x.data_ptr(), "bands are written to, the image is not theirs"
+        assert part.data_ptr() != x.data_ptr(), "bands are written to, so they must not be the image itself"
     for i in range(1, len(rows)):
         bands.parts[i][:, :, 0] = bands.parts[i - 1][:, :, -1] = float("nan")
     bands.update_rims()

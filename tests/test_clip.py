@@ -1,4 +1,4 @@
-"""Text encoders through transformers: tiny random CLIP models against diffusers' pipelines, BERT's tokens."""
+"""Text encoders of transformers: tiny random CLIP models against diffusers' pipelines, and BERT's tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "cat", "##s", "dog", "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What a diffusers pipeline's folder holds: two text encoders with random weights, and a tokenizer of letters."""
+    """The folder of a diffusers pipeline: two text encoders with random weights, and a tokenizer of letters."""
     path = tmp_path_factory.mktemp("pipeline")
     tokens = [*LETTERS, *(f"{c}</w>" for c in LETTERS), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
     source = path / "source"
@@ -81,7 +81,7 @@ def test_one_encoder_equals_stable_diffusion(folder, skip):
     pipe = pipeline("StableDiffusionPipeline", text_encoder=model, tokenizer=ours.tokenizer)
     wanted, unconditional = pipe.encode_prompt(PROMPTS, "cpu", 1, True, clip_skip=skip or None)
     assert torch.equal(ours(PROMPTS), wanted) and wanted.shape == (3, LENGTH, 16)
-    if skip == 0:  # diffusers does not skip in the unconditional context
+    if skip == 0:  # diffusers skips no layers in the unconditional context
         torch.testing.assert_close(ours.unconditional(3), unconditional)
         assert not torch.equal(wanted, encoder(folder, skip=1)(PROMPTS))
     assert torch.equal(ours.unconditional(2)[1:], ours([""]))
@@ -108,7 +108,7 @@ def test_two_encoders_equal_stable_diffusion_xl(folder, zero):
     assert torch.equal(got.pooled, pooled) and pooled.shape == (3, 10)
     assert torch.equal(ours(PROMPTS), context)
     got = ours.encode_unconditional(3)
-    torch.testing.assert_close(tuple(got), (none, pooled_none))  # three rows there, one three times here
+    torch.testing.assert_close(tuple(got), (none, pooled_none))  # diffusers computes three rows, we repeat one
     torch.testing.assert_close(ours.unconditional(3), none)
     assert bool(none.any()) is not zero
 
@@ -139,7 +139,7 @@ def test_load_text_encoder(folder, tmp_path):
 
 @torch.no_grad()
 def test_pooled_vector(folder):
-    """Of the first end of text; without a projection it is the normed state itself, whatever is skipped."""
+    """It is that of the first end of text; without a projection it is the normalised state, whatever is skipped."""
     model = encoder(folder, skip=2)
     ends = [len(model.tokenizer(prompt).input_ids) - 1 for prompt in PROMPTS]
     last = encoder(folder)(PROMPTS)

@@ -32,7 +32,7 @@ def test_split_words(text, words):
     assert split_words(text) == words
 
 
-def test_vocabulary_depends_on_the_set_of_captions_alone():
+def test_vocabulary_depends_only_on_the_set_of_captions():
     tokenizer = WordTokenizer.from_captions(CAPTIONS)
     assert tokenizer.vocabulary[:3] == (PAD, UNKNOWN, START)
     assert tokenizer.vocabulary == WordTokenizer.from_captions([*reversed(CAPTIONS), *CAPTIONS]).vocabulary
@@ -93,7 +93,7 @@ def text_encoder():
 def test_text_encoder(text_encoder):
     context = text_encoder(["red apple", "", "apple red"])
     assert context.shape == (3, 8, 12)
-    assert not torch.allclose(context[0], context[2])  # the order of words counts
+    assert not torch.allclose(context[0], context[2])  # the order of words matters
     torch.testing.assert_close(context[1:2], text_encoder.unconditional(1))
     assert text_encoder.unconditional(5).shape == (5, 8, 12)
     torch.testing.assert_close(text_encoder("red apple"), context[:1])
@@ -105,7 +105,7 @@ def test_text_encoder_config_survives_json(text_encoder):
 
 
 def test_transformer_matches_pytorchs_encoder():
-    """The same arithmetic as nn.TransformerEncoderLayer (norm_first) with the same weights, in float64."""
+    """It computes the same as nn.TransformerEncoderLayer (norm_first) with the same weights, in float64."""
     torch.manual_seed(0)
     config = TransformerConfig(vocab_size=11, width=16, depth=1, max_length=7, heads=2, head_dim=8)
     ours = TransformerEmbedder(config).double()

@@ -1,4 +1,4 @@
-"""The native CPU kernels beyond the table of all ops (test_ops.py): threads, instruction sets, exp, memory."""
+"""Tests of the native CPU kernels beyond the table of all ops (test_ops.py): threads, instruction sets, exp, memory."""
 
 import functools
 import subprocess
@@ -21,7 +21,7 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 
 @pytest.fixture
 def isa(request):
-    """Run with the instruction set the test is parametrised by."""
+    """Run the test with the instruction set that it is parametrised by."""
     before = native.extension().isa()
     native.extension().set_isa(request.param)
     yield request.param
@@ -30,7 +30,7 @@ def isa(request):
 
 @pytest.fixture
 def threads():
-    """Set the number of threads; the old one comes back after the test."""
+    """Set the number of threads; the old number is restored after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -60,7 +60,7 @@ def attention_arguments(shape, dtype=torch.float32):
 
 
 def run_attention(shape, dtype=torch.float32):
-    """Forward and backward; a flat list of tensors."""
+    """Run forward and backward, and return a flat list of tensors."""
     arguments = attention_arguments(shape, dtype)
     out, lse = cpu.attention(*arguments)
     grad = torch.empty_like(out).copy_(torch.linspace(-1, 1, out.numel()).view(out.shape))
@@ -84,7 +84,7 @@ def exact_group_norm(*of):
 
 
 def run_group_norm(shape, groups, channels_last, dtype=torch.float32):
-    """Forward and backward; a flat list of tensors."""
+    """Run forward and backward, and return a flat list of tensors."""
     norm = group_norm_arguments(shape, groups, channels_last, dtype)
     y, statistics = cpu.group_norm_silu(norm)
     grad = torch.empty_like(norm.x).copy_(torch.linspace(-1, 1, norm.x.numel()).view(shape))
@@ -93,14 +93,14 @@ def run_group_norm(shape, groups, channels_last, dtype=torch.float32):
 
 
 def run_split_group_norm(shape, groups, channels_last, dtype=torch.float32):
-    """Statistics and what they are applied to."""
+    """Compute the statistics and apply them, and return both results."""
     norm = group_norm_arguments(shape, groups, channels_last, dtype)
     stats = cpu.group_norm_stats(norm.x, groups)
     return [stats, cpu.group_norm_apply(norm, stats)]
 
 
 # Shapes on both sides of every decision the kernels take: one slab or several, more units than threads or fewer, full
-# vectors or a rest.
+# vectors or a remainder.
 RUNS = {
     "group_norm one slab": lambda: run_group_norm((3, 30, 7, 5), 3, False),
     "group_norm whole vectors": lambda: run_group_norm((3, 240, 12, 16), 4, False),
@@ -109,7 +109,7 @@ RUNS = {
     "group_norm channels_last": lambda: run_group_norm((3, 320, 16, 16), 32, True),
     "group_norm channels_last many slabs": lambda: run_group_norm((1, 37, 90, 70), 1, True),
     "group_norm bfloat16 one slab": lambda: run_group_norm((2, 64, 33, 17), 4, False, torch.bfloat16),
-    # Results so large that they are streamed past the caches; with rows of whole cache lines and without.
+    # Results so large that they are written past the caches, with and without rows of whole cache lines.
     "group_norm large": lambda: run_group_norm((1, 64, 224, 224), 2, False),
     "group_norm large channels_last": lambda: run_group_norm((1, 64, 224, 224), 32, True),
     "group_norm large odd": lambda: run_group_norm((1, 65, 225, 223), 5, False),
@@ -145,7 +145,7 @@ def test_result_does_not_depend_on_threads(name, threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels, spatial", [(20, 64), (60, 192), (10, 4096)])
 def test_a_group_measured_beside_another_has_the_same_bits(isa, threads, dtype, channels, spatial):
-    """Where rows are whole vectors, a group is measured while the one before it is normalised; a group alone is not."""
+    """If rows are whole vectors, a group is measured while the one before it is normalised. A single group is not."""
     threads(1)
     x = torch.randn(2, 4 * channels, spatial) * torch.linspace(1, 30, 4).repeat_interleave(channels)[:, None] + 7
     x, weight = x.to(dtype), torch.rand(4 * channels)
@@ -161,7 +161,7 @@ def test_a_group_measured_beside_another_has_the_same_bits(isa, threads, dtype, 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_element_is_written(name):
-    """PyTorch fills new tensors with NaN (integers: the largest), so an element nobody wrote shows."""
+    """PyTorch fills new tensors with NaN (or the largest integer), so an unwritten element would show."""
     expected = [t.clone() for t in RUNS[name]()]
     torch.use_deterministic_algorithms(True)
     try:
@@ -183,7 +183,7 @@ def test_group_norm_on_every_isa(isa, channels_last, dtype, shape, groups):
     expected = exact_group_norm(shape, groups, channels_last, dtype)
     rounding = {torch.float32: 3e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
     assert (y.double() - expected[0]).norm() <= rounding * expected[0].norm()
-    # The narrowest vectors add up the longest rows of numbers, 512.
+    # The narrowest vectors add up the longest rows, of 512 numbers.
     expected_mean, expected_rstd = expected[1]
     torch.testing.assert_close(mean.double(), expected_mean, rtol=1e-6, atol=4e-6)
     torch.testing.assert_close(rstd.double(), expected_rstd, rtol=4e-6, atol=0)
@@ -192,7 +192,7 @@ def test_group_norm_on_every_isa(isa, channels_last, dtype, shape, groups):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_silu_of_numbers_of_any_size(isa, channels_last):
-    """exp2 in the sigmoid runs out at both ends: SiLU is then h or nearly 0, never NaN."""
+    """exp2 in the sigmoid overflows at one end and underflows at the other: SiLU is then h or nearly 0, never NaN."""
     x = group_norm_arguments((2, 64, 9, 9), 32, channels_last).x
     norm = Norm(x, 32, torch.logspace(-30, 36, 64), activation="silu")
     y, _ = cpu.group_norm_silu(norm)
@@ -211,7 +211,7 @@ def test_group_norm_with_mean_far_above_std(isa, channels_last):
     expected, _ = reference.group_norm_silu(doubled(norm))
     assert (y.double() - expected).abs().max() < 1e-5
     again = cpu.group_norm_apply(norm, cpu.group_norm_stats(norm.x, norm.num_groups))
-    assert torch.equal(again, y), "the two halves are the whole"
+    assert torch.equal(again, y), "the two halves give the result of the whole"
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -234,7 +234,7 @@ def test_attention_on_every_isa(isa, dtype):
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_row_does_not_depend_on_the_others(isa, dtype):
-    """Neither on other queries nor on other heads: full tiles, half tiles and single rows give the same bits."""
+    """A row depends on no other query or head: full tiles, half tiles and single rows give the same bits."""
     for shape in ((2, 3, 75, 77, 40), (2, 2, 75, 300, 24), (1, 2, 75, 40, 300)):
         q, k, v, mask, scale = attention_arguments(shape, dtype)
         out, lse = cpu.attention(q, k, v, mask, scale)
@@ -274,8 +274,8 @@ def test_attention_with_any_scale(isa, scale):
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("shape", [(1, 2, 35, 77, 20), (1, 1, 40, 300, 24)], ids=["few keys", "many keys"])
 @pytest.mark.parametrize("alike", [True, False], ids=["padding", "rows of their own"])
-def test_attention_where_a_mask_is_the_lowest_number(isa, shape, alike):
-    """Rows of it alone are uniform, as in PyTorch; beside other numbers it leaves nothing; -inf alone gives zeros."""
+def test_attention_with_the_lowest_number_in_a_mask(isa, shape, alike):
+    """A row of only this number is uniform, as in PyTorch. Beside other numbers it masks. Only -inf gives zeros."""
     q, k, v, _, scale = attention_arguments(shape)
     rows, keys = shape[2:4]
     mask = torch.full((1, 1, 1 if alike else rows, keys), torch.finfo(torch.float32).min)
@@ -290,7 +290,7 @@ def test_attention_where_a_mask_is_the_lowest_number(isa, shape, alike):
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_ignores_what_is_masked(isa, dtype):
-    """Padding of the keys gives what the kept keys alone give, whatever the padding holds, as long as it is finite."""
+    """Padded keys give the result of only the kept keys, whatever finite numbers the padding holds."""
     q, k, v, _, scale = attention_arguments((2, 3, 40, 200, 24), dtype)
     kept = torch.tensor([77, 150])
     mask = (torch.arange(200) < kept[:, None])[:, None, None].expand(2, 3, 40, 200)
@@ -307,7 +307,7 @@ def test_attention_ignores_what_is_masked(isa, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [case for case in CASES["attention"] if case.acceptance], ids=str)
 def test_attention_error_is_at_most_twice_that_of_pytorch(case, dtype):
-    """Against float64, for the keys and widths of the benchmarks; half a unit in the last place is nobody's fault."""
+    """Errors are against float64, for the sizes of the benchmarks; half a unit in the last place is always allowed."""
     for data in ("normal", "large_logits", "constant", "one_hot"):
         small = replace(case, B=1, H=min(case.H, 2), N=min(case.N, 300), data=data)
         q, k, v = (make_inputs("attention", small, dtype)[key] for key in "qkv")
@@ -337,7 +337,7 @@ print(memory("VmHWM") - before)
 @LINUX
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention_with_a_wide_head_needs_little_memory(dtype):
-    """Under 64 MB for a first stage at 512², where the scores alone are 67 MB in float32; the result is 8 of them."""
+    """A first stage at 512² needs less than 64 MB, 8 MB for the result. The scores would be 67 MB in float32."""
     done = subprocess.run([sys.executable, "-c", PEAK_OF_WIDE_HEAD, dtype], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 64e6
 
@@ -365,7 +365,7 @@ def exp(x):
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_exp_accuracy(isa):
-    """Every 997th float32 between -110 and 95: the relative error stays within (2 + 1.25 |x|) 2^-24."""
+    """For every 997th float32 between -110 and 95 the relative error is at most (2 + 1.25 |x|) 2^-24."""
     bits = torch.arange(0, 0x7F800000, 997, dtype=torch.int32)
     x = bits.view(torch.float32)
     x = torch.cat([x[x <= 95], -x[x <= 110]])
@@ -383,7 +383,7 @@ def test_exp_special_values_and_bounds(isa):
     x = torch.tensor([-inf, inf, nan, 0.0, -0.0, -3e38, 3e38])
     expected = torch.tensor([0.0, inf, nan, 1.0, 1.0, 0.0, inf])
     torch.testing.assert_close(exp(x), expected, rtol=0, atol=0, equal_nan=True)
-    for n in range(35):  # no element behind the n asked for is touched
+    for n in range(35):  # no element after the first n is touched
         guarded = torch.full((n + 20,), 7.0)
         x = torch.zeros(n)
         native.extension().exp_array(x.data_ptr(), guarded.data_ptr(), n)
@@ -392,7 +392,7 @@ def test_exp_special_values_and_bounds(isa):
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_fused_multiply_adds_are_done(isa):
-    """Every lane of every chain converges to 1, so their sum is how many there are."""
+    """Every lane of every chain converges to 1, so their sum is the number of lanes."""
     result = torch.full((3,), float("nan"))
     count = native.extension().fused_multiply_adds(100, 0.5, result.data_ptr(), 3)
     assert (result == count / (100 * 3)).all() and count > 0
@@ -403,8 +403,8 @@ def test_unknown_isa_is_an_error():
         native.extension().set_isa("quantum")
 
 
-def test_the_kernels_take_whole_records_only():
-    """A field too few or too many, or one of another type, is a TypeError: nothing is read beyond the tuple."""
+def test_the_kernels_take_only_whole_records():
+    """A missing or extra field, or one of another type, raises a TypeError: nothing is read beyond the tuple."""
     x, stats = torch.randn(1, 4, 3), torch.empty(1, 2, 3, dtype=torch.float64)
     record, _ = cpu._norm(Norm(x, 2))
     native.extension().group_norm_stats(record, stats.data_ptr())
@@ -444,6 +444,6 @@ print("runtimes", len(native.openmp_runtimes()), "used", native.find_openmp()[0]
 
 @LINUX
 def test_threads_come_from_the_one_openmp_runtime_of_torch():
-    """The kernels start two threads besides their own, and neither they nor torch need others after that."""
+    """The kernels start two threads besides the main one, and after that neither they nor torch start others."""
     done = subprocess.run([sys.executable, "-c", ONE_RUNTIME], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["started 2", "all 2", "runtimes 1 used True"]

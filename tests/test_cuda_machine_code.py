@@ -1,6 +1,7 @@
-"""What nvcc makes of the CUDA kernels of nearest_codebook: gates on registers, spills, loads and the inner loop.
+"""The machine code of the CUDA kernels of nearest_codebook: limits on registers, spills, loads and the inner loop.
 
-Needs nvcc, and cuobjdump from the CUDA toolkit or the triton wheel. No GPU: nothing here runs a kernel or times one.
+The tests need nvcc, and cuobjdump from the CUDA toolkit or the triton wheel. They need no GPU: none of them runs or
+times a kernel.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DIMS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)  # compiled sizes of nearest_chunk and find_in_chunk
 TYPES = ("float", "__half", "__nv_bfloat16")
-# Bytes of shared memory per block and registers per thread, with which the planned blocks fit on a multiprocessor at
-# once: 64 Ki registers, and 164 KiB on sm_80. Registers by blocks of 128 threads.
+# The bytes of shared memory per block and the registers per thread with which the planned blocks fit on one
+# multiprocessor: it has 64 Ki registers, and 164 KiB on sm_80. Registers are by the number of blocks of 128 threads.
 SHARED_BUDGET = {"nearest_tensor": 48 * 1024, "": 24 * 1024}
 REGISTER_BUDGET = {2: 255, 3: 168, 4: 128}
 BLOCKS = {"nearest_tensor": 2, "nearest_tiled": 3, "": 4}
@@ -70,7 +71,7 @@ def find_cuobjdump() -> str | None:
 
 
 def compile_kernels(variants: list[str], architecture: int) -> dict[str, Kernel]:
-    """Each variant by its name, as compiled for sm_<architecture>."""
+    """Compile the variants for sm_<architecture>, and return them by name."""
     nvcc, cuobjdump = shutil.which("nvcc"), find_cuobjdump()
     if nvcc is None or cuobjdump is None:
         pytest.skip(f"needs nvcc (found: {nvcc}) and cuobjdump (found: {cuobjdump})")
@@ -95,14 +96,14 @@ def compile_kernels(variants: list[str], architecture: int) -> dict[str, Kernel]
 
 
 def instantiation(variant: str) -> str:
-    if "<" not in variant:  # no template: it is there anyway
+    if "<" not in variant:  # not a template, so it is compiled anyway
         return ""
     arguments = "Stats" if variant.startswith(STATS) else "Problem"
     return f"template __global__ void {variant}({arguments}<{variant[:-1].split('<')[1].split(', ')[-1]}>);\n"
 
 
 def mangled_start(variant: str) -> str:
-    """The mangled name as far as the template's arguments: _ZN8ldm_fast7nearest13nearest_chunkILi4EfEE."""
+    """Return the mangled name up to the template's arguments: _ZN8ldm_fast7nearest13nearest_chunkILi4EfEE."""
     name, _, arguments = variant.rstrip(">").partition("<")
     if not arguments:
         return f"_ZN8ldm_fast7nearest{len(name)}{name}E"
@@ -112,7 +113,7 @@ def mangled_start(variant: str) -> str:
 
 
 def parse_usage(log: str) -> dict[str, dict[str, int]]:
-    """Registers, shared memory, stack and spills of each kernel from `ptxas -v`."""
+    """Return the registers, shared memory, stack and spills of each kernel from `ptxas -v`."""
     usage = {}
     for part in log.split("Compiling entry function '")[1:]:
         numbers = {}
@@ -142,9 +143,9 @@ def opcodes(kernel: Kernel) -> list[str]:
 
 
 def inner_loop(kernel: Kernel) -> Counter[str]:
-    """Opcodes, without their suffixes, from the first shared-memory read of the scan to the last minimum of a pair.
+    """Count the opcodes, without suffixes, from the scan's first shared-memory read to its last minimum of a pair.
 
-    The scan is the only place with minima; it begins with the loads that come directly before the first of them.
+    Only the scan takes minima. It begins with the loads that come directly before the first of them.
     """
     codes = [code.split(".")[0] for code in opcodes(kernel)]
     minima = [i for i, code in enumerate(codes) if code.startswith("FMNMX")]
@@ -169,7 +170,7 @@ def check_resources(name: str, kernel: Kernel) -> None:
 
 
 def check_loads(name: str, kernel: Kernel) -> None:
-    """What the search reads from global and from shared memory, it reads 16 bytes at a time."""
+    """The search reads global and shared memory 16 bytes at a time."""
     codes = opcodes(kernel)
     if name.startswith("nearest_tensor"):
         assert any(re.match(r"LDGSTS\.E.*\.128", code) for code in codes), name
@@ -185,7 +186,7 @@ def check_loads(name: str, kernel: Kernel) -> None:
 def check_atomics(name: str, kernel: Kernel) -> None:
     """Only the kernels that can merge ranges of codes touch global memory atomically, 64 bits at a time.
 
-    In shared memory, 32 bits: the candidates of nearest_tensor and the counts of the sort.
+    In shared memory atomics have 32 bits: for the candidates of nearest_tensor and the counts of the sort.
     """
     atomics = [code for code in opcodes(kernel) if code.startswith(("ATOM", "RED")) and not code.startswith("REDUX")]
     in_shared = [code for code in atomics if code.startswith("ATOMS")]
@@ -197,10 +198,10 @@ def check_atomics(name: str, kernel: Kernel) -> None:
 
 
 def check_tensor_cores(name: str, kernel: Kernel) -> None:
-    """The product of d >= 32 is on the tensor cores, and one slice of it is as many instructions as it takes.
+    """The product is on the tensor cores if d >= 32, and a slice of it takes no more instructions than necessary.
 
-    A warp multiplies 64 by 64 by 32: 4 x 8 x 2 products of 16 by 8 by 16. Besides these there is little in the loop:
-    each 16 bytes that a lane reads from shared memory serve several of them.
+    A warp multiplies 64 by 64 by 32: 4 x 8 x 2 products of 16 by 8 by 16. There is little else in the loop, since each
+    16 bytes that a lane reads from shared memory serve several products.
     """
     products = [line for line in kernel.sass if line.startswith("HMMA")]
     assert bool(products) == name.startswith("nearest_tensor"), name
@@ -214,7 +215,7 @@ def check_tensor_cores(name: str, kernel: Kernel) -> None:
 
 
 def check_inner_loop(name: str, kernel: Kernel) -> None:
-    """d multiply-adds and one minimum per pair, and nothing that compares and selects."""
+    """The inner loop has d multiply-adds and one minimum per pair, and neither compares nor selects."""
     found = re.match(r"nearest_chunk<(\d+)", name)
     if not found:
         return

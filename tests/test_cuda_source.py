@@ -1,6 +1,6 @@
 """The CUDA source of nearest_codebook, run on the CPU under sanitizers (tests/cuda_host), against the formula.
 
-One program per sanitizer is compiled once and runs all cases in two processes; each case is then a test of its own.
+One program per sanitizer is compiled once and runs all cases in two processes. Each case is then a separate test.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
 
 
 def run(program: Path, cases: list[Case], without: str = "", part: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the cases, leaving out a barrier ("file:line") or the "bounds"; the output is in <program>.results<part>."""
+    """Run the cases, leaving out a barrier ("file:line") or the "bounds". The results go to <program>.results<part>."""
     inputs, results = Path(f"{program}.cases{part}"), Path(f"{program}.results{part}")
     write_cases(inputs, cases)
     command = [str(program), str(inputs), str(results), without]
-    # The first report ends the program; leaks are not this test's business where ptrace is forbidden.
+    # The first report ends the program. Leaks are not looked for, since ptrace may be forbidden.
     options = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
     return subprocess.run(command, env={**os.environ, **options}, capture_output=True, text=True, timeout=1800)
 
 
 def run_cleanly(program: Path, cases: list[Case]) -> dict[Case, Results]:
-    """Two processes run every other case each."""
+    """Run the cases in two processes, each of which takes every other case."""
     parts, results = (cases[0::2], cases[1::2]), {}
     with ThreadPoolExecutor() as pool:
         both = list(pool.map(lambda number: run(program, parts[number], part=number), (0, 1)))
@@ -88,7 +88,7 @@ def folder():
 
 @pytest.fixture(scope="module")
 def programs(folder):
-    """Both are compiled at the same time."""
+    """Both programs, which are compiled at the same time."""
     with ThreadPoolExecutor() as pool:
         yield {name: pool.submit(build, folder, name) for name in SANITIZERS}
 
@@ -114,9 +114,9 @@ def tsan_results(tsan_program):
 
 
 def rounding_bound(z: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """How far the float32 formula can be from the exact distance, (n, k).
+    """Return how far the float32 formula can be from the exact distance, (n, k).
 
-    2d + 2 roundings of numbers no larger than the sum of the absolute terms; each may also lose a denormal number.
+    It rounds 2d + 2 numbers no larger than the sum of the absolute terms. Each may also lose a denormal number.
     """
     d = z.shape[1]
     size = (codes**2).sum(1) / 2 + np.abs(z) @ np.abs(codes).T
@@ -124,7 +124,7 @@ def rounding_bound(z: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 
 def check_search(case: Case, results: Results) -> None:
-    """The formula's index, by the method for these sizes; and in float64 nothing is nearer than rounding explains."""
+    """The index is the formula's, by the method for these sizes, and only rounding can make another code nearer."""
     assert results.method == case.method
     index = results.kernel.index
     np.testing.assert_array_equal(index, results.formula.index)
@@ -139,7 +139,7 @@ def check_search(case: Case, results: Results) -> None:
 
 
 def check_stats(case: Case, results: Results) -> None:
-    """The bits of the formula; counts are exact, and sums as exact as float64 makes them before they are rounded."""
+    """The bits are those of the formula. Counts are exact; sums are as exact as float64 before they are rounded."""
     np.testing.assert_array_equal(results.kernel.counts, results.formula.counts)
     np.testing.assert_array_equal(results.kernel.sums, results.formula.sums)
     index = torch.from_numpy(results.kernel.index.copy())
@@ -176,7 +176,7 @@ def test_long_cases(asan_program):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.n and c.k >= 300], ids=str)
-def test_codes_are_divided_only_where_queries_are_few(case, asan_results):
+def test_codes_are_divided_only_if_queries_are_few(case, asan_results):
     assert (asan_results[case].ranges > 1) == (case.sms == SPLIT)
 
 
@@ -195,7 +195,7 @@ def test_equal_distances_give_the_lowest_index(case, asan_results):
 @pytest.mark.parametrize("case", [c for c in CASES if c.data == "nonfinite"], ids=str)
 def test_nan_never_wins(case, asan_results):
     index = asan_results[case].kernel.index
-    assert index[0] == 0  # nothing but NaN
+    assert index[0] == 0  # all its distances are NaN
     assert index[5] >= 140 or 70 <= index[5] < 120  # zero times infinity is NaN
     z, codes = (x.double().reshape(-1, case.d) for x in make_inputs(case))
     distances = codes.square().sum(1) / 2 - z @ codes.T
@@ -206,7 +206,7 @@ def test_nan_never_wins(case, asan_results):
 
 @pytest.mark.parametrize("data", ["normal", "close"])
 def test_without_the_bounds_the_tensor_cores_are_wrong(data, asan_program):
-    """The bounds are what makes the index exact: with none of them the best of bfloat16 wins, and the tests see it."""
+    """The bounds make the index exact: without them the best code in bfloat16 wins, and the tests notice."""
     case = next(c for c in CASES if c.method == "tensor" and c.data == data and c.dtype == "float32")
     done = run(asan_program, [case], without="bounds")
     assert done.returncode == 0, done.stderr
@@ -222,7 +222,7 @@ def test_no_data_race(case, tsan_results):
 
 
 @pytest.mark.slow
-def test_no_data_race_where_it_takes_long(tsan_program):
+def test_no_data_race_in_long_cases(tsan_program):
     for results in run_cleanly(tsan_program, LONG_TSAN_CASES).values():
         np.testing.assert_array_equal(results.kernel.index, results.formula.index)
 
@@ -290,7 +290,7 @@ def test_sizes_beyond_the_kernels_have_no_workspace():
     ("torch_cuda", "driver", "reason"),
     [("12.4", 12040, "CUDA 13.0, and the driver runs at most"), ("13.1", 13000, None), (None, 0, "built without CUDA")],
 )
-def test_what_the_gpu_cannot_run_is_known_before(torch_cuda, driver, reason, monkeypatch):
+def test_what_the_driver_cannot_run_is_known_beforehand(torch_cuda, driver, reason, monkeypatch):
     """A driver runs programs of its major version and older ones; a PyTorch for AMD's GPUs calls these CUDA devices."""
     info = SimpleNamespace(runtime_version=13000, driver_version=driver, architectures=[80])
     monkeypatch.setattr(cuda, "_native_cuda", SimpleNamespace(build_info=lambda: info))
@@ -300,7 +300,7 @@ def test_what_the_gpu_cannot_run_is_known_before(torch_cuda, driver, reason, mon
 
 
 @pytest.mark.parametrize("op", ["nearest_codebook", "nearest_codebook_stats"])
-def test_cpu_tensors_are_unsupported_in_words(op):
+def test_cpu_tensors_are_refused_with_a_reason(op):
     z = torch.zeros(1, 2, 4)
     assert "CUDA device" in getattr(cuda, f"{op}_unsupported")(z, z[0])
 

@@ -44,7 +44,7 @@ def test_shape_between_start_and_end():
 
 
 def test_cosine_is_that_of_its_paper():
-    """alphas_cumprod is cos² up to its value at 0 (Nichol & Dhariwal, eq. 17), until β is clipped near the end."""
+    """alphas_cumprod is cos² divided by its value at 0 (Nichol & Dhariwal, eq. 17), until β is clipped near the end."""
     got = make(schedule="cosine").alphas_cumprod[:990]
     t = torch.arange(1, 991, dtype=torch.float64) / 1000
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -95,7 +95,7 @@ def test_perfect_prediction_gives_back_latent_and_noise(prediction_type):
 
 @pytest.mark.parametrize("one, other", list(itertools.permutations(PREDICTION_TYPES, 2)))
 def test_any_prediction_means_the_same_in_another_parameterisation(one, other):
-    """Not only a perfect one: x0 and eps that a prediction implies are a target of the other parameterisation."""
+    """The prediction need not be perfect: the x0 and eps that it implies are a target of the other parameterisation."""
     t = torch.tensor([0, 250, 999])
     prediction, z_t = latents(t)
     first, second = make(one), make(other)
@@ -173,7 +173,7 @@ def test_beta_schedule_errors(name, steps, message):
 
 @pytest.mark.parametrize("t", [[-1], [0, 1000]])
 def test_timestep_out_of_range(t):
-    """A negative index would silently read the schedule from its end."""
+    """It is refused: a negative index would silently read the schedule from its end."""
     t = torch.tensor(t)
     z = torch.zeros(len(t), 3, 4, 4)
     for call in (
@@ -187,7 +187,7 @@ def test_timestep_out_of_range(t):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool])
 def test_timesteps_are_integers(dtype):
-    """A float would silently be cut off to the timestep below."""
+    """Floats are refused: they would silently be rounded down to the timestep below."""
     z = torch.zeros(2, 3, 4, 4)
     for call in (make().add_noise, make("sample").to_eps):
         with pytest.raises(TypeError, match=f"t must hold integers, got {dtype}"):

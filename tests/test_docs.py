@@ -26,12 +26,12 @@ ids = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_
 
 
 def blocks(page: Path, language: str) -> str:
-    """The code blocks of a page in one language, one after the other; blocks that include a file are left out."""
+    """Return the code blocks of a page in one language, joined; blocks that include a file are left out."""
     found = re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
     return "\n".join(block for block in found if "--8<--" not in block)
 
 
-# What a page's code runs
+# Code on the pages
 
 
 def run(guide: str) -> dict[str, Any]:
@@ -76,12 +76,12 @@ def test_writing_a_kernel() -> None:
     run("writing_a_kernel.md")
 
 
-# What can be typed, and what is named
+# Commands, files and links
 
 
 @ids
 def test_commands(page: Path) -> None:
-    """Options and arguments are known, and scripts and tests exist."""
+    """Their options and arguments are known, and their scripts and tests exist."""
     for line in re.sub(r"\\\n", " ", blocks(page, "bash")).splitlines():
         for command in line.split("#")[0].split("&&"):
             words = shlex.split(command)
@@ -93,7 +93,7 @@ def test_commands(page: Path) -> None:
 
 @ids
 def test_files_named_exist(page: Path) -> None:
-    """Paths in backticks are paths from the root, or from the package."""
+    """Paths in backticks exist, seen from the root or from the package."""
     rooms = (
         "ldm_fast|kernels|csrc|tests|benchmarks|examples|docs|ops|configs|files|diffusion|interop|models|checkpoints"
     )

@@ -1,4 +1,4 @@
-"""The scripts in examples/ run, and show what they say they show."""
+"""The scripts in examples/ run, and show what they claim to show."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(folder: Path, script: str, *arguments: str) -> str:
-    """What the example prints, run in `folder`."""
+    """Run the example in `folder`, and return what it prints."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / script), *arguments],
         cwd=folder,

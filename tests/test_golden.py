@@ -1,4 +1,4 @@
-"""Parity with the published architecture: every golden case, by the best implementations here and by the reference."""
+"""Parity with the published architecture: every golden case, with the best implementations and with the reference."""
 
 from __future__ import annotations
 

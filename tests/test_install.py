@@ -18,7 +18,7 @@ from ldm_fast.ops import native
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ("*.so", "__pycache__", "_build.json")
 
-# Asks the copy installed in argv[1]; the finder of an editable install would add the modules built in the repository.
+# Imports the copy installed in argv[1]. The finder of an editable install would add the modules of the repository.
 ASK_COPY = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -29,7 +29,7 @@ ASK = f"{ASK_COPY}from ldm_fast.ops import cpu\nprint(cpu.__file__, cpu.unavaila
 
 @pytest.fixture(scope="module")
 def build():
-    """The functions of setup.py."""
+    """setup.py as a module."""
     spec = importlib.util.spec_from_file_location("ldm_fast_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -94,7 +94,7 @@ def test_instruction_sets_are_those_asked_for_or_the_best(build, monkeypatch, ta
         ("", "9.0\n9.0\n", [90]),
         ("", "8.6\n12.0\n", [86, 120]),
         ("", "7.5\n", [80]),
-        ("", "13.0\n", [120]),  # newer than this nvcc: the PTX of the newest it knows
+        ("", "13.0\n", [120]),  # newer than this nvcc, so it gets the PTX of the newest that nvcc knows
         ("", "No devices were found\n", [80]),
         ("all", "9.0\n", [80, 86, 90, 100, 120]),
         ("sm_86 sm_90", "9.0\n", [86, 90]),
@@ -136,7 +136,7 @@ def test_this_machine_is_among_those_the_compiler_knows(build, tmp_path):
         assert native.extension().machine_isas() == machine
 
 
-def test_the_version_stands_in_one_place():
+def test_the_version_is_written_in_one_place():
     found = [
         path.relative_to(ROOT).as_posix()
         for folder in ("ldm_fast", "kernels", "csrc", ".")
@@ -149,7 +149,7 @@ def test_the_version_stands_in_one_place():
 
 @pytest.fixture
 def next_version(tmp_path):
-    """A copy of the package, native modules included, whose Python files are of another version."""
+    """A copy of the package, native modules included, whose Python files have another version."""
     if native.extension() is None:
         pytest.skip(native.load_module("_native")[1])
     copy = tmp_path / "ldm_fast"
@@ -179,7 +179,7 @@ def test_native_modules_of_another_version_are_reported_and_not_used(next_versio
 
 
 def test_a_source_distribution_holds_the_whole_checkout(tmp_path):
-    """What builds, what runs and what tests it."""
+    """It holds everything that is needed to build, run and test the package."""
     source, folders = tmp_path / "source", ("ldm_fast", "kernels", "csrc", "tests", "benchmarks", "docs", "examples")
     for name in folders:
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns(*BUILT))
@@ -197,7 +197,7 @@ def test_a_source_distribution_holds_the_whole_checkout(tmp_path):
 
 @pytest.fixture
 def source(tmp_path):
-    """What an install is made from."""
+    """The files that an install is made from."""
     for name in ("ldm_fast", "kernels", "csrc"):
         shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns(*BUILT))
     for name in ("setup.py", "pyproject.toml", "README.md"):
@@ -230,7 +230,7 @@ def test_a_missing_module_fails_the_build_if_it_is_required(source, required, re
 )
 def test_install_succeeds_without_kernels(tmp_path, source, compiler, reason):
     target = tmp_path / "target"
-    # Whoever imports torch while building gets this one.
+    # If the build imports torch, it gets this one.
     (tmp_path / "no_torch").mkdir()
     (tmp_path / "no_torch/torch.py").write_text("raise RuntimeError('the build imported torch')\n")
 

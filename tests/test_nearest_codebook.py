@@ -1,7 +1,7 @@
-"""nearest_codebook and nearest_codebook_stats beyond the table of all ops (test_ops.py).
+"""Tests of nearest_codebook and nearest_codebook_stats beyond the table of all ops (test_ops.py).
 
-The contract is tested to the bit: `documented` evaluates the formula of the docstring, float32 fused multiply-adds in
-index order, and every search on every instruction set must find what it finds.
+The contract is tested to the bit. `documented` evaluates the formula of the docstring with float32 fused multiply-adds
+in index order, and every search on every instruction set must find the same index.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def name(value: Any) -> str:
 
 @pytest.fixture
 def threads() -> Iterator[Any]:
-    """Set the number of threads; the old one comes back after the test."""
+    """Set the number of threads; the old number is restored after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -45,15 +45,15 @@ def threads() -> Iterator[Any]:
 
 
 def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a b + c in float32, rounded once.
+    """Return a b + c in float32, rounded once.
 
-    The product is exact in float64, and so is what the sum loses (Knuth's two-sum). A sum that lost something is
-    rounded to odd, after which rounding to float32 is right: 53 digits are more than twice 24 and two.
+    The product is exact in float64, and so is the error of the sum (Knuth's two-sum). An inexact sum is rounded to odd.
+    Rounding it to float32 is then correct, since 53 digits are more than twice 24 plus two.
     """
     product, c = a.double() * b.double(), c.double()
     total = product + c
     part = total - product
-    lost = (product - (total - part)) + (c - part)  # NaN beside infinities: compares as nothing lost
+    lost = (product - (total - part)) + (c - part)  # NaN if there are infinities: compares as if nothing were lost
     bits = total.view(torch.int64)
     step = torch.where((lost > 0) == (total > 0), 1, -1)
     inexact = ((lost > 0) | (lost < 0)) & (bits & 1 == 0)
@@ -61,7 +61,7 @@ def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def documented(z: Tensor, codebook: Tensor) -> Tensor:
-    """argmin of ½‖e‖² - ⟨z, e⟩ as the docstring of the op says it. z (N, d), codebook (K, d) → (N,)."""
+    """Return the argmin of ½‖e‖² - ⟨z, e⟩ as the op documents it. z (N, d), codebook (K, d) → (N,)."""
     z, codebook = z.float(), codebook.float()
     norm = torch.zeros(codebook.shape[0])
     for e in codebook.T:
@@ -81,7 +81,7 @@ def as_fraction(value: Tensor) -> Fraction:
 
 
 def middles(count: int = 2000) -> tuple[Tensor, Tensor, Tensor]:
-    """Products halfway between two float32, and addends far below their last digit, of either sign."""
+    """Return factors with products halfway between two float32, and addends of both signs far below the last digit."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(1 << 22, 1 << 23, (count,), generator=generator) * 2 + 1
     a = a[(3 * a >= 1 << 24) & (3 * a < 1 << 25)].float()  # 3a takes 25 digits, the last one is 1
@@ -90,7 +90,7 @@ def middles(count: int = 2000) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_the_formula_itself() -> None:
-    """`fused` rounds the exact result once; float64 alone would round some of these twice."""
+    """`fused` rounds the exact result once; plain float64 would round some of these results twice."""
     generator = torch.Generator().manual_seed(1)
     a, b, c = (
         torch.randn(500, generator=generator) * 10.0 ** torch.randint(-15, 16, (500,), generator=generator).float()
@@ -112,7 +112,7 @@ def test_the_formula_itself() -> None:
 
 
 def search(z: Tensor, codebook: Tensor, way: str = "auto", isa: str | None = None) -> Tensor:
-    """(N,) by the native kernels; `isa` None: the widest."""
+    """Search with the native kernels, by default on the widest instruction set. Returns (N,)."""
     before = native.extension().isa()
     native.extension().set_isa(isa or ISAS[-1])
     try:
@@ -126,7 +126,7 @@ def _scaled(z: Tensor, codebook: Tensor, of_z: float, of_codebook: float) -> tup
 
 
 def _powers(x: Tensor, low: int, high: int) -> Tensor:
-    """Every row of x times a power of ten of its own."""
+    """Multiply every row of x by a power of ten of its own."""
     return x * 10.0 ** torch.randint(low, high, (x.shape[0], 1)).float()
 
 
@@ -135,7 +135,7 @@ def _trained(z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kmeans(z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-    """Two rounds of k-means on the rows themselves."""
+    """Take the codes from two rounds of k-means on the rows themselves."""
     for _ in range(2):
         chosen = torch.cdist(z, e).argmin(1)
         counts = torch.bincount(chosen, minlength=e.shape[0])[:, None]
@@ -144,8 +144,9 @@ def _kmeans(z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _permuted(z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-    """All codes are equally far from rows of equal numbers: rounding alone decides. Exact in bfloat16, so that no bound
-    is wide for another reason.
+    """Make all codes equally far from rows of equal numbers, so that only rounding decides.
+
+    The numbers are exact in bfloat16, so that no bound is wide for another reason.
     """
     z, e = z.bfloat16().float(), e.bfloat16().float()
     return z[:, :1].expand(z.shape), e[0][torch.rand(e.shape).argsort(1)]
@@ -223,9 +224,9 @@ def test_half_precision_is_widened_exactly(kind: str, width: int, dtype: torch.d
 
 @NATIVE
 def test_no_sum_is_rounded_twice() -> None:
-    """Codes A = (0, b) and B = (a, 0): s(B) is halfway between two float32 but for ½‖B‖², which decides.
+    """For codes A = (0, b) and B = (a, 0), s(B) is halfway between two float32 except for ½‖B‖², which decides.
 
-    Rounded once it equals s(A), and A, which comes first, wins; rounded twice, half of them would fall below.
+    Rounded once, s(B) equals s(A), and A wins because it comes first. Rounded twice, half of the s(B) would be smaller.
     """
     a, b, _ = middles()
     small = b[0]
@@ -244,7 +245,7 @@ def test_no_sum_is_rounded_twice() -> None:
 
 @NATIVE
 def test_ties_across_groups_and_chunks() -> None:
-    """Equal codes anywhere: the lowest index, whichever group of the pruned search or chunk holds it."""
+    """Among equal codes the lowest index wins, whichever chunk or group of the pruned search holds it."""
     generator = torch.Generator().manual_seed(0)
     for width, codes in ((2, 4000), (4, 4000), (8, 4000), (64, 1500)):
         few = torch.randint(-3, 4, (40, width), generator=generator).float()
@@ -260,8 +261,8 @@ def test_ties_across_groups_and_chunks() -> None:
 @NATIVE
 @pytest.mark.parametrize("way", cpu.SEARCHES)
 @pytest.mark.parametrize(("width", "kind"), [(3, "kmeans"), (8, "offset 10"), (5, "small ball"), (64, "normal")])
-def test_does_not_depend_on_threads_and_split(width: int, kind: str, way: str, threads: Any) -> None:
-    """A search that is given up and tried again (small ball) must not show either."""
+def test_result_does_not_depend_on_threads_and_split(width: int, kind: str, way: str, threads: Any) -> None:
+    """Nor does it show if a search is given up and tried again (small ball)."""
     z, codebook = data(kind, width, 3000, 1100)
     threads(1)
     expected = search(z, codebook, way)
@@ -286,7 +287,7 @@ MAPS = {
     "transposed": lambda z: z.mT.contiguous().mT,
     "crop": lambda z: torch.nn.functional.pad(z, (1, 2, 3, 1))[:, :, 3:-1, 1:-2],
 }
-COPIED = ("crop", "transposed")  # no one stride leads through their pixels
+COPIED = ("crop", "transposed")  # no single stride leads through their pixels
 
 
 @pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS["nearest_codebook"])
@@ -299,7 +300,7 @@ def test_maps_in_any_layout(width: int, layout: str, impl: str) -> None:
     z = MAPS[layout](z.view(2, 9, 13, width).permute(0, 3, 1, 2))
     vectors = codebook_op._vectors(z)
     assert vectors.shape == (2, 9 * 13, width)
-    assert (vectors.data_ptr() == z.data_ptr()) == (layout not in COPIED), "a map is not copied"
+    assert (vectors.data_ptr() == z.data_ptr()) == (layout not in COPIED), "a map is copied only if it has to be"
     expected = documented(z.permute(0, 2, 3, 1).reshape(-1, width), codebook).view(2, 9, 13)
     got = ops.nearest_codebook(z, codebook, impl=impl)
     assert got.shape == (2, 9, 13) and got.dtype == torch.int64 and got.is_contiguous()
@@ -323,7 +324,7 @@ def test_smallest_sizes(rows: int, codes: int, width: int, impl: str) -> None:
 @NATIVE
 @LINUX
 def test_more_than_two_to_the_31_elements_apart() -> None:
-    """Seven rows and codes, in 7.5 GB of address space of which a few pages are touched."""
+    """Seven rows and codes lie in 7.5 GB of address space, of which only a few pages are touched."""
     apart = 5 * 2**27
     far = torch.empty(6 * apart + 4, dtype=torch.bfloat16).as_strided((7, 4), (apart, 1))
     assert 6 * apart > 2**31
@@ -344,7 +345,7 @@ def test_more_than_two_to_the_31_elements_apart() -> None:
 
 
 def test_stats_by_the_reference() -> None:
-    """Counts and sums against a loop, for what defines "correct"."""
+    """The reference, which defines "correct", gives the counts and sums of a plain loop."""
     z, codebook = data("lattice", 3, 60, 20, torch.float64)
     indices, counts, sums = reference.nearest_codebook_stats(z[None], codebook)
     for k in range(20):
@@ -358,8 +359,9 @@ def test_stats_by_the_reference() -> None:
 @pytest.mark.parametrize("width", (1, 3, 4, 8, 16, 21, 64))
 @pytest.mark.parametrize("way", cpu.SEARCHES)
 def test_stats(way: str, width: int, dtype: torch.dtype, threads: Any) -> None:
-    """The indices of the plain op; counts; sums in float64 in the order of the rows, rounded once. 40,000 rows: several
-    threads count, and one of the codes gets none, another thousands.
+    """The indices are those of the plain op. Sums are taken in float64 in the order of the rows, and rounded once.
+
+    With 40,000 rows several threads count. One of the codes gets no rows, another one thousands.
     """
     rows = 40_000 if width <= 4 else 3000
     z, codebook = data("normal", width, rows, 70, dtype)
@@ -378,7 +380,7 @@ def test_stats(way: str, width: int, dtype: torch.dtype, threads: Any) -> None:
 
 @NATIVE
 def test_stats_of_a_map_agree_with_the_reference() -> None:
-    z, codebook = data("lattice", 4, 2 * 9 * 13, 50)  # no rounding: one right answer
+    z, codebook = data("lattice", 4, 2 * 9 * 13, 50)  # no rounding, so there is one right answer
     z = z.view(2, 9, 13, 4).permute(0, 3, 1, 2).contiguous()
     ours, theirs = (ops.nearest_codebook_stats(z, codebook, impl=impl) for impl in ("cpu", "reference"))
     for got, want in zip(ours, theirs, strict=True):
@@ -388,7 +390,7 @@ def test_stats_of_a_map_agree_with_the_reference() -> None:
 
 @NATIVE
 def test_stats_with_nan() -> None:
-    """A row with NaN counts for the code its index names, and spoils that code's sum only."""
+    """A row with NaN counts for the code that its index names, and spoils only that code's sum."""
     z, codebook = data("normal", 4, 200, 30)
     z = z.clone()
     z[17, 2] = NAN
@@ -400,7 +402,7 @@ def test_stats_with_nan() -> None:
 
 @pytest.mark.parametrize("impl", (None, "cpu", "reference"))
 def test_nothing_is_differentiable(impl: str | None) -> None:
-    """Straight-through gradients are the quantizer's; the ops take tensors that need gradients and give none."""
+    """The ops take tensors that need gradients and give none; straight-through gradients are the quantizer's job."""
     if impl == "cpu" and cpu.unavailable() is not None:
         pytest.skip(str(cpu.unavailable()))
     z, codebook = (t.clone().requires_grad_() for t in data("normal", 4, 50, 30))
@@ -413,7 +415,7 @@ def test_nothing_is_differentiable(impl: str | None) -> None:
 
 @pytest.mark.parametrize("dynamic", (False, True))
 def test_stats_compile(dynamic: bool) -> None:
-    """One opaque node also in a function of several shapes, maps included."""
+    """The op is one opaque node, also in a function that is called with several shapes, maps included."""
 
     def function(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         indices, counts, sums = ops.nearest_codebook_stats(z * 1.5, codebook)
@@ -437,14 +439,15 @@ def test_a_module_without_an_op_is_passed_over(monkeypatch: pytest.MonkeyPatch) 
     dispatch.implementation.cache_clear()
 
 
-# ---- what takes longer ----
+# ---- long tests ----
 
 
 @NATIVE
 @pytest.mark.slow
 def test_a_hundred_million_pairs() -> None:
-    """No wrong index over 10^8 pairs of a vector and a code, as judged in float64, and none that brute force does not
-    give; of each kind of data some rows against the documented formula, bit for bit.
+    """In 10^8 pairs of a vector and a code no index is wrong, as judged in float64, and all searches agree.
+
+    For each kind of data some rows are also compared with the documented formula, bit for bit.
     """
     pairs = 0
     finite = [kind for kind in DATA if kind not in ("NaN rows", "NaN codes", "overflowing", "huge rows", "all sizes")]
@@ -482,6 +485,6 @@ print(peak() - before)
 @LINUX
 @pytest.mark.parametrize("op", ("nearest_codebook", "nearest_codebook_stats"))
 def test_memory(op: str) -> None:
-    """A million vectors against 16384 codes: less than 100 MB more, where the matrix of distances takes 65 GB."""
+    """A million vectors and 16384 codes take less than 100 MB; the matrix of distances would take 65 GB."""
     done = subprocess.run([sys.executable, "-c", MEMORY, op], capture_output=True, text=True, check=True)
     assert 7e6 < int(done.stdout) < 100e6

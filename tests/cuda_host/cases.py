@@ -1,4 +1,4 @@
-"""What the program in this folder is run with: sizes, data and layouts, and the files it reads and writes."""
+"""Inputs of the program in this folder (sizes, data and layouts), and the files that it reads and writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 METHODS = ("chunk", "tiled", "tensor")
-# Multiprocessors of the GPU to plan for: none is filled by any grid, many ask for ranges of codes.
+# Multiprocessors of the GPU to plan for. Any grid fills 0 of them; for 64 the codes are divided into ranges.
 NO_SPLIT, SPLIT = 0, 64
 
 
@@ -41,7 +41,7 @@ class Case:
 DIMS = (1, 3, 4, 5, 8, 16, 17, 64)
 TENSOR_DATA = ("normal", "lattice", "twice", "offset", "huge", "denormal", "underflow", "nonfinite", "close", "scales")
 CASES = [
-    # Awkward sizes: no query and one; less than a warp, a vector, a chunk, a tile, and one more than several.
+    # Awkward sizes: no query or one; less than a warp, a vector, a chunk or a tile; one more than several of these.
     *[Case(n, k, d) for n in (1, 33, 130) for k in (1, 2, 17, 300) for d in DIMS],
     *[Case(33, 1025, d) for d in DIMS],
     *[Case(0, 17, d) for d in (4, 64)],
@@ -58,7 +58,7 @@ CASES = [
     *[Case(33, 300, d, dtype, layout="wide") for d in (3, 4, 16, 40) for dtype in ("float32", "bfloat16")],
     *[Case(33, 300, d, dtype, layout="padded") for d in (3, 17, 46) for dtype in ("float32", "float16")],
     *[Case(66, 70, d, dtype, layout=layout) for d in (3, 8, 20) for dtype in DTYPES for layout in ("map", "crop")],
-    # On the tensor cores: one tile and a bit, whole slices of dimensions and parts of one, more queries than a slab.
+    # On the tensor cores: a tile and a little more, whole and partial slices of dimensions, more queries than a slab.
     *[Case(64, 64, 32), Case(65, 129, 33), Case(129, 300, 47), Case(130, 128, 100), Case(600, 64, 32)],
     *[Case(130, 300, 47, dtype, sms) for dtype in DTYPES for sms in (NO_SPLIT, SPLIT)],
     *[Case(66, 300, 40, data=data, sms=sms) for data in TENSOR_DATA for sms in (NO_SPLIT, SPLIT)],
@@ -68,21 +68,21 @@ CASES = [
         for d, dtype in ((33, "float32"), (40, "float16"))
         for layout in ("columns", "wide", "padded", "map", "crop")
     ],
-    # Counts and sums: one code and more than a digit can tell, one block of the sort and several, codes of many pieces.
+    # Counts and sums: one code, and more than a digit can hold; one block of the sort or several; codes of many pieces.
     *[Case(300, k, d, stats=True) for k in (1, 17, 300) for d in (1, 4)],
     *[Case(130, 300, d, dtype, SPLIT, stats=True) for d, dtype in ((3, "float16"), (20, "bfloat16"), (40, "float32"))],
     *[Case(66, 70, 4, layout=layout, stats=True) for layout in ("columns", "wide", "map", "crop")],
     *[Case(4500, 5, 2, stats=True), Case(2100, 257, 1, stats=True), Case(0, 17, 4, stats=True)],
     Case(70, 300, 4, data="nonfinite", stats=True),
 ]
-# Minutes of it: a codebook with three digits, rows of many slices, many draws of what is near the bound.
+# These take minutes: a codebook with three digits, rows of many slices, many random draws near the bound.
 LONG_CASES = [
     Case(5, 65537, 1, stats=True),
     *[Case(64, 64, d, data=data) for d in (1024, 4096, 4097) for data in ("normal", "close")],
     *[Case(1000, 1026, d, dtype, data=data) for d in (32, 64) for dtype in DTYPES for data in TENSOR_DATA],
     *[Case(1000, 5000, d, data=data, sms=sms) for d in (3, 4, 8) for data in TENSOR_DATA for sms in (NO_SPLIT, SPLIT)],
 ]
-# ThreadSanitizer is slow and data do not matter to it: every kernel, layout and way of merging once.
+# ThreadSanitizer is slow, and the data do not matter to it, so each kernel, layout and way of merging appears once.
 TSAN_CASES = [
     *[Case(33, 600, d, sms=sms) for d in (1, 4, 7, 16) for sms in (NO_SPLIT, SPLIT)],
     *[Case(130, 130, 20, sms=sms) for sms in (NO_SPLIT, SPLIT)],
@@ -95,8 +95,8 @@ TSAN_CASES = [
     Case(150, 300, 1, stats=True),
 ]
 LONG_TSAN_CASES = [Case(4500, 300, 2, stats=True), Case(600, 300, 100, sms=SPLIT), Case(3000, 600, 8, sms=SPLIT)]
-# For the barriers that are left out, by the header they are in: every kernel goes around its loops more than once.
-# At d = 4 a thread computes the norms of the very codes it staged; at d = 3 it does not.
+# The case to run without a barrier, by the header that the barrier is in. Every kernel goes around its loops more than
+# once. At d = 4 a thread computes the norms of the very codes that it staged; at d = 3 it does not.
 RACE_CASES = {
     "nearest_codebook_chunk.cuh": Case(33, 600, 3),
     "nearest_codebook_tiled.cuh": Case(33, 130, 20),
@@ -106,7 +106,7 @@ RACE_CASES = {
 
 
 def make_inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """z (B, S, d) with B S = n and codebook (k, d) in the case's dtype, with its strides."""
+    """Return z (B, S, d), with B S = n, and the codebook (k, d), in the dtype and layout of the case."""
     generator = torch.Generator().manual_seed(case.n * 1000003 + case.k * 1009 + case.d)
     z = torch.randn(case.n, case.d, generator=generator)
     codes = torch.randn(case.k, case.d, generator=generator)
@@ -117,17 +117,17 @@ def make_inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     elif case.data == "offset":
         z, codes = z + 1e4, codes + 1e4
     elif case.data == "huge":
-        factor = 1e4 if case.dtype == "float16" else 1e18  # whose largest number is 65504
+        factor = 1e4 if case.dtype == "float16" else 1e18  # the largest float16 is 65504
         z, codes = z * factor, codes * factor
     elif case.data == "denormal":
         factor = 1e-6 if case.dtype == "float16" else 1e-20
         z, codes = z * factor, codes * factor
     elif case.data == "underflow":  # every distance is +0 or -0, which are equal
         z, codes = z * 1e-30, codes * 1e-30
-    elif case.data == "close":  # codes in clusters that bfloat16 cannot take apart, and queries among them
+    elif case.data == "close":  # codes in clusters that bfloat16 cannot tell apart, with queries among them
         codes = codes[torch.arange(case.k) % -(-case.k // 40)] + 1e-3 * codes
         z = codes[torch.randint(case.k, (case.n,), generator=generator)] + 1e-3 * z
-    elif case.data == "scales":  # some norms are far above what decides
+    elif case.data == "scales":  # some norms are far larger than the differences that decide
         z *= 10.0 ** torch.randint(-12, 3, (case.n, 1), generator=generator)
         codes *= 10.0 ** torch.randint(-12, 3, (case.k, 1), generator=generator)
     elif case.data == "nonfinite":
@@ -136,7 +136,7 @@ def make_inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def spoil(z: torch.Tensor, codes: torch.Tensor) -> None:
-    """NaN and infinities wherever they could mislead: in codes, in rows of z, in single numbers."""
+    """Put NaN and infinities wherever they could mislead: in codes, in rows of z, in single numbers."""
     nan, inf = float("nan"), float("inf")
     codes[:70] = nan  # the first chunks hold no number at all
     codes[100, -1] = nan
@@ -151,7 +151,7 @@ def spoil(z: torch.Tensor, codes: torch.Tensor) -> None:
 
 
 def lay_out(z: torch.Tensor, layout: str) -> torch.Tensor:
-    """(n, d) as (B, S, d): three channel-first maps, whole or each a part of a larger one, or one batch of vectors."""
+    """Return (n, d) as (B, S, d): one batch of vectors, or three channel-first maps, whole or parts of larger ones."""
     if layout not in ("map", "crop"):
         return lay_out_rows(z, layout)[None]
     maps = z.unflatten(0, (3, -1)).mT.contiguous()
@@ -164,7 +164,7 @@ def lay_out_rows(x: torch.Tensor, layout: str) -> torch.Tensor:
     rows, columns = x.shape
     if layout == "columns":
         return x.t().contiguous().t()
-    if layout in ("wide", "padded"):  # rows of a wider matrix; padded: all of them start at a multiple of 16 bytes
+    if layout in ("wide", "padded"):  # rows of a wider matrix; if padded, each starts at a multiple of 16 bytes
         width = columns + 3 if layout == "wide" else -(-columns // 8) * 8
         wide = torch.full((rows, width), float("nan"), dtype=x.dtype)
         wide[:, :columns] = x
@@ -173,7 +173,7 @@ def lay_out_rows(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def memory_of(x: torch.Tensor) -> bytes:
-    """The bytes from the first element to the last, gaps included."""
+    """Return the bytes from the first element to the last, including gaps."""
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     flat = torch.as_strided(x, (reach + 1 if x.numel() else 0,), (1,), x.storage_offset())
     return flat.contiguous().view(torch.uint8).numpy().tobytes()
@@ -198,7 +198,7 @@ class Result:
 @dataclass(frozen=True)
 class Results:
     method: str
-    ranges: int  # that the codes were divided into
+    ranges: int  # how many the codes were divided into
     kernel: Result
     formula: Result
 

@@ -1,11 +1,12 @@
 // CUDA kernels on the CPU, for tests: one fiber per CUDA thread, real barriers, blocks that overlap.
 //
-// A torch-free kernel header compiles unchanged after this one, and the sanitizers then see what the kernel does:
-// AddressSanitizer and UBSan every access outside a buffer or an array, ThreadSanitizer every pair of accesses that no
-// barrier orders, within a block (a missing __syncthreads) and between blocks. Fibers are threads of their own to
-// ThreadSanitizer, though one OS thread runs them all in turn: what it finds does not depend on timing. Only barriers,
-// and the start and end of a block, order fibers. An asynchronous copy arrives when its thread waits for it, and until
-// then its destination holds NaN. Not modelled: divergence inside a warp, registers, and the GPU's memory order.
+// A torch-free kernel header that is included after this one compiles unchanged, and the sanitizers then see what the
+// kernel does. AddressSanitizer and UBSan see every access outside a buffer or an array. ThreadSanitizer sees every
+// pair of accesses that no barrier orders, within a block (a missing __syncthreads) and between blocks. To
+// ThreadSanitizer each fiber is a thread, although one OS thread runs them all in turn, so its findings do not depend
+// on timing. Only barriers, and the start and end of a block, order fibers. An asynchronous copy arrives when its
+// thread waits for it; until then its destination holds NaN. Not modelled: divergence inside a warp, registers, and the
+// GPU's memory order.
 #pragma once
 
 #include <sys/mman.h>
@@ -45,8 +46,8 @@
 #define __host__
 #define __launch_bounds__(...)
 
-// The machinery below is shared by all fibers without any order that ThreadSanitizer could know; it must not look
-// inside.
+// All fibers share the machinery below, without any order that ThreadSanitizer could know of. This keeps it from
+// looking inside.
 #define ON_HOST_INTERNAL __attribute__((noinline, no_sanitize("thread")))
 
 struct uint3 {
@@ -61,8 +62,8 @@ constexpr std::size_t STACK = 256 * 1024;
 struct Fiber;
 
 // Orders all that its threads did before it against all that they do after it. ThreadSanitizer learns of a round
-// through one of two addresses in turn: with a single one, a thread slow to wake would also see what a fast one did
-// since.
+// through one of two addresses, which alternate: with only one, a thread that is slow to wake would also see what a
+// fast one has done since.
 struct Barrier {
     int threads = 0;
     int waiting = 0;
@@ -71,7 +72,7 @@ struct Barrier {
     char order[2] = {};
 };
 
-// What a lane brings to an operation of its warp.
+// The words that a lane contributes to an operation of its warp.
 constexpr int MOST_WORDS = 6;
 struct Lane {
     unsigned words[MOST_WORDS];
@@ -81,7 +82,7 @@ struct Block {
     uint3 index{};
     Barrier barrier;
     std::vector<Barrier> warp_barriers;
-    std::unique_ptr<Lane[]> exchange[2];  // one per thread, in turns: the next operation may begin before all have read
+    std::unique_ptr<Lane[]> exchange[2];  // per thread, alternating: the next operation may begin before all have read
     void* shared_memory = nullptr;
     int running = 0;
 };
@@ -113,7 +114,7 @@ inline const void* scheduler_stack = nullptr;
 inline std::size_t scheduler_stack_size = 0;
 inline void* scheduler_tsan = nullptr;
 
-// "file:line" of a __syncthreads() or __syncwarp() to leave out: a test of the tests. Empty: none.
+// "file:line" of a __syncthreads() or __syncwarp() to leave out, to test the tests. If empty, none is left out.
 inline const char* barrier_to_skip = "";
 
 ON_HOST_INTERNAL inline Block& this_block() { return *current->block; }
@@ -133,7 +134,7 @@ inline void acquire(void*) {}
     std::_Exit(3);
 }
 
-// From a fiber back to the scheduler; comes back when the scheduler chooses this fiber again, never if it is done.
+// Switches from a fiber to the scheduler. Returns when the scheduler chooses this fiber again, never if it is done.
 ON_HOST_INTERNAL inline void to_scheduler(Fiber& fiber) {
 #ifdef ON_HOST_ASAN
     __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fiber.asan_stack, scheduler_stack, scheduler_stack_size);
@@ -147,7 +148,8 @@ ON_HOST_INTERNAL inline void to_scheduler(Fiber& fiber) {
 #endif
 }
 
-// A meeting that orders memory only if it is a barrier: CUDA's votes and shuffles exchange values and promise no more.
+// Waits for the other threads. Only barriers order memory: CUDA's votes and shuffles exchange values and promise no
+// more.
 ON_HOST_INTERNAL inline void meet(Barrier& barrier, bool orders_memory) {
     Fiber& fiber = *current;
     const int round = barrier.round;
@@ -207,11 +209,11 @@ ON_HOST_INTERNAL inline void resume(Fiber& fiber, bool first) {
 #endif
 }
 
-// Blocks that are under way at the same time: two, so that races between blocks show.
+// The number of blocks that run at the same time: two, so that races between blocks show.
 constexpr std::size_t BLOCKS_AT_ONCE = 2;
 
-// One block, and the fibers of its threads, which serve one block after the other: a block begins after the one before
-// has ended, so ThreadSanitizer misses nothing by it.
+// One block, and the fibers of its threads. The fibers serve one block after another. A block begins only after the one
+// before it has ended, so ThreadSanitizer misses nothing because of this.
 class Team {
   public:
     explicit Team(int threads) : fibers_(threads) {
@@ -253,7 +255,7 @@ class Team {
         for (Fiber& fiber : fibers_) resume(fiber, true);
     }
 
-    // Every thread that can go on does so once; false if none could.
+    // Resumes each thread that can go on, once. Ends the program if none can.
     ON_HOST_INTERNAL bool step() {
         bool moved = false;
         for (Fiber& fiber : fibers_) {
@@ -271,7 +273,7 @@ class Team {
         __asan_unpoison_memory_region(fiber.stack, STACK);  // the last kernel never returned from its outermost frame
 #endif
         char* const stack = fiber.stack;
-        void* const tsan_fiber = fiber.tsan_fiber;  // making one takes long
+        void* const tsan_fiber = fiber.tsan_fiber;  // creating one takes long
         fiber = Fiber{};
         fiber.stack = stack;
         fiber.tsan_fiber = tsan_fiber;
@@ -295,7 +297,7 @@ class Team {
     std::unique_ptr<Block> block_;
 };
 
-// Made once for all kernels.
+// The teams for blocks of so many threads, made once for all kernels.
 inline std::vector<std::unique_ptr<Team>>& teams_of(int threads) {
     static std::map<int, std::vector<std::unique_ptr<Team>>> made;
     std::vector<std::unique_ptr<Team>>& teams = made[threads];
@@ -303,7 +305,7 @@ inline std::vector<std::unique_ptr<Team>>& teams_of(int threads) {
     return teams;
 }
 
-// kernel() in every thread of a grid of grid_x * grid_y blocks; returns when all of them are done.
+// Runs kernel() in every thread of a grid of grid_x * grid_y blocks, and returns when all of them are done.
 template <class Kernel>
 void run_grid(std::int64_t grid_x, std::int64_t grid_y, int threads, const Kernel& kernel) {
 #ifdef ON_HOST_TSAN
@@ -329,8 +331,8 @@ void run_grid(std::int64_t grid_x, std::int64_t grid_y, int threads, const Kerne
     }
 }
 
-// The memory of a block is exactly as large as the kernel asks for, and filled with a pattern that is NaN in float32,
-// so that what nobody wrote shows. The first thread fills it, on behalf of all.
+// The shared memory of a block is exactly as large as the kernel asks for. It is filled with a pattern that is NaN in
+// float32, so that unwritten memory shows. The first thread that asks for it fills it on behalf of all.
 ON_HOST_INTERNAL inline void* block_memory(std::size_t size) {
     Block& block = this_block();
     if (block.shared_memory == nullptr) {

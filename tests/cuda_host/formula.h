@@ -1,4 +1,4 @@
-// What nearest_codebook and nearest_codebook_stats are to compute, as plainly as it can be written.
+// The results that nearest_codebook and nearest_codebook_stats must give, computed as plainly as possible.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace formula {
 
-// The first lines of nearest_codebook.cuh.
+// The formula in the first lines of nearest_codebook.cuh.
 template <class Problem>
 std::int64_t nearest(const Problem& problem, std::int64_t n) {
     using ldm_fast::nearest::to_float;
@@ -39,8 +39,8 @@ struct Stats {
     std::vector<double> sums;
 };
 
-// Of the indices in problem.out. Rows in the order of their codes, then of their numbers; a piece is 128 places, and
-// one that belongs to a single code is added up by itself.
+// Computes counts and sums for the indices in problem.out. The rows are ordered by code and then by number. A piece is
+// 128 places of this order; if all of a piece belongs to one code, it is added up by itself.
 template <class Problem>
 Stats stats(const Problem& problem) {
     constexpr std::int64_t PIECE = 128;

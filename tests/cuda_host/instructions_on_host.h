@@ -1,5 +1,5 @@
-// What a kernel calls besides barriers: operations of a warp, atomics, number formats, and twins of the instructions in
-// csrc/cuda/tensor_core.cuh.
+// The functions that a kernel calls besides barriers: operations of a warp, atomics, number formats, and twins of the
+// instructions in csrc/cuda/tensor_core.cuh.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace cuda_on_host {
 
-// What each lane of the warp brought, after all of them have.
+// Waits for all lanes of the warp, and returns the words that each of them contributed.
 ON_HOST_INTERNAL inline const Lane* exchange(const unsigned* words, int count) {
     const unsigned thread = this_thread().x;
     Lane* const lanes = this_block().exchange[current->exchanges++ % 2].get();
@@ -36,8 +36,8 @@ ON_HOST_INTERNAL inline unsigned from_lane(unsigned value, unsigned lane) {
     return exchange(&value, 1)[lane % WARP].words[0];
 }
 
-// Products and an accumulator, added up as the worst of the known tensor cores do it: each term loses what is below the
-// last bit of the largest one, and so does the sum, all towards zero; what is subnormal becomes zero.
+// Adds up products and an accumulator as the least exact of the known tensor cores does. Each term is truncated towards
+// zero at the last bit of the largest one, the sum is rounded towards zero, and a subnormal result becomes zero.
 ON_HOST_INTERNAL inline float truncating_sum(const double* terms, int count) {
     double sum = 0;
     int largest = -1000;
@@ -70,7 +70,7 @@ ON_HOST_INTERNAL inline void finish_mma(const Lane* lanes, float (&sums)[4]) {
         const unsigned column = 2 * t + i % 2;
         double terms[17];
         for (unsigned k = 0; k < 16; ++k) {
-            // Register and half of it: a[row][k], b[k][column], in the layout of the PTX manual.
+            // The registers that hold a[row][k] and b[k][column] in one half, in the layout of the PTX manual.
             const unsigned a = lanes[row % 8 * 4 + k % 8 / 2].words[row / 8 + k / 8 * 2];
             const unsigned b = lanes[column * 4 + k % 8 / 2].words[4 + k / 8];
             terms[k] = double{upper_half(k % 2 ? a : a << 16)} * double{upper_half(k % 2 ? b : b << 16)};
@@ -154,7 +154,7 @@ struct alignas(16) SixteenBytes {
     std::uint32_t words[4];
 };
 
-// The destination is no longer what it was, and not yet what it will be.
+// Until the copy is waited for, the destination holds neither its old contents nor its new ones.
 inline void copy_async(void* shared, const void* global) {
     *static_cast<SixteenBytes*>(shared) = {{~0u, ~0u, ~0u, ~0u}};
     cuda_on_host::current->copies.push_back({shared, global});

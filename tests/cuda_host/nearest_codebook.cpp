@@ -1,11 +1,12 @@
-// Runs the CUDA source of nearest_codebook on the CPU for the cases in a file, and the documented formulas beside it.
+// Runs the CUDA source of nearest_codebook on the CPU for the cases in a file, and next to it the documented formulas.
 //
-// usage: nearest_codebook CASES RESULTS [FILE:LINE | bounds]      leaves out the barrier in that line, or the bounds
-// CASES: per case twelve int64 (batches, rows, k, d, dtype 0 float32 / 1 float16 / 2 bfloat16, SMs of the GPU to plan
-// for, three strides of z and two of the codebook, in elements, 1 for counts and sums too), then the bytes of z and of
-// the codebook as they lie in memory. RESULTS: per case the method (0 chunk, 1 tiled, 2 tensor) and the number of
-// ranges that the codes were divided into, then n indices from the kernels and n from the formula, all int64; with
-// stats k counts as int64 and k * d sums as float64 from the kernels, and the same from the formula.
+// usage: nearest_codebook CASES RESULTS [FILE:LINE | bounds]      leaves out the barrier on that line, or the bounds
+// CASES: for each case twelve int64 (batches, rows, k, d, dtype 0 float32 / 1 float16 / 2 bfloat16, SMs of the GPU to
+// plan for, three strides of z and two of the codebook in elements, and 1 if counts and sums are wanted), then the
+// bytes of z and of the codebook as they lie in memory. RESULTS: for each case the method (0 chunk, 1 tiled, 2 tensor),
+// the number of ranges that the codes were divided into, n indices from the kernels and n from the formula, all int64.
+// If counts and sums are wanted, k counts as int64 and k * d sums as float64 from the kernels follow, and the same from
+// the formula.
 #include "instructions_on_host.h"
 // The shim first: it stands in for the CUDA headers.
 #include "../../csrc/cuda/nearest_codebook.cuh"
@@ -19,7 +20,7 @@
 
 namespace nearest = ldm_fast::nearest;
 
-// A test of the tests: nearest_tensor believes that bfloat16 makes no errors.
+// To test the tests: if true, nearest_tensor assumes that bfloat16 makes no errors.
 bool bounds_to_skip = false;
 
 template <class Arguments>
@@ -44,8 +45,8 @@ struct Launcher {
     }
 };
 
-// Every piece of the workspace is a buffer of its own, of exactly the size asked for, so that AddressSanitizer sees one
-// element too many; filled with what is NaN and no index.
+// Makes each piece of the workspace a buffer of exactly the size asked for, so that AddressSanitizer sees an access one
+// element too far. The buffers are filled with bytes that are NaN and no valid index.
 class Pieces {
   public:
     template <class U>
@@ -125,7 +126,7 @@ void run_case(std::istream& in, std::ostream& results, const std::int64_t (&head
     const Elements<T> z(in, {batches, rows, d}, {z_batch, z_row, z_column});
     const Elements<T> codebook(in, {k, d}, {code_row, code_column});
     if (!in) throw std::runtime_error("the file of cases ends too early");
-    std::vector<nearest::Key> out(n, 0x5a5a5a5a5a5a5a5aull);  // what no index can be
+    std::vector<nearest::Key> out(n, 0x5a5a5a5a5a5a5a5aull);  // this can be no index
     nearest::Problem<T> problem{};
     problem.queries = nearest::make_queries(z.data(), batches, rows, z_batch, z_row, z_column);
     problem.codes = nearest::make_codes(codebook.data(), k, code_row, code_column);
@@ -136,7 +137,7 @@ void run_case(std::istream& in, std::ostream& results, const std::int64_t (&head
         Pieces pieces;
         nearest::enqueue(problem, pieces, static_cast<int>(sm_count), launcher);
         if (pieces.size() != (n == 0 ? 0 : nearest::workspace_size(n, k, d, static_cast<int>(sm_count), false))) {
-            throw std::runtime_error("the search takes another amount of memory than it says");
+            throw std::runtime_error("the search takes a different amount of memory than it says");
         }
     }
     write(results, std::vector<std::int64_t>{static_cast<int>(nearest::choose_method(n, k, d)), launcher.ranges});
