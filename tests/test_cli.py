@@ -439,3 +439,48 @@ def test_bench_runs_and_passes_on_failure(run, folder, monkeypatch):
     assert run("bench", "good")[0] == 0 and (folder / "good.ran").exists()
     assert run("bench")[0] == 3
     assert "no benchmark called '_shared'; there are bad, good" in run("bench", "_shared")[2]
+
+
+# Names of files and prompts
+
+
+@pytest.fixture
+def cafe(folder):
+    """A name in Latin-1."""
+    name = os.fsdecode(b"caf\xe9")
+    try:
+        photo(folder / f"{name}.png")
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes only names in UTF-8")
+    return name
+
+
+def test_names_that_are_not_utf8(run, folder, cafe, model_path):
+    """As a picture to start from, as a mask, as a model, as a place for the result, as a prompt."""
+    picture, out = f"{cafe}.png", f"{cafe} out.png"
+    (folder / f"{cafe}.safetensors").symlink_to(model_path)
+    model = ("--model", f"{cafe}.safetensors")
+    assert run("generate", "red apple", "--init", picture, "--mask", picture, "--out", out, *model)[0] == 0
+    text = Image.open(folder / out).text
+    assert text["init"] == "caf\\xe9.png" and text["mask"] == "caf\\xe9.png"
+    for arguments in (("--out", "a.png"), (), ("--num", 2, "--grid", "--out", "b.png")):
+        code, _, err = run("generate", f"red {cafe}", *arguments, "--negative", cafe)
+        assert code == 0 and "does not know 'caf', '\\xe9'" in err
+    assert Image.open(folder / "a.png").text["prompt"] == "red caf\\xe9" and (folder / "red-caf.png").is_file()
+    code, out, err = run("reconstruct", picture)
+    assert (code, err) == (0, "") and out.startswith("caf\\xe9-reconstructed.png: 16x16")
+    (folder / picture).write_bytes(b"no picture")
+    assert run("reconstruct", picture) == (1, "", "ldm-fast: caf\\xe9.png is not an image that can be read\n")
+
+
+def test_default_names_fit(run, folder):
+    letter = "\U0001d518"
+    assert run("generate", letter * 60, "--num", 2)[0] == 0
+    names = sorted(path.name for path in folder.iterdir())
+    assert len(names) == 2 and all(240 <= len(name.encode()) <= 255 and letter in name for name in names)
+    photo(folder / ("a" * 251 + ".png"))
+    assert run("reconstruct", "a" * 251 + ".png")[0] == 0
+    assert (folder / ("a" * 237 + "-reconstructed.png")).is_file()
+    assert run("generate", "red", "--out", "b" * 251 + ".png")[0] == 0
+    code, _, err = run("generate", "red", "--out", "b" * 252 + ".png")
+    assert code == 1 and err == f"ldm-fast: {'b' * 252}.png: File name too long\n"

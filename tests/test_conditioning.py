@@ -26,6 +26,8 @@ CAPTIONS = ["red apple", "woman: medium-light skin tone", "piñata", "keycap 10"
         ("snake_case 10", ["snake", "case", "10"]),
         ("straße", ["strasse"]),
         ("a🍎b", ["a", "🍎", "b"]),
+        ("re\u200bd\u202e ap\u200dple\ufeff\u00ad", ["red", "apple"]),
+        ("\u200b\u202e", []),
     ],
 )
 def test_split_words(text, words):

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _fail(options: argparse.Namespace, message: str, code: int) -> int:
     if options.debug:
         traceback.print_exc()
-    print(f"ldm-fast: {message}", file=sys.stderr)
+    _report(message)
     return code
 
 
@@ -64,4 +64,10 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     if not issubclass(category, (DeprecationWarning, FutureWarning)):
-        print(f"ldm-fast: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        _report(f"warning: {' '.join(str(message).split())}")
+
+
+def _report(message: str) -> None:
+    from ldm_fast.files.file_names import printable
+
+    print(f"ldm-fast: {printable(message)}", file=sys.stderr)

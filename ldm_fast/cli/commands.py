@@ -31,6 +31,13 @@ class Stopped(Exception):
         self.signal = signal
 
 
+def say(text: str) -> None:
+    """Print a line with names of files, which need not be UTF-8."""
+    from ldm_fast.files.file_names import printable
+
+    print(printable(text))
+
+
 def generate(options: argparse.Namespace) -> None:
     """Draw pictures from words or classes, one PNG each or all in one."""
     from ldm_fast.files import images as pictures
@@ -71,7 +78,7 @@ def generate(options: argparse.Namespace) -> None:
             pictures.write_png(path, image, {"prompt": prompt, "seed": str(options.seed + i), **about})
     names = f"{paths[0]}" if len(paths) == 1 else f"{paths[0]} ... {paths[-1]}"
     count = f"{len(images)} images of " if len(images) > 1 else ""
-    print(f"{names}: {count}{size[1]}x{size[0]} pixels in {seconds:.1f} s")
+    say(f"{names}: {count}{size[1]}x{size[0]} pixels in {seconds:.1f} s")
 
 
 def _load_model(options: argparse.Namespace) -> LatentDiffusion:
@@ -121,8 +128,11 @@ def _label(prompt: str, names: list[str], config: ClassEmbedderConfig) -> int:
 
 
 def _output_paths(options: argparse.Namespace, count: int) -> list[Path]:
+    from ldm_fast.files.file_names import MOST_BYTES, fitting_name
+
     words = re.findall(r"\w+", options.prompts[0].lower())[:8]
-    out = Path(options.out or ("-".join(words)[:60] or "unconditional") + ".png")
+    name = fitting_name("-".join(words)[:60] or "unconditional", ".png", MOST_BYTES - len(f"-{count}"))
+    out = Path(options.out or name)
     if not out.suffix:
         out = out.with_name(out.name + ".png")
     if out.suffix.lower() != ".png":
@@ -166,10 +176,11 @@ def reconstruct(options: argparse.Namespace) -> None:
     """Send a picture through the first stage and back."""
     from ldm_fast.files import images as pictures
     from ldm_fast.files.atomic import check_writable
+    from ldm_fast.files.file_names import fitting_name
     from ldm_fast.training.metrics import psnr
 
     source = Path(options.image)
-    out = Path(options.out or source.with_name(f"{source.stem}-reconstructed.png"))
+    out = Path(options.out or source.with_name(fitting_name(source.stem, "-reconstructed.png")))
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: only PNG files can be written; give a name that ends in .png")
     check_writable(out)
@@ -182,7 +193,7 @@ def reconstruct(options: argparse.Namespace) -> None:
     pictures.write_png(
         out, again, {"source": source.name, "model": model.origin, "software": f"ldm_fast {__version__}"}
     )
-    print(f"{out}: {again.shape[1]}x{again.shape[0]} pixels, PSNR {decibels:.2f} dB")
+    say(f"{out}: {again.shape[1]}x{again.shape[0]} pixels, PSNR {decibels:.2f} dB")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -202,7 +213,7 @@ def evaluate(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             report=report,
         )
-    print(f"model {model.origin}")
+    say(f"model {model.origin}")
     print(evaluation.table(metrics))
     print(evaluation.json_line(metrics))
 
@@ -224,7 +235,7 @@ def train(options: argparse.Namespace) -> None:
         )
     except TrainingStopped as stopped:
         raise Stopped(str(stopped), stopped.signal) from stopped
-    print(f"{path}: written")
+    say(f"{path}: written")
 
 
 def doctor(options: argparse.Namespace) -> None:
@@ -245,7 +256,7 @@ def doctor(options: argparse.Namespace) -> None:
     print("\nwhat runs here")
     print("\n".join(f"  {line}" for line in str(ldm_fast.explain()).splitlines()))
     shipped = Path(ldm_fast.__file__).parent / "assets" / "emoji.safetensors"
-    print(f"\nshipped model: {shipped if shipped.is_file() else 'missing: give --model PATH'}")
+    say(f"\nshipped model: {shipped if shipped.is_file() else 'missing: give --model PATH'}")
 
 
 def bench(options: argparse.Namespace) -> int:

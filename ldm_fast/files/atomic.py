@@ -19,7 +19,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     with the path.
     """
     target = Path(os.path.realpath(path))
-    unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
+    unfinished = target.with_name(
+        f".{secrets.token_hex(4)}.tmp"
+    )  # short: the target's name may be as long as names can be
     try:
         yield unfinished
         with unfinished.open("rb+") as file:
@@ -28,7 +30,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             shutil.copymode(target, unfinished)
         unfinished.replace(target)
     except BaseException as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise type(error)(error.errno, f"cannot write: {error.strerror}", str(path)) from error
         raise

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm_fast.files.atomic import write_atomically
+from ldm_fast.files.file_names import printable
 from ldm_fast.files.metadata import orientation, unturned, without_metadata
 
 if TYPE_CHECKING:
@@ -235,11 +236,12 @@ def _decode(data: bytes) -> Image:
 
 
 def png_bytes(image: Tensor, text: dict[str, str]) -> bytes:
-    """Return uint8 (H, W, 3) as a PNG file with text entries. The same input gives the same bytes."""
+    """Return uint8 (H, W, 3) as a PNG file with text entries, `printable`. The same input gives the same bytes."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    for key, value in text.items():
+    for key, given in text.items():
+        value = printable(given)
         info.add_itxt(key, value) if not value.isascii() else info.add_text(key, value)
     buffer = io.BytesIO()
     to_pil(image[None])[0].save(buffer, "PNG", pnginfo=info)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_fast.files.atomic import reason, replacing
+from ldm_fast.files.file_names import readable_by_others
 
 
 class CheckpointError(ValueError):
@@ -91,7 +92,7 @@ def read_tensors(path: str | Path) -> TensorFile:
 
 def _read_safetensors(path: Path) -> TensorFile:
     try:
-        with safe_open(path, framework="pt") as file:
+        with readable_by_others(path) as name, safe_open(name, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return TensorFile(path, tensors, file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
@@ -164,8 +165,14 @@ class _Inert:
 
 
 def _read_pickle(path: Path, zipped: bool) -> TensorFile:
+    with readable_by_others(path) as name:
+        return _state_dict_of(path, _unpickled(path, name, zipped))
+
+
+def _unpickled(path: Path, name: str | Path, zipped: bool) -> Any:
+    """Return what a pickle holds, read by `name`. Errors call it `path`."""
     try:
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(name) if zipped else []
     except pickle.UnpicklingError:  # it uses what no checkpoint needs; `torch.load` says what
         named = []
     except Exception as error:  # of any kind: the bytes may be anything
@@ -181,12 +188,11 @@ def _read_pickle(path: Path, zipped: bool) -> TensorFile:
         )
     try:
         with torch.serialization.safe_globals([(_Inert, name) for name in named]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be read as tensors and plain values alone; nothing in it was run: {_line(error)}"
         ) from error
-    return _state_dict_of(path, content)
 
 
 def _is_harmless(name: str) -> bool:

@@ -22,11 +22,14 @@ BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 def split_words(text: str) -> list[str]:
-    """Split into lower-case words without accents and single punctuation marks: "Piñata 2!" → ["pinata", "2", "!"]."""
+    """Split into lower-case words without accents and single punctuation marks: "Piñata 2!" → ["pinata", "2", "!"].
+
+    Characters that nobody sees (category Cf: zero-width spaces, directions of writing) are dropped.
+    """
     if not isinstance(text, str):
         raise TypeError(f"a prompt must be a str, not {type(text).__name__}")
     decomposed = unicodedata.normalize("NFKD", text.replace("’", "'")).casefold()
-    plain = "".join(c for c in decomposed if not unicodedata.combining(c))
+    plain = "".join(c for c in decomposed if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
     return re.findall(r"[^\W_]+|[^\w\s]", plain)
 
 
@@ -128,14 +131,21 @@ def as_list(prompts: str | Sequence[str]) -> list[str]:
 
 def padded_ids(tokenizer: Any, prompts: list[str], max_length: int) -> Tensor:
     """Return what transformers' `tokenizer` makes of the prompts, cut and padded to (B, max_length) int64."""
-    made = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    made = tokenizer(
+        _without_surrogates(prompts), padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
+    )
     ids: Tensor = made.input_ids
     return ids
 
 
+def _without_surrogates(prompts: list[str]) -> list[str]:
+    """Return prompts that are Unicode: what a command line gives for bytes that are not UTF-8 becomes U+FFFD."""
+    return [re.sub("[\ud800-\udfff]", "\ufffd", prompt) for prompt in prompts]
+
+
 def warn_of_cut_prompts(tokenizer: Any, prompts: list[str], max_length: int) -> None:
     """Warn (UserWarning) of every prompt that transformers' `tokenizer` cuts at max_length, and of what is lost."""
-    for tokens in tokenizer(prompts, verbose=False).input_ids:
+    for tokens in tokenizer(_without_surrogates(prompts), verbose=False).input_ids:
         if len(tokens) > max_length:
             lost = tokenizer.decode(tokens[max_length - 1 : -1]).strip()
             warnings.warn(

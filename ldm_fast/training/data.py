@@ -9,6 +9,7 @@ Images stay uint8 (N, 3, H, W) in memory; a batch becomes float in [-1, 1] only 
 
 from __future__ import annotations
 
+import os
 import zlib
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -66,7 +67,7 @@ def _load_whole(config: DataConfig) -> ImageSet:
     if config.path is None:
         raise DataError('data.path is needed when data.kind is "folder"')
     data = folder_images(config.path, config.size)
-    held_out = [zlib.crc32(name.encode()) < config.held_out * 2**32 for name in data.names]
+    held_out = [zlib.crc32(os.fsencode(name)) < config.held_out * 2**32 for name in data.names]
     return replace(data, held_out=torch.tensor(held_out))
 
 
