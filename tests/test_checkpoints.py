@@ -631,3 +631,67 @@ def test_a_full_disk_while_writing(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
+
+
+# Wrappers
+
+
+PREFIXES = {
+    "DistributedDataParallel": lambda name: f"module.{name}",
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "both": lambda name: f"module._orig_mod.{name}",
+    "the other way round": lambda name: f"_orig_mod.module.{name}",
+    "within": lambda name: name.replace("diffusion_model.", "diffusion_model._orig_mod."),
+    "FSDP": lambda name: name.replace("input_blocks.1.", "input_blocks.1._fsdp_wrapped_module."),
+}
+
+
+@pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
+@pytest.mark.parametrize("wrapper", PREFIXES)
+def test_prefixes_of_wrappers(wrapper, kind, whole, tmp_path):
+    """The same models, and `found` says so."""
+    wrapped = {PREFIXES[wrapper](name): tensor.contiguous() for name, tensor in whole.items()}
+    path = tmp_path / f"model.{kind}"
+    save_file(wrapped, path) if kind == "safetensors" else torch.save(wrapped, path)
+    loaded = checkpoints.load(path, config={"unet": UNET})
+    plain = inspect_tensors(whole, path, {"unet": UNET})
+    assert loaded.schedule.config == plain.schedule and loaded.scaling_factor == 0.5
+    for part in ("unet", "first_stage", "cond_stage"):
+        assert same(getattr(loaded, part), plain.parts[part].load(None).state_dict())
+    assert re.search(r"ignored, prefixes of wrappers, taken off the names: \w+\.", str(loaded.found))
+    assert "taken off" not in str(plain)
+
+
+@pytest.mark.parametrize(
+    "keys", [("model",), ("module",), ("state_dict", "model"), ("model", "module"), ("model_state_dict",)], ids=str
+)
+def test_containers_around_a_state_dict(keys, whole, tmp_path):
+    content = {f"module.{name}": tensor for name, tensor in whole.items()}
+    for key in reversed(keys):
+        content = {key: content, "epoch": 3}
+    torch.save(content, tmp_path / "model.pt")
+    found = checkpoints.inspect(tmp_path / "model.pt", config={"unet": UNET})
+    assert found.parts.keys() == {"unet", "first_stage", "cond_stage"}
+    assert found.ignored["beside the weights"] == ["epoch"]
+    taken_off = ", ".join(key for key in keys if key != "state_dict")
+    assert f"ignored, containers around the weights, taken off: {taken_off}\n" in str(found)
+
+
+def test_weights_with_and_without_a_prefix(whole, tmp_path):
+    torch.save(whole | {"module.betas": whole["betas"]}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"with and without the prefix of a wrapper: module\.betas"):
+        checkpoints.inspect(tmp_path / "model.pt")
+
+
+def test_a_folder_written_by_a_wrapped_model(tmp_path):
+    """In one file and in several."""
+    model = UNet(UNET)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    wrapped = {f"_orig_mod.{name}": tensor for name, tensor in read_tensors(file).tensors.items()}
+    save_file(wrapped, file)
+    assert same(UNet.from_pretrained(tmp_path), model.state_dict()) and "unet" in checkpoints.inspect(tmp_path).parts
+    file.rename(file.with_name("part.safetensors"))
+    index = {"weight_map": dict.fromkeys(wrapped, "part.safetensors")}
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps(index))
+    assert same(UNet.from_pretrained(tmp_path), model.state_dict())

@@ -103,6 +103,7 @@ def inspect(
         found = inspect_tensors(file.tensors, path, given, ema=ema, parts=parts, others=file.others)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    found.ignored.update(file.wrappers)
     if file.others:
         found.ignored["beside the weights"] = sorted(file.others)
     return found

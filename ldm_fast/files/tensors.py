@@ -12,7 +12,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ HARMLESS = (
     "typing.Any",
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("dict", "list", "int", "float", "str")),
 )
+CONTAINERS = ("state_dict", "model_state_dict", "model", "module")  # keys under which trainers store a state dict
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # in the names of weights
+CONTAINERS_OFF, WRAPPERS_OFF = "containers around the weights, taken off", "prefixes of wrappers, taken off the names"
 OTHER_FILES = {
     b"version https://git-lfs": "it is a pointer of Git LFS, not the file itself (git lfs pull)",
     b"<": "it is a web page",
@@ -54,12 +57,14 @@ class TensorFile:
     tensors: the state dict, on the CPU. A page of a tensor is read from the disk when it is first looked at.
     metadata: the strings in the header of a safetensors file.
     others: what stands beside the state dict in a pickle (epoch, optimizer_states, …).
+    wrappers: what was taken off: the names of containers around the state dict, and of wrappers within its names.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
     others: dict[str, Any] = field(default_factory=dict)
+    wrappers: dict[str, list[str]] = field(default_factory=dict)
 
 
 def read_tensors(path: str | Path) -> TensorFile:
@@ -94,7 +99,7 @@ def _read_safetensors(path: Path) -> TensorFile:
     try:
         with readable_by_others(path) as name, safe_open(name, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return TensorFile(path, tensors, file.metadata() or {})
+            return _unwrapped(TensorFile(path, tensors, file.metadata() or {}))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file (cut short or damaged): {error}") from error
 
@@ -207,9 +212,11 @@ def _line(error: Exception) -> str:
 
 def _state_dict_of(path: Path, content: Any) -> TensorFile:
     others: dict[str, Any] = {}
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        others = {str(key): value for key, value in content.items() if key != "state_dict"}
-        content = content["state_dict"]
+    containers: list[str] = []
+    while isinstance(content, Mapping) and (inner := _container(content)) is not None:
+        others |= {str(key): value for key, value in content.items() if key != inner}
+        containers.append(inner)
+        content = content[inner]
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path} holds no state dict but a {type(content).__name__}")
     wrong = [str(key) for key, value in content.items() if not isinstance(key, str) or not _is_plain(value)]
@@ -217,7 +224,33 @@ def _state_dict_of(path: Path, content: Any) -> TensorFile:
         raise CheckpointError(
             f"{path}: {len(wrong)} entries of its state dict are not dense tensors: {', '.join(wrong)}"
         )
-    return TensorFile(path, {key: tensor.detach() for key, tensor in content.items()}, others=others)
+    file = _unwrapped(TensorFile(path, {key: tensor.detach() for key, tensor in content.items()}, others=others))
+    unusual = [name for name in containers if name != "state_dict"]
+    return replace(file, wrappers={**({CONTAINERS_OFF: unusual} if unusual else {}), **file.wrappers})
+
+
+def _container(content: Mapping[Any, Any]) -> str | None:
+    """Return the key under which a dictionary holds a state dict, or a container of one."""
+    return next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
+
+
+def _unwrapped(file: TensorFile) -> TensorFile:
+    """Return the tensors under the names that they had before torch.compile, DistributedDataParallel and the like."""
+    found = sorted({part for name in file.tensors for part in name.split(".")[:-1]} & WRAPPERS)
+    if not found:
+        return file
+    names = {name: unwrapped_name(name) for name in file.tensors}
+    twice = sorted(name for name, plain in names.items() if name != plain and plain in file.tensors)
+    if twice or len(set(names.values())) < len(names):
+        raise CheckpointError(f"{file.path} holds weights with and without the prefix of a wrapper: {', '.join(twice)}")
+    tensors = {names[name]: tensor for name, tensor in file.tensors.items()}
+    return replace(file, tensors=tensors, wrappers={WRAPPERS_OFF: [f"{part}." for part in found]})
+
+
+def unwrapped_name(name: str) -> str:
+    """Return the name of a weight without those of the wrappers around its modules."""
+    *modules, last = name.split(".")
+    return ".".join([*(part for part in modules if part not in WRAPPERS), last])
 
 
 def _is_plain(value: Any) -> bool:
@@ -248,7 +281,7 @@ def read_shards(index: Path) -> TensorFile:
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
         tensors |= read_tensors(index.with_name(name)).tensors
-    wrong = sorted(where.keys() ^ tensors.keys())
+    wrong = sorted({unwrapped_name(name) for name in where} ^ tensors.keys())
     if wrong:
         raise CheckpointError(f"{index}: the files and their index do not hold the same names: {', '.join(wrong)}")
     return TensorFile(index, tensors)
