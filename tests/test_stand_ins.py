@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
 import re
@@ -106,6 +107,31 @@ def test_outputs_are_of_diffusers_classes(kind):
         mine, wanted = (m.encode(x).latent_dist for m in (ours, theirs))
         assert type(mine) is type(wanted)
         torch.testing.assert_close(mine.parameters, wanted.parameters)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_signatures_are_diffusers_own(kind):
+    """Programs read them: which arguments a model is built from, and what it can be called with."""
+    ours, theirs = (type(model) for model in pair(kind))
+    assert inspect.signature(ours.__init__) == inspect.signature(theirs.__init__)
+    assert ours.extract_init_dict({"sample_size": 3, "note": 1})[0] == {"sample_size": 3}
+    for name in (
+        "forward",
+        "encode",
+        "decode",
+        "save_pretrained",
+        "enable_gradient_checkpointing",
+        "register_to_config",
+    ):
+        if name in dir(theirs):
+            wanted = [p for p in inspect.signature(getattr(theirs, name)).parameters if p != "kwargs"]
+            assert list(inspect.signature(getattr(ours, name)).parameters)[: len(wanted)] == wanted
+
+
+def test_every_argument_by_position():
+    ours, theirs = pair("UNet2DConditionModel")
+    arguments = sample(), 3, CONTEXT, None, None, None, {}, None, None, None, None, torch.ones(2, 3), False
+    torch.testing.assert_close(ours(*arguments)[0], theirs(*arguments)[0])
 
 
 def test_another_pipeline_takes_the_parts():

@@ -49,9 +49,10 @@ def _made(base: Any, kind: str) -> Any:
     members = {
         "__module__": theirs.__module__,
         "__doc__": f"`ldm_fast.{base.__name__}` in the place of diffusers' {kind}.",
+        "__init__": _with_signature_of(theirs, base),
         "_stands_for": theirs,
         **{name: _built_by_theirs(getattr(theirs, name)) for name in FACTORIES if hasattr(theirs, name)},
-        **{"UNet2DConditionModel": _conditional_unet, "UNet2DModel": _unconditional_unet}.get(kind, _first_stage)(base),
+        **MEMBERS[kind](base),
     }
     # `super().__init__()` of our classes leads to diffusers', which would build all of its layers first.
     unbuilt = type(kind, (theirs,), {"__init__": require_diffusers().ModelMixin.__init__})
@@ -59,6 +60,14 @@ def _made(base: Any, kind: str) -> Any:
 
 
 FACTORIES = ("from_config", "from_pretrained", "from_single_file")
+
+
+def _with_signature_of(theirs: type, base: Any) -> Any:
+    def __init__(self: Any, config: Any) -> None:
+        base.__init__(self, config)
+
+    __init__.__signature__ = inspect.signature(theirs.__init__)  # type: ignore[attr-defined,misc]  # diffusers reads it
+    return __init__
 
 
 def _built_by_theirs(build: Callable[..., Any]) -> Any:
@@ -80,13 +89,26 @@ def _conditional_unet(base: Any) -> dict[str, Any]:
 
     lora: Any = peft_utils
 
-    def forward(self: Any, *args: Any, cross_attention_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    @functools.wraps(base.forward)
+    def forward(
+        self: Any,
+        sample: Any,
+        timestep: Any,
+        encoder_hidden_states: Any = None,
+        class_labels: Any = None,
+        timestep_cond: Any = None,
+        attention_mask: Any = None,
+        cross_attention_kwargs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """As `UNet.forward`; `cross_attention_kwargs["scale"]` is the weight of all LoRA layers in this call."""
         rest = dict(cross_attention_kwargs or {})
         scale = rest.pop("scale", 1.0)
         lora.scale_lora_layers(self, scale)
+        given = (sample, timestep, encoder_hidden_states, class_labels, timestep_cond, attention_mask)
         try:
-            return base.forward(self, *args, cross_attention_kwargs=rest or None, **kwargs)
+            return base.forward(self, *given, rest or None, *args, **kwargs)
         finally:
             lora.unscale_lora_layers(self, scale)
 
@@ -109,17 +131,36 @@ def _unconditional_unet(base: Any) -> dict[str, Any]:
     return {"forward": forward, "output_class": UNet2DOutput, "sample_size": size}
 
 
-def _first_stage(base: Any) -> dict[str, Any]:
+def _kl_first_stage(base: Any) -> dict[str, Any]:
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-    from diffusers.models.autoencoders.vq_model import VQEncoderOutput
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-    latent = {"AutoencoderKLOutput": AutoencoderKLOutput, "VQEncoderOutput": VQEncoderOutput}
     return {
         "distribution_class": DiagonalGaussianDistribution,
-        "latent_class": latent[base.latent_class.__name__],
+        "latent_class": AutoencoderKLOutput,
         "output_class": DecoderOutput,
     }
+
+
+def _vq_first_stage(base: Any) -> dict[str, Any]:
+    from diffusers.models.autoencoders.vae import DecoderOutput
+    from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+
+    def decode(
+        self: Any, h: Any, force_not_quantize: bool = False, return_dict: bool = True, shape: Any = None, **kwargs: Any
+    ) -> Any:
+        """As `VQModel.decode`, with diffusers' name for the latent."""
+        return base.decode(self, h, force_not_quantize, return_dict, shape, **kwargs)
+
+    return {"decode": decode, "latent_class": VQEncoderOutput, "output_class": DecoderOutput}
+
+
+MEMBERS = {
+    "UNet2DConditionModel": _conditional_unet,
+    "UNet2DModel": _unconditional_unet,
+    "AutoencoderKL": _kl_first_stage,
+    "VQModel": _vq_first_stage,
+}
 
 
 class _StandsFor(type):
