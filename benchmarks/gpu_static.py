@@ -385,7 +385,7 @@ def _wide_accesses(tiles: list[tuple[int, int, int]], warps: int) -> int:
     return sum(rows * columns * bits // (32 * warps * 128) for rows, columns, bits in tiles)
 
 
-# ---- gates ----
+# ---- checks ----
 
 
 def faults(static: Static, dtype: torch.dtype, aligned: bool = True) -> list[str]:

@@ -482,7 +482,7 @@ def test_upcast_computes_with_the_float16_weights_in_float32(name):
 
 @pytest.mark.parametrize("name", ["kl", "vq"])
 def test_two_threads_decode_one_float16_model(name):
-    """Each decodes a hundred pictures, and all are as if decoded one after the other."""
+    """Each thread decodes a hundred pictures, and all equal those decoded one after the other."""
     model = make(name).half()
     model.config = replace(model.config, force_upcast=True)
     model.join_projections()

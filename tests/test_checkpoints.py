@@ -1,4 +1,4 @@
-"""Reading what others wrote: every published model is recognised, every key accounted for."""
+"""Reading of others' checkpoints: every published model is recognised, and every key is accounted for."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red"]
 
 @pytest.fixture
 def whole() -> dict[str, Tensor]:
-    """A small checkpoint as training leaves it: three models, moving averages, schedule, the loss's weights."""
+    """A small checkpoint as training leaves it: three models, moving averages, the schedule, the loss's weights."""
     state = compvis(UNET, "model.diffusion_model.") | compvis(KL, "first_stage_model.")
     state |= compvis(CLASSES, "cond_stage_model.")
     for name in [name for name in state if name.startswith("model.")]:
@@ -62,12 +62,12 @@ def whole() -> dict[str, Tensor]:
     return state
 
 
-# What it is
+# Recognition
 
 
 @pytest.mark.parametrize("path", golden.zoo())
 def test_zoo_is_recognised(path):
-    """All 32: from names and shapes alone the configuration that the constructor's parameters give."""
+    """For all 32, names and shapes suffice to find the configuration that the constructor's parameters give."""
     entry = golden.zoo()[path]
     parts = {"first_stage": {"prefix": "", **entry}}
     if "unet_config" in entry:
@@ -134,7 +134,7 @@ def test_stable_diffusion_is_recognised(name):
 
 
 def test_published_models_differ():
-    """No two rows are the same for shapes but those that the number of input channels tells apart."""
+    """Shapes tell all rows apart, some of them only by the number of input channels."""
     from ldm_fast.checkpoints import recognise
     from ldm_fast.checkpoints.published import find
 
@@ -161,7 +161,7 @@ def test_step_and_marks_tell_the_parameterisation():
 
 @pytest.mark.parametrize("kind", ["ckpt", "safetensors", "old ckpt"])
 def test_whole_checkpoint(kind, whole, tmp_path):
-    """Moving averages are preferred, what is no weight is named, the file tells its schedule and scaling factor."""
+    """Moving averages are preferred, ignored entries are named, and schedule and scaling factor come from the file."""
     path = tmp_path / f"model.{kind[-4:]}"
     if kind == "safetensors":
         save_file({name: tensor.contiguous() for name, tensor in whole.items()}, path)
@@ -200,7 +200,7 @@ def test_first_stage_is_as_large_as_the_latents_say(whole, latent, pixels):
 
 
 def test_a_text_encoder_without_its_tokenizer(tmp_path):
-    """The file has the network alone, and words say nothing to it."""
+    """The file has only the network, which cannot read words."""
     text = TransformerConfig(vocab_size=len(WORDS), width=8, depth=1, max_length=4)
     state = compvis(UNET, "model.diffusion_model.") | compvis(KL, "first_stage_model.")
     state |= compvis(text, "cond_stage_model.")
@@ -215,7 +215,7 @@ def test_a_text_encoder_without_its_tokenizer(tmp_path):
 
 @pytest.mark.parametrize(("open_clip", "layers", "skip"), [(False, 12, 0), (True, 24, 1), (True, 23, 0)])
 def test_how_a_clip_encoder_is_completed(open_clip, layers, skip, tmp_path):
-    """Stable Diffusion 2.x was trained on the last layer but one, which files of 23 layers end with."""
+    """Stable Diffusion 2.x was trained on the second-to-last layer, with which files of 23 layers end."""
     pytest.importorskip("transformers")
     state = compvis(UNET, "model.diffusion_model.") | compvis(KL, "first_stage_model.")
     state |= compvis(CLIPShape(20, 64, layers, 8, 7, 48 if open_clip else None, open_clip), "cond_stage_model.")
@@ -253,15 +253,15 @@ def test_keys_of_no_part(whole, tmp_path):
         inspect_tensors({"betas": torch.zeros(3)}, tmp_path)
 
 
-def test_averages_alone_need_a_configuration(whole, tmp_path):
+def test_a_file_of_only_averages_needs_a_configuration(whole, tmp_path):
     alone = {name: tensor for name, tensor in whole.items() if not name.startswith("model.")}
     with pytest.raises(CheckpointError, match="moving averages without the weights"):
         inspect_tensors(alone, tmp_path)
     assert inspect_tensors(alone, tmp_path, {"unet": UNET}).parts["unet"].tensors.keys() == compvis(UNET).keys()
 
 
-def test_first_stage_alone(tmp_path):
-    """As first stages are published: without prefix, with the loss's weights and moving averages of all."""
+def test_a_file_of_only_a_first_stage(tmp_path):
+    """First stages are published without prefix, with the loss's weights, and with moving averages of everything."""
     state = compvis(VQ) | {"loss.discriminator.main.0.weight": torch.zeros(3)}
     state |= {"model_ema." + name.replace(".", ""): tensor * 2 for name, tensor in state.items()}
     torch.save({"state_dict": state}, tmp_path / "model.ckpt")
@@ -290,7 +290,7 @@ def test_map_encoder_takes_its_factor_from_the_first_stage(tmp_path):
 
 @pytest.mark.parametrize("open_clip", [False, True])
 def test_clip_from_a_single_file(open_clip, tmp_path):
-    """The text model computes what transformers' does, which is given the same weights by hand."""
+    """The text model computes the same as that of transformers, which is given the same weights by hand."""
     transformers = pytest.importorskip("transformers")
     shape = CLIPShape(20, 64, 2, 96, 7, 48 if open_clip else None, open_clip)
     state = compvis(shape, EMBEDDER.format(0))
@@ -322,7 +322,7 @@ def test_clip_from_a_single_file(open_clip, tmp_path):
 
 
 def test_clip_has_the_names_of_diffusers():
-    """OpenCLIP's names, from the other side: diffusers' conversion of single files reads ours."""
+    """diffusers' conversion of single files reads the OpenCLIP names that we write."""
     pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
@@ -342,7 +342,7 @@ def test_clip_has_the_names_of_diffusers():
 
 
 def pipeline_folder(path, unet=UNET, first_stage=KL, **scheduler):
-    """A pipeline as diffusers writes it, with random weights and no text encoder: (the folder, unet, first stage)."""
+    """Write a pipeline as diffusers does, with random weights and no text encoder: (folder, unet, first stage)."""
     unet, first_stage = UNet(unet), AutoencoderKL(first_stage)
     unet.save_pretrained(path / "unet")
     first_stage.save_pretrained(path / "vae")
@@ -394,11 +394,11 @@ def test_a_part_that_is_not_asked_for_need_not_be_understood(tmp_path):
     loaded = checkpoints.load(tmp_path / "model.safetensors", config=UNET, parts=["unet"])
     assert loaded.first_stage is None and loaded.unet is not None
     save_file(stray, tmp_path / "stray.safetensors")
-    with pytest.raises(CheckpointError, match=r"conv_in|stray"):  # not that it were empty
+    with pytest.raises(CheckpointError, match=r"conv_in|stray"):  # it does not say that the file is empty
         checkpoints.load(tmp_path / "stray.safetensors", parts=["unet"])
 
 
-# What `generate` would sample wrongly: (arguments of pipeline_folder, what the error names)
+# Pipelines that `generate` would sample wrongly: (arguments of pipeline_folder, what the error names)
 OTHER_PIPELINES = {
     "flow": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEulerDiscreteScheduler"),
     "flow sigmas": ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
@@ -422,15 +422,15 @@ def test_what_would_be_sampled_wrongly_is_loaded_and_refused_as_a_whole(argument
         LatentDiffusion.from_checkpoint(loaded, torch.nn.Identity())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of NumPy, thousands
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # thousands, from NumPy
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_add_the_noise_that_diffusers_adds(name):
-    """By their defaults, and by those of Stable Diffusion."""
+    """They do so with their defaults, and with those of Stable Diffusion."""
     scheduler = getattr(pytest.importorskip("diffusers"), name)
     for config in ({}, {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}):
         try:
             theirs = scheduler(**config).alphas_cumprod
-        except ImportError as error:  # DPMSolverSDEScheduler's Brownian noise is another package's
+        except ImportError as error:  # DPMSolverSDEScheduler takes its Brownian noise from another package
             pytest.skip(str(error))
         ours = NoiseSchedule(schedule_from_diffusers({"_class_name": name, **config})).alphas_cumprod
         torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=1e-6)
@@ -445,7 +445,7 @@ def test_one_models_folder_and_its_file(tmp_path):
             loaded = checkpoints.load(path)
             assert same(loaded.first_stage, model.state_dict()) and loaded.first_stage.config == VQ
     (tmp_path / "config.json").unlink()
-    assert checkpoints.load(tmp_path / file).first_stage.config == VQ  # a first stage's shapes tell all
+    assert checkpoints.load(tmp_path / file).first_stage.config == VQ  # the shapes of a first stage tell everything
     with pytest.raises(CheckpointError, match="holds no config.json"):
         checkpoints.load(tmp_path)
 
@@ -510,7 +510,7 @@ def test_only_the_parts_asked_for_are_built(ours, monkeypatch):
 
 
 def test_damage_to_a_part_of_our_file_that_is_not_asked_for(ours):
-    """The checksum is over all parts. What is in a file is told without it."""
+    """The checksum covers all parts. `inspect` tells what is in a file without checking it."""
     first = min((t.data_ptr(), name) for name, t in read_tensors(ours).tensors.items())[1]
     content = bytearray(ours.read_bytes())
     content[8 + int.from_bytes(content[:8], "little")] ^= 1
@@ -562,7 +562,7 @@ MEASURE = (
     checkpoints.load(sys.argv[2], config=UNetConfig(**WARM))
     before = memory("VmRSS")
     unet = checkpoints.load(sys.argv[1], config=UNetConfig(**LARGE)).unet
-    total = sum(float(p.detach().sum()) for p in unet.parameters())  # every page is looked at
+    total = sum(float(p.detach().sum()) for p in unet.parameters())  # touches every page
     assert total == total
     print((memory("VmHWM") - before) / sum(p.numel() * p.element_size() for p in unet.parameters()))
 """
@@ -573,7 +573,7 @@ MEASURE = (
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
 def test_peak_memory(suffix, tmp_path):
-    """Loading a UNet of 290 MB and looking at all of it takes at most 1.15 times its size."""
+    """Loading a UNet of 290 MB and reading all of it takes at most 1.15 times its size."""
     small = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "num_attention_heads": 1}
     large = {"block_out_channels": (192, 384, 768, 768), "cross_attention_dim": 512}
     paths = []
@@ -592,7 +592,7 @@ MEASURE_SHIPPED = (
     MEMORY
     + """if True:
     from ldm_fast import LatentDiffusion
-    LatentDiffusion.load(sys.argv[1])  # what the first call imports and sets up
+    LatentDiffusion.load(sys.argv[1])  # imports and sets up what only the first call needs
     open("/proc/self/clear_refs", "w").write("5")
     before = memory("VmRSS")
     model = LatentDiffusion.load()
@@ -604,7 +604,7 @@ MEASURE_SHIPPED = (
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
 def test_peak_memory_of_the_shipped_model(ours):
-    """Loading it takes little more than its weights in float32: the file is never in memory beside them."""
+    """Loading it takes little more than its weights in float32: the file is never in memory as well."""
     done = subprocess.run([sys.executable, "-c", MEASURE_SHIPPED, str(ours)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0.9 < float(done.stdout) <= 1.2
@@ -621,7 +621,7 @@ def test_tensors_are_written_with_the_mode_of_any_file(tmp_path):
 
 
 def test_a_full_disk_while_writing(tmp_path):
-    """A limit on file sizes stops the write half-way, as a disk that runs full does."""
+    """A limit on file sizes stops the write half-way, as a full disk does."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))

@@ -241,7 +241,7 @@ def test_every_barrier_is_listed():
 
 
 @pytest.mark.parametrize(("header", "line"), BARRIERS)
-def test_thread_sanitizer_misses_every_barrier(header, line, tsan_program):
+def test_thread_sanitizer_notices_every_missing_barrier(header, line, tsan_program):
     done = run(tsan_program, [RACE_CASES[header]], without=f"{header}:{line}")
     assert done.returncode != 0
     assert "WARNING: ThreadSanitizer: data race" in done.stderr

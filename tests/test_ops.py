@@ -1,7 +1,7 @@
-"""All ops, every implementation that can run here, on the cases of `ldm_fast.testing`.
+"""All ops, in every implementation that can run here, on the cases of `ldm_fast.ops.cases`.
 
-The truth is a formula of its own in float64 with PyTorch's autograd; `ldm_fast.reference` is tested like the others. An
-implementation may be off by twice what PyTorch is in the same dtype, plus `TOLERANCE`.
+The truth is a separate formula in float64 with PyTorch's autograd; `ldm_fast.ops.reference` is tested like the others.
+The error of an implementation may be twice that of PyTorch in the same dtype, plus `TOLERANCE`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def device_of(impl: str) -> str:
 
 
 def skip_unless_it_runs(op: str, impl: str, dtype: torch.dtype = torch.float32) -> None:
-    """Skips if this implementation cannot take even ordinary inputs here; a case that it refuses for itself fails."""
+    """Skip if this implementation cannot take even ordinary inputs here. If it refuses only some cases, these fail."""
     reason = why_not(op, impl, dtype)
     if reason is not None:
         pytest.skip(f"{op} by {impl}, {name(dtype)}: {reason}")
@@ -63,13 +63,13 @@ def skip_unless_it_runs(op: str, impl: str, dtype: torch.dtype = torch.float32) 
 
 @functools.cache
 def why_not(op: str, impl: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why ordinary inputs cannot run here: what `explain` says, for any dtype."""
+    """Return why ordinary inputs of this dtype cannot run here, as `explain` tells it; None if they can."""
     device = device_of(impl)
     return dispatch.why_not(op, impl, OPS[op].ordinary(lambda *shape: torch.zeros(shape, dtype=dtype, device=device)))
 
 
 def positional(op: str, inputs: dict[str, Any]) -> tuple[Any, ...]:
-    """Keyword arguments in the order of the implementations, with the defaults filled in."""
+    """Return the arguments in the order that implementations take them, with the defaults filled in."""
     values = dict(inputs)
     if op == "attention":
         q, k = values["q"], values["k"]
@@ -87,7 +87,7 @@ def impls(op: str) -> list[str]:
 
 
 def table(cases: dict[str, Any]) -> list[Any]:
-    """Each implementation of each op with each case; one that cannot run here at all is one skipped line."""
+    """Return each implementation of each op with each case. One that cannot run here at all is one skipped line."""
     rows = []
     for op, impl in [(name, impl) for name in cases for impl in impls(name)]:
         reason = why_not(op, impl)
@@ -101,7 +101,7 @@ def table(cases: dict[str, Any]) -> list[Any]:
 
 @pytest.fixture
 def nan_filled() -> Iterator[None]:
-    """torch.empty fills with NaN (integers: the largest), so that an element nobody wrote shows."""
+    """Make torch.empty fill with NaN (or the largest integer), so that an unwritten element shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(3).isnan().all()
@@ -116,7 +116,7 @@ def nan_filled() -> Iterator[None]:
 def attention_formula(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """PyTorch's own attention. It gives NaN for a row without keys, so such a row attends to all and is then zeroed."""
+    """PyTorch's own attention. It gives NaN for a row without keys, so such a row attends to all and then becomes 0."""
     if k.shape[2] == 0:
         return 0 * q + 0 * (k.sum() + v.sum())
     if mask is None:
@@ -140,7 +140,7 @@ def group_norm_silu_formula(
         return x + 0 * sum(t.sum() for t in (weight, bias, scale, shift) if t is not None)
     weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     if weight is None and bias is not None:
-        weight = torch.ones_like(bias)  # PyTorch 2.13 fails in the backward pass of a bias alone
+        weight = torch.ones_like(bias)  # PyTorch 2.13 fails in the backward pass of a bias without weight
     x = x.contiguous()  # for channels_last PyTorch takes E[x²] - E[x]², which loses the digits of a large mean
     h = torch.group_norm(x, num_groups, weight, bias, eps)
     per_channel = (*x.shape[:2], *(1,) * (x.ndim - 2))
@@ -160,7 +160,7 @@ FORMULA: dict[str, Callable[..., Tensor]] = {
 def with_gradients(
     function: Callable[..., Tensor], inputs: dict[str, Any], grad: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The result ("out") and the gradient of every floating-point input but the mask, for dL/dout = grad."""
+    """Return the result ("out") and the gradient of every tensor except the mask, for dL/dout = grad."""
     leaves = {
         key: value.detach().requires_grad_()
         for key, value in inputs.items()
@@ -173,7 +173,7 @@ def with_gradients(
 
 
 def random_gradient(out: Tensor) -> Tensor:
-    """The same numbers for every dtype and device, exact in each, with strides that are not those of `out`."""
+    """Return the same numbers for every dtype and device, exact in each, with other strides than those of `out`."""
     return torch.randint(-64, 65, out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, out.dtype) / 32
 
 
@@ -189,7 +189,7 @@ def on_cpu(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def logit_size(inputs: dict[str, Any]) -> float:
-    """The largest score, 1 at least, and for an op without scores."""
+    """Return the largest score, but at least 1; for an op without scores return 1."""
     if "q" not in inputs or 0 in (inputs["q"].numel(), inputs["k"].numel()):
         return 1.0
     q, k = (inputs[key].detach().cpu().double() for key in "qk")
@@ -199,8 +199,10 @@ def logit_size(inputs: dict[str, Any]) -> float:
 def assert_close(
     got: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], tolerance: float, logits: float = 1.0
 ) -> None:
-    """Errors are relative to the largest element; of a gradient that is zero but for rounding (that of q, if M = 1)
-    to the largest of all gradients.
+    """Compare results. Errors are relative to the largest element of the same tensor.
+
+    If a gradient is zero except for rounding (that of q, if M = 1), its error is relative to the largest element of all
+    gradients.
     """
     largest = max((e.abs().max().item() for key, e in exact.items() if key != "out" and e.numel()), default=0.0)
     for key, truth in exact.items():
@@ -211,19 +213,19 @@ def assert_close(
         scale = own if key == "out" or own > 1e-3 * largest else largest
         value, other = got[key].cpu().double(), eager[key].cpu().double()
         assert value.isfinite().all(), f"{key}: not finite"
-        # a backward pass knows the probabilities from a log-sum-exp in float32, whose rounding grows with the logits
+        # a backward pass gets the probabilities from a float32 log-sum-exp, whose rounding error grows with the logits
         own_tolerance = tolerance if key == "out" else tolerance + 2**-23 * (logits - 1)
         error, allowed = (value - truth).abs().max(), 2 * (other - truth).abs().max() + own_tolerance * scale
         assert error <= allowed, f"{key}: error {error:.3g}, allowed {allowed:.3g}, largest element {own:.3g}"
 
 
 def strides(tensor: Tensor) -> list[int]:
-    """The strides that mean something: of dimensions with more than one element."""
+    """Return the strides that matter: those of dimensions with more than one element."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def promised(op: str, inputs: dict[str, Any]) -> Tensor:
-    """A tensor with the shape, strides, dtype and device that the result must have."""
+    """Return a tensor with the shape, strides, dtype and device that the result must have."""
     if op == "attention":
         q = inputs["q"]
         return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
@@ -267,7 +269,7 @@ def test_forward_and_gradients(op: str, impl: str, case: Any, dtype: torch.dtype
     ],
 )
 def test_reference_in_float64(op: str, case: Any) -> None:
-    """What defines "correct" agrees with PyTorch to the last digits, gradients included."""
+    """The reference, which defines "correct", agrees with PyTorch to the last digits, gradients included."""
     inputs = make_inputs(op, case, torch.float64)
     exact = with_gradients(FORMULA[op], in_float64(inputs))
     got = with_gradients(lambda **kwargs: getattr(ops, op)(**kwargs, impl="reference"), inputs)
@@ -334,7 +336,7 @@ def test_deterministic(op: str, impl: str, case: Any, dtype: torch.dtype) -> Non
     first = run(op, impl, inputs)
     threads = torch.get_num_threads()
     try:
-        # PyTorch's own matrix products, which the reference is made of, are split differently by other thread counts
+        # the reference uses PyTorch's matrix products, which are split differently for other numbers of threads
         for count in (threads, *(() if impl == "reference" else (1, 2, 3))):
             torch.set_num_threads(count)
             for key, value in run(op, impl, inputs).items():
@@ -346,7 +348,7 @@ def test_deterministic(op: str, impl: str, case: Any, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=name)
 @pytest.mark.parametrize(("op", "impl", "case"), table(SOME))
 def test_batch_invariant(op: str, impl: str, case: Any, dtype: torch.dtype) -> None:
-    """A row of the batch alone gives what it gives in the batch, bit for bit (but for the sums over the batch)."""
+    """A row gives the same bits by itself as in a batch, except in sums over the batch."""
     skip_unless_it_runs(op, impl, dtype)
     if impl == "reference" and op in DIFFERENTIABLE:
         pytest.skip("PyTorch's matrix products and sums choose their order by the size of the batch")
@@ -364,7 +366,7 @@ def test_batch_invariant(op: str, impl: str, case: Any, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("impl", impls("attention"))
 def test_attention_gradient_of_any_strides(impl: str) -> None:
-    """dL/dout arrives expanded (from a sum), transposed or sliced; the result is that of a contiguous one."""
+    """dL/dout may be expanded (from a sum), transposed or sliced; the gradients are those for a contiguous one."""
     skip_unless_it_runs("attention", impl)
     inputs = make_inputs("attention", Attention(2, 3, 5, 7, 8), torch.float32, device_of(impl))
     q, k, v = (inputs[key].requires_grad_() for key in "qkv")
@@ -394,7 +396,7 @@ def test_only_the_gradients_asked_for(op: str) -> None:
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_second_derivatives_raise(op: str) -> None:
-    """There are none; a gradient penalty must not get silent zeros."""
+    """The ops have none, and a gradient penalty must not silently get zeros."""
     inputs = make_inputs(op, SOME[op][1], torch.float32)
     key = "q" if op == "attention" else "x"
     inputs[key] = inputs[key].requires_grad_()
@@ -405,7 +407,7 @@ def test_second_derivatives_raise(op: str) -> None:
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_forward_mode_raises(op: str) -> None:
-    """There is none; its users must not get silent zeros."""
+    """The ops have no forward-mode derivatives, and their users must not silently get zeros."""
     inputs = make_inputs(op, SOME[op][1], torch.float32)
     for key in ("q", "k", "v") if op == "attention" else ("x", "weight", "bias"):
         x = inputs[key].detach()
@@ -413,7 +415,7 @@ def test_forward_mode_raises(op: str) -> None:
             torch.func.jvp(lambda x, key=key: getattr(ops, op)(**{**inputs, key: x}), (x,), (torch.ones_like(x),))
 
 
-# ---- group_norm_silu in two ----
+# ---- group_norm_silu in two calls ----
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=name)
@@ -430,8 +432,8 @@ def test_group_norm_stats(op: str, impl: str, case: GroupNormSilu, dtype: torch.
     count, mean, squares = stats.cpu().unbind(-1)
     deviation, truth = groups.std(-1, correction=0), groups.mean(-1)
     assert (count == groups.shape[-1]).all()
-    # Relative to what is spread: a mean of 1e3 must not cost the deviation its digits. Sums in float32 of numbers with
-    # few digits round the same way again and again.
+    # Errors are relative to the deviation: a mean of 1e3 must not cost it digits. Float32 sums of numbers with few
+    # digits round the same way again and again.
     tolerance = 1e-6 if dtype == torch.float32 else 5e-6
     assert ((mean - truth).abs() <= tolerance * deviation + 1e-7 * truth.abs()).all()
     variance, squares = deviation.square(), squares / count
@@ -508,7 +510,7 @@ def test_nearest_codebook(op: str, impl: str, case: NearestCodebook, dtype: torc
     rows = z if z.ndim == 2 else z.permute(0, 2, 3, 1).reshape(-1, case.d)
     assert ((indices >= 0) & (indices < case.K)).all()
     assert not wrong_codes(rows.cpu(), codebook.cpu(), indices.flatten().cpu()).any()
-    if case.data == "lattice":  # no rounding: one right answer
+    if case.data == "lattice":  # no rounding, so there is one right answer
         distances = (rows.cpu().double()[:, None] - codebook.cpu().double()).square().sum(-1)
         first = (distances == distances.amin(1, keepdim=True)).int().argmax(1)
         assert torch.equal(indices.flatten().cpu(), first)
@@ -526,7 +528,7 @@ def test_nearest_codebook_nan(impl: str, width: int) -> None:
     z[17] = float("nan")
     expected[5] = expected[17] = 0
     assert torch.equal(ops.nearest_codebook(z, codebook, impl=impl), expected), (
-        "a NaN row gives 0, others are untouched"
+        "a NaN row gives 0, and other rows do not change"
     )
     codebook = torch.cat([torch.full_like(codebook[:3], float("nan")), codebook])
     expected = torch.where(z.isnan().any(1), 0, expected + 3)
@@ -550,15 +552,15 @@ def test_nearest_codebook_split_of_the_batch(impl: str) -> None:
             assert torch.equal(torch.cat(parts), whole)
 
 
-def test_wrong_codes_are_told() -> None:
-    """The judge itself: it must accept only what float32 rounding or equality can explain."""
+def test_wrong_codes_are_recognised() -> None:
+    """The judge of the tests above must accept only what float32 rounding or equality can explain."""
     inputs = make_inputs("nearest_codebook", NearestCodebook(100, 50, 4), torch.float32)
     right = ops.nearest_codebook(**inputs, impl="reference")
     assert not wrong_codes(**inputs, indices=right).any()
     assert wrong_codes(**inputs, indices=(right + 1) % 50).all()
     twice = torch.cat([inputs["codebook"]] * 2)
     assert not wrong_codes(inputs["z"], twice, right).any()
-    assert wrong_codes(inputs["z"], twice, right + 50).all(), "of equal codes the first one is right"
+    assert wrong_codes(inputs["z"], twice, right + 50).all(), "among equal codes the first one is right"
     nudged = torch.cat([inputs["codebook"][right[:1]] * (1 + 1e-2), inputs["codebook"]])
     both = [wrong_codes(inputs["codebook"][right[:1]], nudged, torch.tensor([i])) for i in (0, 1 + int(right[0]))]
     assert [bool(b) for b in both] == [True, False]
@@ -577,7 +579,7 @@ def test_a_field_of_the_record_is_an_argument_of_the_registered_op(op: str) -> N
 
 
 def op_arguments(op: str, impl: str, case: Any, dtype: torch.dtype, *, requires_grad: bool) -> tuple[Any, ...]:
-    """What `ops.<op>` hands to the registered operator."""
+    """Return what `ops.<op>` passes to the registered operator."""
     arguments = list(positional(op, make_inputs(op, case, dtype, device_of(impl))))
     if isinstance(arguments[0], Norm):
         arguments = [*arguments[0], *arguments[1:]]
@@ -622,7 +624,7 @@ OPCHECK = {
 }
 
 
-# PyTorch 2.6 compares by its own tolerances only.
+# PyTorch 2.6 compares only with its own tolerances.
 OPCHECK_TOLERANCE = {"rtol": 1e-2, "atol": 1e-2} if "rtol" in signature(torch.library.opcheck).parameters else {}
 
 
@@ -646,12 +648,12 @@ def test_opcheck(op: str, impl: str, case: Any) -> None:
 
 @pytest.mark.parametrize("op", dispatch.IMPLEMENTATIONS)
 def test_compile(op: str) -> None:
-    """One opaque node, forward and backward, whatever chooses the implementation."""
+    """Each op compiles into one opaque node, forward and backward, whichever implementation is chosen."""
     inputs = make_inputs(op, SOME[op][1], torch.float32)
     keys = [key for key, value in inputs.items() if isinstance(value, Tensor) and key != "mask"]
 
     def function(*tensors: Tensor) -> Tensor:
-        # work on both sides, so that a wrong stride in the fake would be seen by what follows
+        # other ops come before and after, so that they would notice a wrong stride in the fake
         tensors = tuple(t * 1.5 for t in tensors)
         out = getattr(ops, op)(**{**inputs, **dict(zip(keys, tensors, strict=True))})
         if op == "nearest_codebook_stats":
@@ -671,7 +673,7 @@ def test_compile(op: str) -> None:
 
 
 class Watching(TorchDispatchMode):
-    """What passes the dispatcher."""
+    """Records what passes the dispatcher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -684,7 +686,7 @@ class Watching(TorchDispatchMode):
 
 @pytest.mark.parametrize("op", dispatch.IMPLEMENTATIONS)
 def test_whoever_watches_sees_the_op(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nobody does, PyTorch's dispatcher is left out, with the same result."""
+    """If nobody watches, PyTorch's dispatcher is left out, with the same result."""
     inputs = make_inputs(op, SOME[op][1], torch.float32)
     key, first = next((key, value) for key, value in inputs.items() if isinstance(value, Tensor))
     call = functools.partial(getattr(ops, op), **inputs)
@@ -722,7 +724,7 @@ def test_whoever_watches_sees_the_op(op: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.bfloat16, torch.float32, torch.float32)], ids=str)
 def test_attention_takes_part_in_autocast(dtypes: tuple[torch.dtype, ...]) -> None:
-    """As PyTorch's own: in the lower dtype, with gradients in the dtypes of the inputs."""
+    """Like PyTorch's own attention, it computes in the lower dtype, and gradients have the dtypes of the inputs."""
     q, k, v = (torch.randn(1, 2, 3, 4).to(dtype).requires_grad_() for dtype in dtypes)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, wanted = ops.attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
@@ -774,7 +776,7 @@ def test_use_impl(monkeypatch: pytest.MonkeyPatch) -> None:
             assert chosen() == best, "an op without an implementation of that name chooses as usual"
         assert chosen() == "reference"
         if best != "reference":
-            assert chosen(impl=best) == best, "an explicit impl= counts for more"
+            assert chosen(impl=best) == best, "an explicit impl= takes precedence"
     assert chosen() == best
     with pytest.raises(KeyError), use_impl("reference"):
         raise KeyError
@@ -784,8 +786,8 @@ def test_use_impl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(why_not("attention", "torch") is not None, reason=str(why_not("attention", "torch")))
-def test_attention_is_pytorchs_where_that_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 on tile units (AMX): there our kernels run at a half to a fifth of PyTorch's speed."""
+def test_pytorchs_attention_is_chosen_if_it_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was in bfloat16 on tile units (AMX), where our kernels reach a half to a fifth of PyTorch's speed."""
 
     def chosen(keys: int, width: int, dtype: torch.dtype = torch.bfloat16, mask: Tensor | None = None) -> str:
         q, k = torch.zeros(1, 2, 16, width, dtype=dtype), torch.zeros(1, 2, keys, width, dtype=dtype)
@@ -796,7 +798,7 @@ def test_attention_is_pytorchs_where_that_was_measured_to_be_faster(monkeypatch:
     assert chosen(1024, 40) == chosen(77, 160) == chosen(4096, 512) == "torch"
     assert chosen(77, 40) == chosen(77, 80) == usual
     assert chosen(1024, 40, torch.float32) == chosen(1024, 40, torch.float16) == usual
-    assert chosen(1024, 40, mask=torch.ones(1, 2, 16, 1024, dtype=torch.bool)) == usual, "nobody has measured masks"
+    assert chosen(1024, 40, mask=torch.ones(1, 2, 16, 1024, dtype=torch.bool)) == usual, "masks have not been measured"
     with use_impl("reference"):
         assert chosen(1024, 40) == "reference"
     monkeypatch.setattr(pytorch, "flash_attention_for_cpu", None)
@@ -816,7 +818,7 @@ def test_use_impl_of_threads_that_overlap() -> None:
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_backward_runs_what_forward_ran(op: str) -> None:
-    """Leaving `use_impl` before the backward pass does not matter to the result's correctness."""
+    """The gradients are right even if `use_impl` is left before the backward pass."""
     inputs = make_inputs(op, SOME[op][0], torch.float32)
     key = "q" if op == "attention" else "x"
     inputs[key] = inputs[key].requires_grad_()
@@ -870,7 +872,7 @@ def test_explain_is_a_table() -> None:
 
 
 def test_explain_tells_what_runs_inside_use_impl() -> None:
-    """It is the function that chooses, so it knows of `use_impl` and of what that cannot run here."""
+    """`explain` asks the function that chooses, so it knows of `use_impl` and of what cannot run here."""
     plain = {(c.op, c.device): c for c in explain().choices}
     for impl in dispatch.IMPLEMENTATION_NAMES:
         with use_impl(impl):
@@ -898,7 +900,7 @@ def test_explain_inside_a_use_impl_that_cannot_run() -> None:
 
 X = torch.zeros
 BAD_CALLS = [
-    # op, what is changed, the error, a word of its message
+    # op, the arguments changed, the error, a pattern in its message
     ("attention", {"q": [1.0]}, TypeError, "q must be a tensor, got list"),
     ("attention", {"k": X(2, 3, 5, 8, dtype=torch.int64)}, TypeError, "k must have a floating-point dtype"),
     ("attention", {"q": X(2, 4, 8)}, ValueError, r"\(B, H, N, D\)"),
@@ -986,7 +988,7 @@ def test_bad_arguments(op: str, change: dict[str, Any], error: type[Exception], 
 
 
 def test_mask_of_any_rank_and_dtype() -> None:
-    """Whatever broadcasts to (B, H, N, M) is taken, and means what it means to PyTorch."""
+    """Any mask that broadcasts to (B, H, N, M) is accepted, and means the same as in PyTorch."""
     q, k, v = (make_inputs("attention", Attention(2, 3, 4, 5, 8), torch.float32)[key] for key in "qkv")
     generator = torch.Generator().manual_seed(3)
     shapes = ((), (5,), (4, 1), (1, 5), (3, 1, 1), (2, 1, 1, 5), (2, 3, 4, 5))
@@ -999,7 +1001,7 @@ def test_mask_of_any_rank_and_dtype() -> None:
 
 # ---- Triton without a GPU ----
 
-# Of every kernel and branch something; all of it takes minutes: TRITON_INTERPRET=1 pytest tests/test_ops.py -k triton
+# A few cases for every kernel and branch. All take minutes: TRITON_INTERPRET=1 pytest tests/test_ops.py -k triton
 INTERPRETED = (
     "attention-triton-1x1x1x1x1-float32",
     "attention-triton-2x3x7x13x3-float16",
@@ -1018,7 +1020,7 @@ INTERPRETED_PARTS = ("contiguous-(4, 5)", "channels_last-(1, 3, 0, 5)")
 
 @pytest.mark.skipif(INTERPRETING or ACCELERATOR == "cuda", reason="the Triton kernels run in this process")
 def test_triton_in_the_interpreter() -> None:
-    """The same tests in a process of their own: Triton decides when a kernel is decorated whether it is interpreted."""
+    """The same tests run in another process, since Triton decides as it decorates a kernel whether to interpret it."""
     pytest.importorskip("triton")
     tests = [f"{__file__}::test_forward_and_gradients[{case}]" for case in INTERPRETED]
     tests += [f"{__file__}::test_parts_give_what_the_whole_gives[triton-{case}]" for case in INTERPRETED_PARTS]
@@ -1036,7 +1038,7 @@ def test_triton_in_the_interpreter() -> None:
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_attention_backward_takes_any_layout_of_what_was_saved(impl):
-    """torch.compile keeps q, k, v and the result in layouts of its own, with heads last, say."""
+    """torch.compile may keep q, k, v and the result in other layouts, for example with heads last."""
     if impl == "cpu" and cpu.unavailable():
         pytest.skip(str(cpu.unavailable()))
     q, k, v, grad = torch.randn(4, 2, 2, 9, 8, generator=torch.Generator().manual_seed(0))

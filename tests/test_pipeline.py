@@ -49,7 +49,7 @@ def model():
 
 
 def close(a, b):
-    """Equal but for rounding: batches of other sizes multiply matrices in another order."""
+    """Equal except for rounding: batches of other sizes multiply matrices in another order."""
     return (a.int() - b.int()).abs().max() <= 2
 
 
@@ -66,8 +66,8 @@ def test_images(model):
     assert torch.equal(model.generate("red apple"), model.generate(["red apple"]))
 
 
-def test_image_i_depends_on_seed_plus_i_alone():
-    # A KL-reg first stage: quantizing would blow a rounding error up to another code.
+def test_image_i_depends_only_on_seed_plus_i():
+    # The first stage is KL-reg, since quantizing could turn a rounding error into another code.
     model = text_model(kl=True)
     prompts = ["red apple", "green tree", "", "red apple"]
     images = model.generate(prompts, seed=5)
@@ -100,7 +100,7 @@ def test_guidance_and_negative_prompt(model):
     assert not torch.equal(plain, guided)
     assert torch.equal(guided, model.generate("red apple", guidance=4.0, negative=""))
     assert not torch.equal(guided, model.generate("red apple", guidance=4.0, negative="green tree"))
-    # Steering away from the prompt itself leaves the prompt alone.
+    # Steering away from the prompt itself gives the same as no guidance.
     assert close(plain, model.generate("red apple", guidance=4.0, negative="red apple"))
 
 
@@ -211,8 +211,8 @@ def test_decode_undoes_the_scaling(model):
 
 
 @pytest.mark.parametrize("part", ["UNet", "first stage"])
-def test_what_is_not_finite_is_no_picture(part):
-    """A quantizer would turn latents that are not finite into codes, and uint8 whatever it gets into black."""
+def test_latents_and_pixels_that_are_not_finite_are_refused(part):
+    """A quantizer would turn latents that are not finite into codes, and uint8 would make pixels black."""
     model = text_model(kl=part != "UNet")
     with torch.no_grad():
         (model.unet.conv_out if part == "UNet" else model.first_stage.decoder.conv_out).bias[0] = float("inf")
@@ -222,10 +222,10 @@ def test_what_is_not_finite_is_no_picture(part):
 
 @pytest.mark.parametrize("force_upcast", [False, True])
 def test_a_first_stage_that_overflows_in_float16(force_upcast):
-    """It computes in float32, if its configuration says so, and keeps the weights it has."""
+    """If its configuration says so, it computes in float32, and its weights stay as they are."""
     model = text_model(kl=True)
     model.first_stage.config = replace(model.first_stage.config, force_upcast=force_upcast)
-    with torch.no_grad():  # a norm follows: what is too large for float16 does no harm to the picture
+    with torch.no_grad():  # a norm follows, so values too large for float16 do no harm in float32
         model.first_stage.decoder.conv_in.weight.mul_(3e5)
     model.first_stage.half().float()
     x, z = picture()[None], torch.ones(1, 4, 8, 8)
@@ -244,7 +244,7 @@ def test_a_first_stage_that_overflows_in_float16(force_upcast):
 
 
 def test_two_threads_decode_one_float16_model():
-    """A hundred times the pictures that one after the other gives."""
+    """Each thread decodes a picture a hundred times, always as if it were the only thread."""
     model = text_model(kl=True).half()
     model.first_stage.config = replace(model.first_stage.config, force_upcast=True)
     latents = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
@@ -305,14 +305,14 @@ def test_class_conditional_model():
     images = model.generate([0, 2])
     assert images.shape == (2, 16, 16, 3)
     assert close(model.generate([0], guidance=3.0, negative=[3]), model.generate([0], guidance=3.0))
-    for negative in (0, [0], np.int64(0), np.array([0])):  # one for all
+    for negative in (0, [0], np.int64(0), np.array([0])):  # one label for all images
         assert torch.equal(model.generate([1, 2], negative=negative), model.generate([1, 2], negative=[0, 0]))
     with pytest.raises(ValueError, match="label 4 is not in 0..3"):
         model.generate([4])
 
 
 def test_a_model_of_tokens():
-    """A text encoder's network without its tokenizer."""
+    """The model has the network of a text encoder without its tokenizer, so prompts are tokens."""
     model = text_model()
     tokens = model.cond_stage.tokenizer(["red apple", "green tree"])
     expected = model.generate(["red apple", "green tree"], negative="")
@@ -342,7 +342,7 @@ def test_unconditional_and_concat_models():
 
 
 def test_hybrid_model():
-    """What is steered away from is the context, under the map of the condition."""
+    """Guidance steers away from a context; the map of the condition stays."""
     model = text_model(conditioning_key="hybrid")
     model.unet = UNet(replace(TEXT_UNET, in_channels=7)).eval()
     maps = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -382,7 +382,7 @@ def test_file_holds_the_whole_model(tmp_path, kl):
         assert getattr(again, part).config == getattr(model, part).config
     assert (again.defaults, again.card, again.scaling_factor) == (model.defaults, model.card, 1.5)
     assert again.origin.startswith("m.safetensors sha256:") and not again.training
-    # Loaded for inference: projections are joined.
+    # A model is loaded for inference, so its projections are joined.
     assert any(p.untyped_storage().nbytes() > p.nbytes for p in again.unet.parameters())
     assert torch.equal(again.generate("red apple"), model.generate("red apple"))
     again.save(tmp_path / "n.safetensors")
@@ -465,7 +465,7 @@ def test_damaged_files(saved, tmp_path, damage, message):
 
 
 def signed(saved, path, change_about=None, change_tensors=None):
-    """A file with a right checksum, as another version of the program could have written it."""
+    """Write a file with a correct checksum, as another version of the program could have written it."""
     from safetensors.torch import load_file, save_file
 
     header, _ = header_of(saved.read_bytes())
@@ -562,7 +562,7 @@ def test_evaluate(model):
 
 
 def test_evaluate_finds_the_true_images(model, monkeypatch):
-    """A model that draws the true picture of each caption has rank 1 everywhere; one that draws another's has not."""
+    """If a model draws the true picture of each caption, every rank is 1; if it draws another's, this is not so."""
     images = torch.stack([picture(seed=i).permute(2, 0, 1) for i in range(8)])
     captions = tuple("abcdefgh")
     data = ImageSet(images, names=captions, captions=captions, held_out=torch.arange(8) % 2 == 0)
@@ -581,11 +581,11 @@ def test_evaluate_finds_the_true_images(model, monkeypatch):
 
 
 def test_what_does_not_change_between_steps_is_computed_once(monkeypatch):
-    """The context's keys and values once per attention layer and prompt, the time embedding once per schedule."""
+    """The context's keys and values are computed once per attention layer, the time embedding once per schedule."""
     model, computed, embedded, linears = text_model(), [], [], attention.linears
     monkeypatch.setattr(attention, "linears", lambda x, layers: computed.append(layers) or linears(x, layers))
     model.unet.time_embedding.register_forward_hook(lambda module, inputs, output: embedded.append(len(output)))
     model.generate(["red apple", "green tree"], steps=5, guidance=2.0)
     cross = [name for name, module in model.unet.named_modules() if name.endswith("attn2")]
-    assert len(cross) == sum(len(layers) == 2 for layers in computed) > 0  # self attention has three
+    assert len(cross) == sum(len(layers) == 2 for layers in computed) > 0  # self-attention has three
     assert embedded == [5]

@@ -1,4 +1,4 @@
-"""Recipes: typed fields, and errors that name the field at fault."""
+"""Recipes: fields have types, and errors name the field at fault."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def test_shipped_recipes_load(name):
     assert isinstance(recipe, Recipe) and recipe.name == name
 
 
-def test_values_become_what_the_fields_say():
+def test_values_get_the_types_of_their_fields():
     recipe = parse_recipe(MINIMAL)
     assert recipe.first_stage.vq.block_out_channels == (8, 16)
     assert isinstance(recipe.second_stage.loop.learning_rate, float)
@@ -102,7 +102,7 @@ def test_errors_name_the_field(old, new, message):
         parse_recipe(MINIMAL.replace(old, new, 1), "mine.toml")
 
 
-def test_a_text_encoder_as_wide_as_the_context():
+def test_a_text_encoder_must_be_as_wide_as_the_context():
     stage = load_recipe("tiny").second_stage
     with pytest.raises(ValueError, match=r"text\.width is 24, but the unet takes a context of width 16"):
         dataclasses.replace(stage, text=dataclasses.replace(stage.text, width=24))
@@ -113,7 +113,7 @@ def test_exactly_one_kind_of_first_stage():
         parse_recipe(MINIMAL + "[first_stage.kl]\nblock_out_channels = [32]\n")
 
 
-def test_a_name_that_is_no_recipe_lists_those_that_are(tmp_path):
+def test_an_unknown_recipe_is_an_error_that_lists_the_known_ones(tmp_path):
     with pytest.raises(ConfigError, match="no recipe 'emojo': give emoji, tiny or the path"):
         load_recipe("emojo")
     with pytest.raises(ConfigError, match="cannot read the recipe"):
@@ -134,7 +134,7 @@ def test_fingerprint_leaves_out_what_has_no_influence():
     other = dataclasses.replace(loop, batch_size=5)
     assert Fingerprint.of(loop) == Fingerprint.of(same)
     assert Fingerprint.of(other).changes(Fingerprint.of(loop).fields) == {"batch_size": "batch_size: 4 -> 5"}
-    earlier = {**Fingerprint.of(loop).fields, "sample_every": 7}  # of a version in which this was not free
+    earlier = {**Fingerprint.of(loop).fields, "sample_every": 7}  # from a version in which this field had an influence
     assert Fingerprint.of(loop).changes(earlier) == {}
 
 

@@ -1,4 +1,4 @@
-"""Work that is not done twice: the same numbers, less work, and nothing stale."""
+"""Reuse of earlier results: the numbers are the same, there is less work, and nothing is stale."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def context() -> Tensor:
 
 @pytest.fixture
 def projected(monkeypatch) -> Callable[[Tensor], float]:
-    """How often one cross attention has computed keys and values of a tensor in this test."""
+    """Counts how often one cross attention has computed the keys and values of a tensor in this test."""
     sources, linears = [], attention.linears
     monkeypatch.setattr(attention, "linears", lambda x, layers: sources.append(x) or linears(x, layers))
     return lambda source: sum(x is source for x in sources) / CROSS_ATTENTIONS
@@ -56,7 +56,7 @@ def run(unet: UNet, context: Tensor, timestep: int = 7) -> Tensor:
 
 
 def fresh(unet: UNet, context: Tensor) -> Tensor:
-    """The output of a copy, of which nothing is kept, for a context of the same values."""
+    """Return the output of a copy of the model, which has nothing stored, for a context with the same values."""
     return run(copy.deepcopy(unet), context.clone())
 
 
@@ -68,7 +68,7 @@ def test_two_contexts_are_projected_once_in_a_scope_and_a_third_replaces_one(une
     contexts, unets = [context, context.flip(1), context + 1], [unet, UNet(UNET).eval()]
     calls = [(one, c, t) for t in (900, 500) for one in unets for c in contexts[:2]]
     wanted = [run(*call) for call in calls]
-    for times in (6, 8):  # each UNet twice before, and once in each scope
+    for times in (6, 8):  # twice for each UNet before the scopes, and once in each scope
         with fixed_weights():
             assert all(torch.equal(run(*call), output) for call, output in zip(calls, wanted, strict=True))
         assert [projected(c) for c in contexts] == [times, times, 0]
@@ -108,7 +108,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_writes_without_a_trace_between_scopes(unet, context, write):
+def test_untracked_writes_between_scopes_are_noticed(unet, context, write):
     with fixed_weights():
         unet.precompute_time([7])
         before = run(unet, context)
@@ -141,7 +141,7 @@ def test_a_scope_holds_for_its_thread_and_until_its_end(unet, context, projected
 
 
 def test_results_live_until_the_end_of_the_scope(unet, context):
-    """Not until the garbage collector comes along: the memory may be that of a GPU."""
+    """They do not wait for the garbage collector, since the memory may be that of a GPU."""
     gc.collect()
     with fixed_weights():
         run(unet, context.clone())
@@ -180,7 +180,7 @@ def test_projected_context_is_remembered_with_its_keys_and_values(context):
 @fixed_weights()
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
 @torch.no_grad()
-def test_neither_remembered_nor_recalled(unet, context, projected, mode):
+def test_contexts_that_are_neither_remembered_nor_recalled(unet, context, projected, mode):
     with mode():
         source = context.clone()
     run(unet, source)
@@ -198,7 +198,7 @@ def test_a_write_by_another_thread_during_the_computation_counts(unet, context):
 
 
 @fixed_weights()
-@pytest.mark.filterwarnings("ignore")  # tracing warns of each value that it takes for a constant
+@pytest.mark.filterwarnings("ignore")  # tracing warns about each value that it takes for a constant
 @pytest.mark.parametrize(
     "make",
     [
@@ -208,7 +208,7 @@ def test_a_write_by_another_thread_during_the_computation_counts(unet, context):
     ],
 )
 @torch.no_grad()
-def test_what_is_made_of_a_model_holds_no_context(unet, context, make):
+def test_compiled_and_traced_models_hold_no_context(unet, context, make):
     run(unet.requires_grad_(False), context)
     function = make(lambda x, c: unet(x, 7, c).sample)
     for one in (context, context, context.flip(0)):
@@ -216,7 +216,7 @@ def test_what_is_made_of_a_model_holds_no_context(unet, context, make):
 
 
 @fixed_weights()
-def test_gradients_and_shapes_alone_after_sampling(unet, context):
+def test_gradients_and_the_meta_device_after_sampling(unet, context):
     run(unet, context.requires_grad_())
     unet(sample(), 7, context).sample.sum().backward()
     assert context.grad.any() and cross(unet).to_k.weight.grad.any()
@@ -225,7 +225,7 @@ def test_gradients_and_shapes_alone_after_sampling(unet, context):
 
 
 def joined_products(unet: UNet, context: Tensor, monkeypatch) -> int:
-    """How many products with a weight of several projections one call makes."""
+    """Return how many products with the joined weight of several projections one call makes."""
     made, linear = [], nn.functional.linear
     with monkeypatch.context() as patch:
         patch.setattr(joined, "F", SimpleNamespace(linear=lambda *given: made.append(given) or linear(*given)))
@@ -246,8 +246,8 @@ def test_joined_projections_are_one_product(unet, context, monkeypatch):
     assert relative_error(run(unet, context), apart) <= TOLERANCE
     for model in (unet, copy.deepcopy(unet), copy.deepcopy(unet).half().float()):
         assert joined_products(model, context, monkeypatch) == 2 * CROSS_ATTENTIONS  # there are as many self attentions
-    nn.init.zeros_(cross(model).to_k.weight)  # the copy's alone
-    with nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None):  # is to see every layer
+    nn.init.zeros_(cross(model).to_k.weight)  # only in the copy
+    with nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None):  # it must see every layer
         assert joined_products(unet, context, monkeypatch) == 0
     unet.train()
     assert joined_products(unet.eval(), context, monkeypatch) == 0 and lie_apart(unet)
@@ -268,7 +268,7 @@ def test_built_and_joined_in_inference_mode(unet, context):
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 def test_training_joined_weights(unet, context, fused):
-    """The optimizer's parameters stay the model's, and each is moved by its own gradient alone."""
+    """The optimizer's parameters remain those of the model, and each is moved only by its own gradient."""
     apart = copy.deepcopy(unet)
     for model in (unet, apart):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4, fused=fused)
@@ -283,7 +283,7 @@ def test_training_joined_weights(unet, context, fused):
 
 @pytest.mark.parametrize("build", [lambda: UNet(UNET), lambda: AutoencoderKL(KL)], ids=["unet", "kl"])
 @pytest.mark.parametrize("state", ["new", "moved", "joined before", "joined"])
-def test_programs_store_every_weight(build, state, tmp_path):
+def test_other_programs_store_every_weight(build, state, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     from safetensors.torch import load_file, save_file, save_model
 
@@ -295,7 +295,7 @@ def test_programs_store_every_weight(build, state, tmp_path):
     save_file(model.state_dict(), tmp_path / "file.safetensors")
     torch.save(model.state_dict(), tmp_path / "file.pt")
     stored = [load_file(tmp_path / "file.safetensors"), torch.load(tmp_path / "file.pt")]
-    if state != "joined":  # which programs that look at storages do not understand
+    if state != "joined":  # programs that look at storages do not understand joined weights
         model.train()
         save_model(model, tmp_path / "model.safetensors")
         accelerator = accelerate.Accelerator(cpu=True)
@@ -320,7 +320,7 @@ def test_linears(bias):
     with torch.no_grad():
         got = joined.linears(x, layers)
     assert all(g.shape == w.shape and relative_error(g, w) <= TOLERANCE for g, w in zip(got, wanted, strict=True))
-    assert got[0].untyped_storage().data_ptr() == got[2].untyped_storage().data_ptr()  # one product indeed
+    assert got[0].untyped_storage().data_ptr() == got[2].untyped_storage().data_ptr()  # views of one product
     sum(t.sum() for t in joined.linears(x, layers)).backward()
     assert all(p.grad.all() for layer in layers for p in layer.parameters())
     nn.init.zeros_(layers[1].weight)  # still the layer's own
@@ -349,7 +349,7 @@ SCHEDULE = [900, 500.5, 100]
 
 @pytest.fixture
 def embedded(unet) -> list[int]:
-    counts: list[int] = []  # of timesteps that each call of the time embedding was given
+    counts: list[int] = []  # how many timesteps each call of the time embedding was given
     unet.time_proj.register_forward_hook(lambda module, inputs, output: counts.append(len(output)))
     return counts
 
@@ -363,7 +363,7 @@ def test_a_schedule_is_embedded_at_once(unet, context, embedded):
                 assert relative_error(run(unet, context, form), output) <= TOLERANCE
         both = run(unet, context, torch.tensor([500.5, 100.0]))
         assert relative_error(both[1:], wanted[2][1:]) <= TOLERANCE and embedded == [2, 2, 2, 3]
-        assert relative_error(run(unet, context, 7), wanted[0]) > 1e-3  # of another schedule: embedded as ever
+        assert relative_error(run(unet, context, 7), wanted[0]) > 1e-3  # of another schedule: embedded as usual
     unet.precompute_time(SCHEDULE)  # without effect outside a scope
     run(unet, context, 900)
     assert embedded == [2, 2, 2, 3, 2, 3, 2]

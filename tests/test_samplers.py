@@ -1,5 +1,7 @@
-"""Samplers on Gaussian data, where the best possible network is known in closed form, so that the exact solution of the
-probability flow ODE and the exact marginals are known too. Parity with the original samplers is in the golden tests.
+"""Samplers on Gaussian data, for which exact solutions are known.
+
+The best possible network is known in closed form, and so are the solution of the probability flow ODE and the
+marginals. Parity with the original samplers is in the golden tests.
 """
 
 import math
@@ -22,7 +24,7 @@ def schedule_of(prediction_type="epsilon", **more):
 
 
 def gaussian_denoise(schedule, mean=MEAN, std=STD):
-    """The network that knows z_0 ~ N(mean, std^2): E[x0 | z_t], in the schedule's parameterisation."""
+    """Return the best network for z_0 ~ N(mean, std^2): E[x0 | z_t], in the schedule's parameterisation."""
 
     def denoise(z, t):
         alpha = schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1).to(z.dtype)
@@ -38,7 +40,7 @@ def gaussian_denoise(schedule, mean=MEAN, std=STD):
 
 
 def exact_flow(schedule, z, t, alpha_end, mean=MEAN, std=STD):
-    """The solution of the probability flow ODE from z at timestep t: the standardised latent stays the same."""
+    """Solve the probability flow ODE from z at timestep t: the standardised latent stays the same."""
     now, end = schedule.alphas_cumprod[t].item(), alpha_end
 
     def spread(a):
@@ -102,9 +104,9 @@ def test_deterministic_samplers_solve_the_flow(name, prediction_type):
 
 @pytest.mark.parametrize(("name", "factor"), [("ddim", 1.9), ("plms", 3.5), ("dpm_solver_pp_2m", 3.5)])
 def test_order_of_convergence(name, factor):
-    """Twice the steps: half the error for the first order method, a quarter for the others.
+    """Twice as many steps give half the error with the first-order method, and a quarter with the others.
 
-    Steps are spread evenly in lambda, on an interval without either end, since that is what the order is about.
+    Steps are spread evenly in lambda, on an interval without either end, since the order refers to such steps.
     """
     schedule = schedule_of("sample", num_train_timesteps=20_000, beta_start=0.00085 / 20, beta_end=0.012 / 20)
     log_snr = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).log()
@@ -148,7 +150,7 @@ def test_ddim_with_eta_one_is_ddpm():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_few_steps_and_the_last_one_gives_x0(name, steps):
+def test_the_last_of_few_steps_gives_x0(name, steps):
     schedule = schedule_of("sample")
     seen = []
     out = SAMPLERS[name](
@@ -178,7 +180,7 @@ def test_zero_terminal_snr(name):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_one_or_two_steps_of_plms(spacing, prediction_type):
-    """One is that of DDIM. Of two, the first is: what the network says of a latent without noise changes nothing."""
+    """One step, and the first of two, is that of DDIM: the prediction for a latent without noise changes nothing."""
     schedule = schedule_of(prediction_type)
     network, z, asked = gaussian_denoise(schedule), latent(1, 1, 4, 4), []
 

@@ -1,4 +1,4 @@
-"""Where PyTorch lacks a private name, an op takes the public road, with the same result."""
+"""If PyTorch lacks a private name, an op uses public functions instead, with the same result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm_fast import ops
 from ldm_fast.ops import torch_private
 
-# Each question, and the name it is asked by.
+# Private names of torch, each with the question that needs it.
 QUESTIONS = {
     "_C._is_tracing": lambda: torch_private.someone_may_watch() and torch_private.graph_may_be_made(),
     "_C._len_torch_dispatch_stack": torch_private.someone_may_watch,
@@ -29,10 +29,10 @@ QUESTIONS = {
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Takes names from torch for the length of a test."""
+    """Removes names from torch for the duration of a test."""
 
     def remove(name: str) -> None:
-        if name == "autograd.forward_ad._current_level":  # which the public road of this PyTorch reads itself
+        if name == "autograd.forward_ad._current_level":  # the public functions of this PyTorch read it themselves
             monkeypatch.setattr(torch_private, "forward_ad", SimpleNamespace())
             return
         monkeypatch.delattr(f"torch.{name}")
@@ -44,7 +44,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
 
 def results() -> list[Tensor]:
-    """An op with and without gradients, and one under autocast."""
+    """Return results of ops with and without gradients, and under autocast."""
     q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
     leaf = q.clone().requires_grad_()
     out = ops.attention(leaf, k, v)
@@ -54,12 +54,12 @@ def results() -> list[Tensor]:
     return [ops.attention(q, k, v), out.detach(), *torch.autograd.grad(out.sum(), leaf), normed, lowered]
 
 
-def test_nothing_goes_on_by_default() -> None:
+def test_by_default_every_answer_is_no() -> None:
     assert not any(question() for question in QUESTIONS.values())
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_a_missing_name_is_answered_with_perhaps(name: str, without: Callable[[str], None]) -> None:
+def test_if_a_name_is_missing_the_answer_is_yes(name: str, without: Callable[[str], None]) -> None:
     wanted = results()
     without(name)
     assert QUESTIONS[name]()

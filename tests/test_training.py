@@ -1,4 +1,4 @@
-"""Training of both stages: losses, EMA, order of the data, checkpoints, and runs that are killed and resumed."""
+"""Training of both stages: losses, EMA, the order of the data, checkpoints, and runs that are killed and resumed."""
 
 import dataclasses
 import errno
@@ -55,7 +55,7 @@ TINY = load_recipe("tiny")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Sums do not depend on how many threads a process happens to have."""
+    """One thread, so that sums do not depend on how many threads a process happens to have."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -68,7 +68,7 @@ def change(recipe, stage, loop=None, **fields):
     return dataclasses.replace(recipe, **{stage: config})
 
 
-# What a run leaves behind, wall-clock fields aside
+# What a run leaves behind, except wall-clock fields
 
 
 def traces(run_dir):
@@ -95,15 +95,15 @@ def assert_same_run(run_dir, whole):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nothing interrupts."""
+    """A run that nothing interrupts."""
     torch.set_num_threads(1)
     run_dir = tmp_path_factory.mktemp("whole")
     train(TINY, run_dir, progress=False)
     return run_dir
 
 
-# Trains the tiny recipe and kills itself, as `kill -9` would: argv is the run's folder, what to die in, and at which
-# occasion. A checkpoint's write dies with half of its file on the disk, a clean-up after the rename.
+# Trains the tiny recipe and kills itself, as `kill -9` would. argv is the run's folder, where to die, and on which
+# occasion. The write of a checkpoint dies with half of its file on the disk, a clean-up dies after the rename.
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
@@ -157,7 +157,7 @@ def test_killed_and_resumed_is_the_same_run(tmp_path, whole, where, occasion, st
     killed = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a damaged checkpoint would be one
+        warnings.simplefilter("error")  # a damaged checkpoint would give a warning
         assert newest_checkpoint(tmp_path / stage / "checkpoints")[1]["step"] == done
     train(TINY, tmp_path, progress=False)
     assert_same_run(tmp_path, whole)
@@ -166,7 +166,7 @@ def test_killed_and_resumed_is_the_same_run(tmp_path, whole, where, occasion, st
 
 @pytest.mark.parametrize("stage", ["first_stage", "second_stage"])
 def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path, whole, monkeypatch, stage):
-    """Optimizers' state by number, in the order that parameters had then."""
+    """Earlier versions stored the optimizers' state by number, in the order that parameters had then."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     list_checkpoints(tmp_path / stage / "checkpoints")[-1].unlink()
     if stage == "first_stage":
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path, whole, monkeypatch
     ids=["unet", "vq", "kl"],
 )
 def test_the_numbers_that_parameters_had_in_earlier_versions(build, digest):
-    """The digest is of their names in the order they had then."""
+    """The digest is that of the parameters' names in the order they had then."""
     with torch.device("meta"):
         names = [name for name, _ in build().named_parameters()]
     numbers = dict(zip(map(int, numbered([f"model/{name}" for name in names])), names, strict=True))
@@ -207,7 +207,7 @@ def test_the_numbers_that_parameters_had_in_earlier_versions(build, digest):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_writes_a_checkpoint_and_resumes(tmp_path, whole, monkeypatch, number):
+def test_a_run_asked_to_stop_writes_a_checkpoint_and_resumes(tmp_path, whole, monkeypatch, number):
     step = FirstStage.step
 
     def interrupted(self, done, *arguments):
@@ -227,7 +227,7 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_resumes(tmp_path, whole, monke
     assert_same_run(tmp_path, whole)
 
 
-def test_asked_to_stop_in_the_last_step_it_does_not_begin_the_second_stage(tmp_path, whole, monkeypatch):
+def test_a_run_asked_to_stop_in_the_last_step_does_not_begin_the_second_stage(tmp_path, whole, monkeypatch):
     evaluate = FirstStage.evaluate
 
     def interrupted(self):
@@ -245,7 +245,7 @@ def test_asked_to_stop_in_the_last_step_it_does_not_begin_the_second_stage(tmp_p
 
 
 def test_more_steps_continue_whatever_the_memory_layout(tmp_path):
-    """channels_last optimiser state comes back in the layout it had, else the fused optimiser mixes up its entries."""
+    """channels_last optimiser state must come back in its layout, or the fused optimiser would mix up its entries."""
     loop = {"channels_last": True, "precision": "bf16", "accumulate": 2, "checkpoint_every": 1}
     short, long = (change(TINY, "first_stage", loop={**loop, "steps": steps}) for steps in (5, 7))
     train(short, tmp_path / "two parts", stage="first", progress=False)
@@ -280,7 +280,7 @@ def test_a_changed_recipe_is_named(whole):
 
 
 def test_a_finished_cosine_may_be_followed_by_another(tmp_path, whole):
-    """Trained on after its end, a run becomes the one whose recipe said so from the start."""
+    """A run that is trained on after its end equals one whose recipe was longer from the start."""
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
     phases = (Phase(12, timestep_shift=4.0, loss_levels=2), Phase(15, condition_dropout=0.0))
@@ -296,8 +296,8 @@ def test_a_finished_cosine_may_be_followed_by_another(tmp_path, whole):
         train(change(TINY, "second_stage", phases=(Phase(11, loss_levels=2),)), whole, progress=False)
 
 
-def test_what_is_trained_is_exported_without_reading_anything_again(tmp_path, monkeypatch):
-    """The data set is decoded once, no checkpoint is read, and the file has the bytes that `export` writes."""
+def test_a_trained_model_is_exported_without_reading_anything_again(tmp_path, monkeypatch):
+    """The data are decoded once, no checkpoint is read, and the file has the same bytes as one that `export` writes."""
     calls = []
 
     def counted(module, name):
@@ -317,8 +317,8 @@ def test_what_is_trained_is_exported_without_reading_anything_again(tmp_path, mo
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_digests_stay_what_run_folders_hold():
-    """Of a checkpoint's tensors, and of the images or weights in a fingerprint: a run of an earlier version resumes."""
+def test_digests_are_those_in_existing_run_folders():
+    """Digests of checkpoints and fingerprints must not change, so that a run of an earlier version can be resumed."""
     tensors = {"b": torch.arange(3), "a": torch.ones(2, 2, dtype=torch.bfloat16)}
     assert checkpoint._digest(tensors) == "39b4d88cb143bdb1a98689f09edaf2369ac0f44e2ffd763273f4962fbdf4cc06"
     model = nn.Linear(1, 2)
@@ -370,7 +370,7 @@ def saved(folder, step, value):
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "empty"])
-def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path, harm):
+def test_the_checkpoint_before_a_damaged_newest_one_is_taken(tmp_path, harm):
     saved(tmp_path, 1, 1.0)
     path = saved(tmp_path, 2, 2.0)
     content = bytearray(path.read_bytes())
@@ -390,8 +390,8 @@ def test_the_last_two_are_kept(tmp_path):
     ]
 
 
-def test_what_a_killed_run_was_writing_is_removed_by_the_next(tmp_path):
-    """And by nobody who only reads, such as export: a run may be writing it."""
+def test_unfinished_files_of_a_killed_run_are_removed_by_the_next(tmp_path):
+    """Whatever only reads, such as export, leaves them: a run may still be writing them."""
     short = change(TINY, "first_stage", loop={"steps": 1})
     train(short, tmp_path, stage="first", progress=False)
     stage = tmp_path / "first_stage"
@@ -441,7 +441,7 @@ def test_a_full_disk_while_writing(tmp_path, monkeypatch):
 
 
 def test_a_write_that_ends_in_the_middle(tmp_path):
-    """A limit on file sizes stops the write half-way, as a disk that runs full does."""
+    """A limit on file sizes stops the write half-way, as a full disk does."""
     path = saved(tmp_path, 1, 1.0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -466,7 +466,7 @@ def test_a_checkpoint_of_another_model_does_not_fit(tmp_path):
 
 def test_every_epoch_shows_every_example_once():
     order = DataOrder(7, 0, "stage")
-    stream = torch.cat([order.take(i * 3, 3) for i in range(14)])  # six epochs in batches that cross their borders
+    stream = torch.cat([order.take(i * 3, 3) for i in range(14)])  # six epochs, in batches that cross the epochs' ends
     for epoch in stream.reshape(6, 7):
         assert sorted(epoch.tolist()) == list(range(7))
     assert not torch.equal(stream[:7], stream[7:14])
@@ -496,7 +496,7 @@ def test_learning_rate_restarts():
 
 
 def test_multiscale_error():
-    """One level is the mean square. What averages out counts as there; what is constant, 4^l times on level l."""
+    """One level is the mean square. An error that averages out counts once, a constant one 4^l times on level l."""
     difference = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = difference.square().flatten(1).mean(1)
     assert torch.equal(multiscale_error(difference, 1), plain)
@@ -536,7 +536,7 @@ def test_a_phase_changes_the_loss_from_its_step_on(field):
     assert losses[0][:3] == losses[1][:3] and losses[0][3] != losses[1][3]
 
 
-def test_more_scales_than_the_latents_have():
+def test_more_scales_than_the_latents_have_are_refused():
     first = FirstStage(TINY.first_stage, synthetic_images(16), 0, CPU).ema.module
     recipe = change(TINY, "second_stage", phases=(Phase(4, loss_levels=9),)).second_stage
     with pytest.raises(DataError, match="second_stage.loss_levels is 9"):
@@ -544,7 +544,7 @@ def test_more_scales_than_the_latents_have():
 
 
 @pytest.mark.parametrize(("clip", "moved"), [(None, (3.0, 4.0)), (1.0, (0.6, 0.8)), (50.0, (3.0, 4.0))])
-def test_gradients_are_clipped_and_their_norm_told(clip, moved):
+def test_gradients_are_clipped_and_their_norm_is_returned(clip, moved):
     weight = nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([3.0, 4.0])
     assert float(update_weights(torch.optim.SGD([weight], lr=1.0), clip)) == 5
@@ -566,7 +566,7 @@ def test_ema_follows_the_formula():
 
 
 def test_adaptive_weight_by_hand():
-    """Two losses linear in the last layer w have gradients a and b: the weight is |a| / (|b| + 1e-4)."""
+    """For two losses that are linear in the last layer, with gradients a and b, the weight is |a| / (|b| + 1e-4)."""
     weight = nn.Parameter(torch.zeros(2))
     a, b = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.5])
     assert float(adaptive_weight(weight @ a, weight @ b, weight)) == pytest.approx(5 / 0.5001, rel=1e-6)
@@ -604,7 +604,7 @@ def test_weight_zero_leaves_the_discriminator_out():
     assert stage.discriminator is None and list(stage.modules()) == ["model", "ema", "logvar"]
 
 
-def test_dead_codes_start_anew_in_the_average_too():
+def test_dead_codes_restart_in_the_average_too():
     stage = FirstStage(TINY.first_stage, synthetic_images(16), 0, CPU)
     stage.step(0, [torch.arange(4)], seeded(0))
     parameter = stage.model.quantize.embedding.weight
@@ -620,7 +620,7 @@ def test_dead_codes_start_anew_in_the_average_too():
 
 
 def test_a_codebook_of_moving_averages(tmp_path):
-    """It goes on where it stood, starts dead codes anew, and leaves nothing of its training in the model."""
+    """Training resumes where it stopped, restarts dead codes, and leaves none of its own state in the model."""
     vq = dataclasses.replace(TINY.first_stage.vq, codebook_ema_decay=0.9)
     loop = {"checkpoint_every": 1}
     short, long = (change(TINY, "first_stage", loop={**loop, "steps": n}, vq=vq, revive_every=2) for n in (4, 7))
@@ -657,8 +657,8 @@ def test_kl_loss_by_hand():
     assert stage.logvar["logvar"].grad is not None
 
 
-def test_training_starts_with_open_latents():
-    """The 1x1 convolutions around the latent start as the identity; with them at random its channels collapse."""
+def test_training_starts_with_the_identity_around_the_latents():
+    """The 1x1 convolutions around the latent start as the identity; with random weights its channels collapse."""
     model = FirstStage(TINY.first_stage, synthetic_images(16), 0, CPU).model
     z = torch.randn(2, model.config.latent_channels, 3, 3)
     assert torch.equal(model.post_quant_conv(model.quant_conv(z)), z)
@@ -671,7 +671,7 @@ def test_latent_noise_is_relative_to_the_latents():
     noise = stage._noisy(z, seeded(0)) - z
     assert float(noise.detach().std()) == pytest.approx(1.5, rel=0.02)
     assert torch.equal(stage._noisy(z, seeded(1)), stage._noisy(z, seeded(1)))
-    scaled = stage._noisy(2 * z, seeded(0))  # larger latents get as much more noise
+    scaled = stage._noisy(2 * z, seeded(0))  # larger latents get proportionally more noise
     torch.testing.assert_close(scaled, 2 * stage._noisy(z, seeded(0)))
 
 
@@ -688,7 +688,7 @@ def test_scaling_factor_is_one_over_the_first_batchs_deviation(second_stage):
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_the_loss_says_what_it_is_of(second_stage, held_out):
+def test_the_loss_is_named_after_its_data(second_stage, held_out):
     data = second_stage.data if not held_out else synthetic_images(16)
     stage = SecondStage(TINY.second_stage, second_stage.first_stage, data, 0, CPU)
     assert list(stage.evaluate()) == ["held_out_loss" if held_out else "trained_loss"]
@@ -713,7 +713,7 @@ def test_stratified_timesteps_cover_the_range(second_stage):
 
 
 def test_shifted_timesteps(second_stage):
-    """A shift of 3 puts three quarters of the timesteps where half of the uniform ones are: t' = 3 t / (1 + 2 t)."""
+    """A shift of 3 moves the median to three quarters of the range: t' = 3 t / (1 + 2 t)."""
     t = second_stage._timesteps(1000, seeded(0), shift=3.0)
     assert abs(int((t >= 750).sum()) - 500) <= 1
     assert int(t.max()) == 999
@@ -748,7 +748,7 @@ def test_second_stage_loss_by_hand(second_stage):
 
 
 def test_accumulation_averages_gradients(monkeypatch):
-    """Two batches in one step leave the mean of the gradients that each has alone."""
+    """Two batches in one step give the mean of the gradients that each batch gives by itself."""
     from ldm_fast.training import first_stage as module
 
     recipe = change(TINY, "first_stage", disc_weight=0.0, shift=0, init_codebook=False).first_stage
@@ -804,7 +804,7 @@ def test_variants_of_the_recipe_train_and_generate(tmp_path, name):
     assert trained.card.get("classes") == (["cat", "dog"] if name == "class" else None)
 
 
-def test_a_kl_first_stage_trains_through(tmp_path):
+def test_a_kl_first_stage_trains_to_the_end(tmp_path):
     kl = AutoencoderConfig(block_out_channels=(8, 16, 16), layers_per_block=1, latent_channels=3, norm_num_groups=4)
     recipe = change(TINY, "first_stage", loop={"steps": 6}, vq=None, kl=kl, kl_weight=1e-6)
     recipe = change(recipe, "second_stage", loop={"steps": 2})
@@ -828,7 +828,7 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path, monkeypatch):
 
 
 def test_a_gradient_that_is_not_finite_never_gets_into_a_checkpoint(tmp_path, monkeypatch):
-    """Even if the loss is: the next one would not be, and by then the checkpoint would be written."""
+    """This holds even if the loss is finite. The next one would not be, but by then a checkpoint would be written."""
 
     def overflow(optimizer, clip):
         return update_weights(optimizer, clip) * math.inf
@@ -887,7 +887,7 @@ def test_what_cannot_be_built_is_known_before_the_first_stage_is_trained(tmp_pat
 
 
 def test_images_too_small_for_the_discriminator():
-    """Known before the first step, not at disc_start."""
+    """The error comes before the first step, not at disc_start."""
     FirstStage(dataclasses.replace(TINY.first_stage, disc_layers=2), synthetic_images(16), 0, CPU)
     with pytest.raises(DataError, match=r"data\.size 16 is too small for disc_layers = 3: 24 is needed"):
         FirstStage(dataclasses.replace(TINY.first_stage, disc_layers=3), synthetic_images(16), 0, CPU)
@@ -896,12 +896,12 @@ def test_images_too_small_for_the_discriminator():
         assert PatchDiscriminator(8, layers).eval()(images).shape == (1, 1, 1, 1)
 
 
-def test_a_first_stage_is_for_the_second(tmp_path, whole):
+def test_training_the_first_stage_takes_no_other_first_stage(tmp_path, whole):
     with pytest.raises(ValueError, match='with stage="first" give none'):
         train(TINY, tmp_path, stage="first", first_stage=whole, progress=False)
 
 
-def test_one_process_trains_in_a_folder(tmp_path, monkeypatch):
+def test_only_one_process_trains_in_a_folder(tmp_path, monkeypatch):
     with _alone_in(tmp_path), pytest.raises(TrainingError, match="another process is training in"):
         train(TINY, tmp_path, progress=False)
     with monkeypatch.context() as patch:
@@ -919,7 +919,7 @@ def folder_recipe(folder, steps):
     return change(recipe, "second_stage", loop={"steps": steps, "lr_schedule": "constant"})
 
 
-def test_what_is_captured_does_not_change_with_the_stage():
+def test_captured_tensors_do_not_change_with_the_stage():
     stage = FirstStage(TINY.first_stage, synthetic_images(16), 0, CPU)
     captured = capture(stage)
     before = {name: tensor.clone() for name, tensor in captured.items()}
@@ -931,7 +931,7 @@ def test_what_is_captured_does_not_change_with_the_stage():
 
 
 def test_other_data_is_refused_wherever_it_lies(tmp_path):
-    """A caption changed between two parts of a run would give other words to the numbers that were learned."""
+    """If a caption changed between two parts of a run, the learned numbers would stand for other words."""
     folder, run_dir = tmp_path / "pictures", tmp_path / "run"
     folder.mkdir()
     for name in ("red", "blue"):

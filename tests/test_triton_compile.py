@@ -1,7 +1,6 @@
-"""What the compiler makes of the Triton kernels, without a GPU: the gates of `benchmarks/gpu_static.py`.
+"""The Triton kernels, compiled without a GPU, pass the checks of `benchmarks/gpu_static.py`.
 
-The default run compiles a few launches. `-m slow` compiles all that the published models need, each for three
-architectures.
+The default run compiles a few launches. `-m slow` compiles all that the published models need, for three architectures.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 
 
 def check(launches: Iterable[kernels.Launch], dtype: torch.dtype, arch: int, allowed: str = "") -> None:
-    """Compiles all and finds no faults, but for one that is allowed."""
+    """Compile all launches and find no faults, except one that is allowed."""
     for launch in launches:
         static = gpu_static.compile_launch(launch, arch)
         found = gpu_static.faults(static, dtype, gpu_static.aligned(launch))
@@ -95,7 +94,7 @@ def test_group_norm_silu(shape: tuple[int, ...], layout: torch.memory_format, ar
     ids=str,
 )
 def test_what_tiles_need(shape: tuple[int, ...], kernel: str, keys: list[int], columns: list[int]) -> None:
-    """The gate on matrix work counts tiles composed of these pieces: 48 columns and 80 keys, not 64 and 128."""
+    """The check of matrix work counts tiles made of these pieces: 48 columns and 80 keys, not 64 and 128."""
     launch = next(x for x in gpu_static.attention_launches(shape, HALF) if x.kernel.__name__ == f"_{kernel}")
     lengths = gpu_static._lengths(launch)
     assert (lengths["k"], lengths["d"]) == (keys, columns)
@@ -104,7 +103,7 @@ def test_what_tiles_need(shape: tuple[int, ...], kernel: str, keys: list[int], c
 
 
 def test_faults_are_found() -> None:
-    """A plan whose tile has fewer rows than its warps: they compute everything twice, and the gate says so."""
+    """If a tile has too few rows for its warps, they compute everything twice, and the check says so."""
     launch = gpu_static.attention_launches((2, 8, 256, 77, 160), HALF)[0]
     wasteful = launch._replace(options={**launch.options, "num_warps": 8}, resident=4)
     static = gpu_static.compile_launch(wasteful, 80)
@@ -113,7 +112,7 @@ def test_faults_are_found() -> None:
 
 
 def test_faults_of_memory_are_found() -> None:
-    """Rows of which nothing is known, too few registers, and a loop that divides."""
+    """The faults are rows about which nothing is known, too few registers, and a division in a loop."""
     shape = model_shapes.GroupNormShape(2, 320, 64, 64, True, False)
     launches = gpu_static.group_norm_silu_launches(shape, HALF, CHANNELS_LAST)
     apply, merge = (next(x for x in launches if x.kernel.__name__ == name) for name in ("_apply", "_merge"))
@@ -124,8 +123,8 @@ def test_faults_of_memory_are_found() -> None:
 
 
 def test_sizes_of_one() -> None:
-    """One query, key, column, pixel or channel in a group, with a group in one piece and split."""
-    tiny = gpu_static.attention_launches((1, 1, 1, 1, 1), HALF)  # tiles of fewer columns than there are warps for
+    """One query, key, column, pixel or channel per group compiles, with a group in one piece or split."""
+    tiny = gpu_static.attention_launches((1, 1, 1, 1, 1), HALF)  # its tiles have too few columns for the warps
     check(tiny, HALF, 80, allowed="matrix work")
     for side in (1, 139):
         shape = model_shapes.GroupNormShape(1, 32, side, side, True, True)
@@ -134,7 +133,7 @@ def test_sizes_of_one() -> None:
 
 @pytest.mark.parametrize(("m", "d"), [(77, 80), (1024, 64), (999, 40)])
 def test_masks(m: int, d: int) -> None:
-    """A mask is read, and costs no spill."""
+    """A mask is read, and causes no spills."""
     b, h, n, m, d = shape = (2, 8, 1000, m, d)
     padding = torch.empty(b, 1, 1, m, dtype=torch.bool, device="meta").expand(b, h, n, m)
     additive = torch.empty(b, h, n, m, dtype=HALF, device="meta")
@@ -154,7 +153,7 @@ def check_that_it_fits(launches: Iterable[kernels.Launch], arch: int) -> None:
 
 @pytest.mark.parametrize(("m", "d"), [(77, 128), (80, 192), (64, 256)])
 def test_a_program_fits_small_gpus(m: int, d: int) -> None:
-    """sm_86, sm_89 and sm_120 have 99 KB of shared memory for a program: one that takes more cannot start."""
+    """On sm_86, sm_89 and sm_120 a program that takes more than 99 KB of shared memory cannot start."""
     check_that_it_fits(gpu_static.attention_launches((1, 1, 64, m, d), HALF)[:1], 86)
 
 
@@ -171,7 +170,7 @@ def test_every_plan_fits_small_gpus(arch: int, masked: bool) -> None:
 
 
 def test_one_kernel_for_every_size() -> None:
-    """Other numbers of images, heads, queries, keys, channels and pixels need no compiling."""
+    """Other numbers of images, heads, queries, keys, channels and pixels need no other kernel."""
 
     def kernels_of(*all_launches: list[kernels.Launch]) -> int:
         return len(gpu_static.distinct([("", launches) for launches in all_launches]))
@@ -188,7 +187,7 @@ def test_one_kernel_for_every_size() -> None:
 
 
 def test_the_shapes_are_those_of_the_models() -> None:
-    """`python benchmarks/model_shapes.py` prints what the lists have to be."""
+    """If this fails: `python benchmarks/model_shapes.py` prints the lists as they have to be."""
     with torch.device("meta"):
         recorded = model_shapes.record(model_shapes.all_runs())
     assert recorded.attention == set(model_shapes.ATTENTION)
@@ -197,8 +196,8 @@ def test_the_shapes_are_those_of_the_models() -> None:
 
 @pytest.mark.slow
 def test_no_shape_of_the_zoo_is_missing() -> None:
-    """The published configurations, as they are: UNet, first stage and text encoder of each."""
-    tokens = {"ClassEmbedder": 1, "BERTEmbedder": 77, "Identity": 11}  # the last one are ten neighbours and the prompt
+    """The lists contain the shapes of every published configuration: UNet, first stage and text encoder."""
+    tokens = {"ClassEmbedder": 1, "BERTEmbedder": 77, "Identity": 11}  # the last is ten neighbours and the prompt
     runs, seen = [], set()
     for entry in golden.zoo().values():
         stage = entry.get("first_stage_config", entry)["params"]

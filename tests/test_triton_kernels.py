@@ -1,7 +1,8 @@
-"""The Triton kernels against the reference in float64: every kernel, every branch of how the work is divided.
+"""The Triton kernels against the reference in float64: every kernel, and every way to divide the work.
 
-Triton decides when a kernel is decorated whether it is interpreted, so without a GPU the class `TestKernels` runs in a
-process of its own, started by the last test here. The interpreter runs programs one after another: races do not show.
+Triton decides as it decorates a kernel whether to interpret it. Without a GPU, therefore, the class `TestKernels` runs
+in other processes, which the last test here starts. The interpreter runs programs one after another, so it shows no
+races.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ GROUP, SPLIT = {"_forward_group"}, {"_stats", "_merge", "_apply"}
 GROUP_GRADIENT, SPLIT_GRADIENT = {"_backward_group"}, {"_grad_sums", "_merge_grads", "_grad_apply"}
 PARAMETERS = {"_grad_parameters"}
 
-# A case, and the kernels that it goes through in float16. Relative L2 error allowed in float32: 2e-6, unless given.
+# Each case with the kernels that it goes through in float16. The relative L2 error allowed in float32 is 2e-6.
 ATTENTION = [
     (Attention(1, 1, 1, 1, 1), SHORT | SHORT_GRADIENT),
     (Attention(2, 1, 33, 77, 40, layout="heads_last"), SHORT | SHORT_GRADIENT),  # pieces of both widths
-    (Attention(1, 1, 1030, 5, 16), SHORT | SHORT_GRADIENT),  # programs with several tiles, the last one ragged
-    (Attention(1, 1, 530, 79, 33), SHORT | SHORT_GRADIENT),  # and, backward, two pieces of keys
+    (Attention(1, 1, 1030, 5, 16), SHORT | SHORT_GRADIENT),  # programs with several tiles, the last one partial
+    (Attention(1, 1, 530, 79, 33), SHORT | SHORT_GRADIENT),  # backward also has two pieces of keys
     (Attention(1, 2, 19, 64, 80, mask="additive"), SHORT | SHORT_GRADIENT),  # one piece of keys, two of columns
     (Attention(1, 1, 7, 128, 24), SHORT | SHORT_GRADIENT),
     (Attention(1, 1, 7, 128, 24, mask="masked_row"), LONG | SHORT_GRADIENT),  # a mask takes registers
@@ -60,7 +61,7 @@ ATTENTION = [
     (Attention(1, 1, 70, 1, 40), SHORT | SHORT_GRADIENT),
     (Attention(2, 2, 67, 131, 40, mask="masked_row", layout="heads_last"), LONG | LONG_GRADIENT),
     (Attention(1, 1, 13, 192, 32, mask="masked_row_additive"), LONG | LONG_GRADIENT),  # whole tiles of keys
-    (Attention(1, 1, 9, 150, 48), LONG | LONG_GRADIENT),  # a ragged tile of keys without a mask
+    (Attention(1, 1, 9, 150, 48), LONG | LONG_GRADIENT),  # a partial tile of keys without a mask
     (Attention(2, 1, 5, 130, 24, mask="key_padding", layout="rows_sliced"), LONG | LONG_GRADIENT),
     (Attention(1, 1, 5, 19, 512), LONG | LONG_GRADIENT),
     (Attention(1, 1, 11, 3, 300, mask="bool"), LONG | LONG_GRADIENT),
@@ -73,7 +74,7 @@ GROUP_NORM_SILU = [
     (GroupNormSilu((2, 10, 7), 5, modulation="both", float32_affine=True), GROUP | GROUP_GRADIENT | PARAMETERS),
     (GroupNormSilu((1, 8, 5, 7), 2, affine="none", activation=None), GROUP | GROUP_GRADIENT),
     (GroupNormSilu((1, 40, 4, 4), 1, "channels_last", modulation="scale"), GROUP | GROUP_GRADIENT | PARAMETERS),
-    (GroupNormSilu((1, 4, 51, 50), 1), GROUP | SPLIT_GRADIENT | PARAMETERS),  # chunks of pixels, the last one ragged
+    (GroupNormSilu((1, 4, 51, 50), 1), GROUP | SPLIT_GRADIENT | PARAMETERS),  # chunks of pixels, the last one partial
     (GroupNormSilu((1, 4, 70, 67), 1, modulation="both", data="offset"), SPLIT | SPLIT_GRADIENT | PARAMETERS),
     (GroupNormSilu((2, 36, 9, 7), 3, "channels_last", modulation="both"), SPLIT | SPLIT_GRADIENT | PARAMETERS),
     (GroupNormSilu((1, 2, 3, 5, 7), 2, "channels_last", affine="weight"), SPLIT | SPLIT_GRADIENT | PARAMETERS),
@@ -82,7 +83,7 @@ GROUP_NORM_SILU = [
 
 
 def arguments(op: str, case: Any, dtype: torch.dtype, device: str = DEVICE) -> list[Any]:
-    """What ops.py would pass to an implementation."""
+    """Return the arguments that an op would pass to an implementation."""
     inputs = make_inputs(op, case, dtype, "cpu" if device == "meta" else device)
     if op == "attention":
         mask, shape = inputs["mask"], (case.B, case.H, case.N, case.M)
@@ -95,7 +96,7 @@ def arguments(op: str, case: Any, dtype: torch.dtype, device: str = DEVICE) -> l
 
 
 def launches(op: str, case: Any, dtype: torch.dtype) -> list[kernels.Launch]:
-    """What a forward and a backward pass would launch, on tensors without memory."""
+    """Return the launches of a forward and a backward pass, on tensors without memory."""
     args = arguments(op, case, dtype, "meta")
     if op == "attention":
         inputs = attention_common.Inputs(*args)
@@ -119,13 +120,13 @@ def in_float64(args: list[Any]) -> list[Any]:
 
 @pytest.fixture
 def nan_filled() -> Iterator[None]:
-    """torch.empty fills with NaN, so that an element nobody wrote shows."""
+    """Make torch.empty fill with NaN, so that an unwritten element shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy: log2(0) of a masked row and exp of a lot are meant
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's: log2(0) of a masked row, exp of large numbers
 class TestKernels:
     __test__ = RUNS_HERE
 
@@ -145,7 +146,7 @@ class TestKernels:
         assert out.transpose(1, 2).is_contiguous()
         assert relative_error(out, exact) <= allowed
         for name, got, wanted in zip("qkv", gradients, exact_gradients, strict=True):
-            # a softmax over one key is constant: then q and k have no gradient, but for rounding
+            # a softmax over one key is constant, so the gradients of q and k are zero except for rounding
             scale = wanted.norm() if case.M > 1 else exact_gradients[2].norm()
             assert (got.cpu().double() - wanted).norm() <= allowed * scale, f"gradient of {name}"
 
@@ -186,7 +187,7 @@ class TestKernels:
         ids=str,
     )
     def test_a_row_alone_has_the_same_bits(self, case: Attention | GroupNormSilu) -> None:
-        """The second image (and head) computed with the first one and without, and once more."""
+        """The second image (and head) has the same bits with and without the first one, and in a second run."""
         if isinstance(case, Attention):
             args, backward = arguments("attention", case, torch.float16), attention.attention_backward
             alone = [a[1:, 1:] if isinstance(a, torch.Tensor) else a for a in args]
@@ -211,7 +212,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
     def test_several_tiles_of_a_program(self, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """How work is divided makes no difference where nothing is summed: large images have fewer, longer programs."""
+        """If nothing is summed, the division of the work does not matter. Large images have fewer, longer programs."""
         case, results = GroupNormSilu((2, 8, 90, 91), 2, layout, modulation="both"), []
         (norm,) = arguments("group_norm_silu", case, torch.float32)
         for spread in (group_norm_silu_common.SPREAD, 1):
@@ -223,14 +224,14 @@ class TestKernels:
 
     @pytest.mark.parametrize("shape", [(1, 6, 5, 7), (1, 4, 71, 67)], ids=("group", "split"))
     def test_a_constant_has_no_deviation(self, shape: tuple[int, ...]) -> None:
-        """The mean as it is summed is off by some units in the last place: many times the square root of eps."""
+        """The summed mean is off by some units in the last place, which is many times the square root of eps."""
         x = torch.full(shape, 1e5 / 3, device=DEVICE)
         y, (mean, rstd) = group_norm_silu.group_norm_silu(Norm(x, 1, eps=1e-6))
         assert (y == 0).all() and (mean == x[0, 0, 0, 0]).all()
         torch.testing.assert_close(rstd, torch.full_like(rstd, 1e3))
 
     def test_the_lowest_additive_mask_is_no_missing_key(self) -> None:
-        """Libraries mask with the lowest finite number: PyTorch's softmax of a row of it alone is uniform."""
+        """Libraries mask with the lowest finite number. PyTorch's softmax of a row of only this number is uniform."""
         q, k, v = (torch.randn(1, 1, n, 16, device=DEVICE) for n in (3, 5, 5))
         mask = torch.zeros(3, 5, device=DEVICE).masked_fill_(
             torch.tensor([[0], [1], [0]], device=DEVICE).bool(), -3.4e38
@@ -246,12 +247,12 @@ class TestKernels:
         got = (out, *attention.attention_backward(grad, q, k, v, mask, 0.2, out, lse))
         exact = reference.attention(*in_float64([q, k, v, mask, 0.2]))
         wanted = reference.attention_backward(grad.cpu().double(), *in_float64([q, k, v, mask, 0.2]), *exact)
-        # a wrong address is wrong altogether; of few keys the gradients are small differences
+        # a wrong address gives something else altogether; with few keys, gradients are small differences
         assert all(relative_error(a, b) <= 1e-2 for a, b in zip(got, (exact[0], *wanted), strict=True))
 
     @pytest.mark.parametrize(("keys", "width"), [(21, 24), (21, 96), (140, 24), (21, 270)])
     def test_each_tensor_has_its_own_strides(self, keys: int, width: int) -> None:
-        """In the table q, k and v are laid out alike."""
+        """The table above has q, k and v in the same layout; here they differ."""
         q = torch.randn(2, 2, 19, width).to(DEVICE, torch.float16)
         k = torch.randn(2, keys, 2, width).to(DEVICE, torch.float16).transpose(1, 2)
         v = torch.randn(keys, 2, 2, width + 8).to(DEVICE, torch.float16).permute(2, 1, 0, 3)[..., :width]
@@ -262,7 +263,7 @@ class TestKernels:
     @pytest.mark.parametrize("far", ("images", "rows"))
     @pytest.mark.parametrize("width", (16, 96))  # backward, short and long
     def test_offsets_beyond_32_bits(self, far: str, width: int) -> None:
-        """Of memory that is hardly touched."""
+        """The offsets reach far into memory that is hardly touched."""
         shape, strides = ((3, 1, 3), (1 << 30, 0, 300)) if far == "images" else ((1, 1, 3), (0, 0, 1 << 30))
         memory = torch.empty((1 << 31) + 1024, dtype=torch.float16, device=DEVICE)
         q, k, v = (memory.as_strided((*shape, width), (*strides, 1), i * width) for i in range(3))
@@ -276,7 +277,7 @@ class TestKernels:
     @pytest.mark.parametrize("keys", (5, 150))  # short and long
     @pytest.mark.parametrize("where", ("q", "mask"))
     def test_nan_stays_nan(self, where: str, keys: int) -> None:
-        """A minimum or maximum that passes over NaN would make numbers of it, where nobody looks for them."""
+        """A minimum or maximum that ignores NaN would turn it into a number, and nobody would notice."""
         args = arguments("attention", Attention(1, 1, 4, keys, 16, mask="masked_row_additive"), torch.float16)
         args[3] = args[3].clone()
         (args[0] if where == "q" else args[3])[0, 0, 1, 2] = float("nan")
@@ -289,7 +290,7 @@ class TestKernels:
             assert right.isnan().any() and torch.equal(got.cpu().isnan(), right.isnan())
 
     def test_very_negative_scores(self) -> None:
-        """Keys beyond the last one score zero: next to these their exponentials would overflow."""
+        """Keys beyond the last one score zero; beside the scores here, their exponentials would overflow."""
         q = torch.full((1, 1, 3, 48), 5.0, device=DEVICE)
         k, v = -q[:, :, :1].expand(1, 1, 150, 48), torch.randn(1, 1, 150, 48, device=DEVICE)
         out, lse = attention.attention(q, k, v, None, 1.0)
@@ -338,7 +339,7 @@ def test_a_width_is_at_most_two_powers_of_two(width: int, pieces: tuple[int, int
 
 @pytest.mark.parametrize("op", ("attention", "group_norm_silu"))
 def test_the_work_is_divided_alike_for_any_batch(op: str) -> None:
-    """Else a row would change its last bits with the company it is in."""
+    """Otherwise the last bits of a row would depend on the rest of its batch."""
     if op == "attention":
         pairs = [(Attention(1, 1, n, m, d), Attention(7, 5, n, m, d)) for n, m, d in ((4096, 77, 40), (999, 555, 80))]
     else:
@@ -371,7 +372,7 @@ def test_refusals_say_what_is_needed() -> None:
 
 @pytest.mark.skipif(kernels.interpreting(), reason="the interpreter runs everywhere")
 def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before sm_80 programs find too little shared memory; a PyTorch for AMD's GPUs calls these CUDA devices."""
+    """GPUs before sm_80 have too little shared memory. PyTorch for AMD's GPUs calls these CUDA devices."""
     on_gpu = SimpleNamespace(dtype=torch.float16, is_cuda=True, device="cuda:0")
     for capability in ((7, 5), (8, 0), (12, 0)):
         kernels.capability.cache_clear()
@@ -386,7 +387,7 @@ def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(kernels.interpreting(), reason="the interpreter does not compile")
 def test_a_compiler_that_aborts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch 2.6 brings Triton 3.2, which compiles these kernels for sm_80, and for sm_90 ends the process."""
+    """PyTorch 2.6 brings Triton 3.2, which compiles these kernels for sm_80 but aborts the process for sm_90."""
     q = SimpleNamespace(dtype=torch.float16, is_cuda=True, device="cuda:0", shape=(1, 1, 4, 8), stride=lambda dim: 1)
     for version, capability, refused in (((3, 2), (9, 0), True), ((3, 2), (8, 0), False), ((3, 3), (9, 0), False)):
         kernels.capability.cache_clear()
@@ -398,7 +399,7 @@ def test_a_compiler_that_aborts_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
 def test_the_kernels_in_the_interpreter() -> None:
-    """In two processes at the same time, which take about equally long."""
+    """They run in two processes at the same time, which take about equally long."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKernels", "-k"]
     started = [
         subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Nothing in a file is run, and a damaged one gives an error that says what is wrong with it."""
+"""No code in a file is run, and the error about a damaged file says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ldm_fast.models.autoencoder import AutoencoderKL
 
 
 class Evil:
-    """What an attacker's pickle holds: a call."""
+    """Pickles as a call of os.system, like an attacker's object."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -46,7 +46,7 @@ def test_code_in_a_pickle_is_not_run(zipped, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_other_ways_to_name_code(tmp_path):
-    """A newer pickle protocol names what it calls from the stack; that is not understood, and so not run."""
+    """A newer pickle protocol takes the name of a function from the stack. This is not understood, so it is not run."""
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": compvis(KL), "x": Evil(tmp_path / "was_run")}, path, pickle_protocol=4)
     with pytest.raises(CheckpointError, match="nothing in it was run"):
@@ -55,7 +55,7 @@ def test_other_ways_to_name_code(tmp_path):
 
 
 def test_code_behind_a_harmless_name_is_not_run(tmp_path):
-    """The names on the list are not looked up: a module of that name on the path stays untouched."""
+    """The permitted names are not looked up: a module of that name on the path is not imported."""
     package = tmp_path / "omegaconf"
     package.mkdir()
     (package / "__init__.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\nclass Thing:\n    pass\n")
@@ -73,7 +73,7 @@ def test_code_behind_a_harmless_name_is_not_run(tmp_path):
 
 
 def rename_global(path: Path, module: str, name: str) -> None:
-    """Puts an object of module.name, built and given a state, where the file has the number 0."""
+    """Replace a number 0 in the file by an object of class module.name that is built and given a state."""
     with zipfile.ZipFile(path) as archive:
         records = {info.filename: archive.read(info) for info in archive.infolist()}
     (pkl,) = (record for record in records if record.endswith("data.pkl"))
@@ -86,7 +86,7 @@ def rename_global(path: Path, module: str, name: str) -> None:
 
 
 class ModelCheckpoint:
-    """Stands for what a trainer leaves in a file; its name is made that of the real one while it is pickled."""
+    """Stands for an object that a trainer leaves in a file. While it is pickled, it has the name of the real class."""
 
     def __setstate__(self, state):
         raise AssertionError("the object itself was unpickled")
@@ -96,7 +96,7 @@ ModelCheckpoint.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
 
 
 def test_what_a_trainer_leaves_is_harmless(monkeypatch, tmp_path):
-    """Callbacks as dictionary keys and objects, NumPy's numbers: read without the trainer's package, and left out."""
+    """Callbacks and NumPy's numbers are read without the trainer's package, and left out."""
     import types
 
     import numpy as np
@@ -175,7 +175,7 @@ def test_damaged_files(kind, message, tmp_path):
 
 
 def test_safetensors_are_known_by_any_first_byte(tmp_path):
-    """The first byte is that of a length, and may be the one that pickles begin with."""
+    """The first byte belongs to a length, and may be the byte that pickles begin with."""
     first = set()
     for i in range(32):
         save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors", {"x": "y" * 8 * i})
@@ -203,7 +203,7 @@ def test_wrong_keys_are_all_named(prefix, tmp_path):
 
 
 def test_published_unet_with_wrong_keys(tmp_path):
-    """Where shapes do not even tell the architecture, the nearest published one says what is wrong."""
+    """If the shapes fit no architecture, the error compares with the nearest published one."""
     state = compvis(SD1, "model.diffusion_model.", "meta")
     renamed = state.pop("model.diffusion_model.out.2.weight")
     wrong = torch.empty(321, 320, 3, 3, device="meta")
@@ -244,7 +244,7 @@ def test_mixed_dtypes(dtype, message, tmp_path):
         assert {p.dtype for p in loaded.first_stage.parameters()} == {torch.bfloat16}
 
 
-def test_what_cannot_be_computed_in(tmp_path):
+def test_a_dtype_that_cannot_be_computed_in(tmp_path):
     state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in compvis(VQ).items()}
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="float8_e4m3fn; choose by torch_dtype"):
@@ -254,7 +254,7 @@ def test_what_cannot_be_computed_in(tmp_path):
     )
 
 
-def test_not_a_number_is_a_weight(tmp_path):
+def test_nan_is_accepted_as_a_weight(tmp_path):
     state = compvis(VQ)
     state["decoder.conv_in.bias"][0] = torch.nan
     save_file(state, tmp_path / "model.safetensors")

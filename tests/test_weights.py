@@ -1,4 +1,4 @@
-"""Checkpoint layouts: the map between the original's parameter names and ours is a bijection, and says so when not."""
+"""Checkpoint layouts: the map between the original's parameter names and ours is a bijection. Misfits are errors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SMALL_FIRST_STAGE = dict(
 
 
 def zoo_parts() -> dict[str, dict]:
-    """UNets, first stages and encoders of the 32 published configurations, each different one once: id -> part."""
+    """Return the different UNets, first stages and encoders of the 32 published configurations: id -> part."""
     parts: dict[str, dict] = {}
     seen = set()
     for path, entry in golden.zoo().items():
@@ -85,7 +85,7 @@ def test_zoo_is_complete():
 
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo_manifest(name):
-    """Full-size key -> shape maps: every key is mapped, none is left, and the way back gives the same keys."""
+    """In full-size key -> shape maps every key is mapped, none is left over, and the way back gives the same keys."""
     part = ZOO[name]
     if part["kind"] == "unet":
         config = unet_config_from_compvis(part["params"])
@@ -149,7 +149,7 @@ CONFIGS = {
 
 
 def random_state_dict(config) -> dict[str, Tensor]:
-    """Our state dict for a config, with numbers that are all different."""
+    """Return our state dict for a config, with numbers that are all different."""
     generator = torch.Generator().manual_seed(0)
     shapes = {name: entry.our_shape for entry in layout(config) for name in entry.ours}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -238,7 +238,7 @@ def test_transformer_logits_are_dropped_and_checked():
         compvis_to_ours(theirs, config)
 
 
-def test_conversion_leaves_random_numbers_alone():
+def test_conversion_draws_no_random_numbers():
     state = torch.get_rng_state()
     layout(CONFIGS["unet"])
     assert torch.equal(torch.get_rng_state(), state)
@@ -333,7 +333,7 @@ CONVERTED_BY_DIFFUSERS = ["unet", "unet-linear-classes", "unet-2", "unet-xl", "u
 
 @pytest.mark.parametrize("name", CONVERTED_BY_DIFFUSERS)
 def test_diffusers_converts_to_the_same(name):
-    """diffusers' own conversion of single files, fed with ours: it reads the same tensors under our names."""
+    """diffusers' conversion of single files reads the same tensors from what we write, under our names."""
     pytest.importorskip("diffusers")
     from diffusers.loaders import single_file_utils
 
@@ -352,13 +352,13 @@ def test_diffusers_converts_to_the_same(name):
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith(("unet", "kl", "vq"))])
 def test_names_and_config_are_those_of_diffusers(name):
-    """diffusers' class with the configuration we write has exactly our parameters."""
+    """diffusers' class has exactly our parameters if it is given the configuration that we write."""
     diffusers = pytest.importorskip("diffusers")
     written = config_to_diffusers(CONFIGS[name])
     if name in (
         "kl",
         "unet-resnet-resampling",
-    ):  # z_channels next to latent_channels, resampling by res blocks: ours alone
+    ):  # z_channels besides latent_channels, resampling by res blocks: only ours
         assert written["_class_name"] == type(CONFIGS[name]).__name__
         return
     build = getattr(diffusers, written["_class_name"])
@@ -401,13 +401,13 @@ def test_names_without_dots():
         without_dots(["a.bc", "ab.c"])
 
 
-def test_no_name_for_what_the_original_has_not():
+def test_layers_that_the_original_lacks_are_an_error():
     config = replace(CONFIGS["unet"], addition_embed_type="text", addition_embed_type_num_heads=2)
     with pytest.raises(ValueError, match="no name for add_embedding"):
         layout(config)
 
 
-def test_checked_names_are_all_told():
+def test_every_wrong_name_is_in_one_error():
     with pytest.raises(CheckpointError, match=r"(?s)1 missing: b.*1 unexpected: c.*a is \(2,\) instead of \(1,\)"):
         check_names({"a": torch.zeros(2), "c": torch.zeros(1)}, {"a": (1,), "b": (1,)}, "thing")
 
