@@ -314,8 +314,8 @@ def test_attention_mask_over_pixels():
     assert_counts(ours, given, "attention_mask")
     with pytest.raises(ValueError, match=r"attention_mask must be \(B, 64\) for this size, got \(B, 63\)"):
         ours(**{**given, "attention_mask": mask[:, 1:]})
-    with pytest.raises(ValueError, match=r"attention_mask must be \(2, keys\), got \(2, 1, 64\)"):
-        ours(**{**given, "attention_mask": mask[:, None]})
+    with pytest.raises(ValueError, match=r"attention_mask must be \(2, keys\), got \(2, 1, 1, 64\)"):
+        ours(**{**given, "attention_mask": mask[:, None, None]})
 
 
 def test_attention_mask_over_pixels_without_transformers():
@@ -389,10 +389,11 @@ def test_controlnet_residuals(name):
     down, mid = residuals(ours, given)
     with_both = {**given, "down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     assert_same(theirs, ours, with_both)
-    with pytest.raises(ValueError, match="go together"):
-        ours(**given, down_block_additional_residuals=down)
-    with pytest.raises(ValueError, match="go together"):
-        ours(**given, mid_block_additional_residual=mid)
+    with pytest.warns(UserWarning, match="mid_block_additional_residual alone changes nothing"):
+        assert_same(theirs, ours, {**given, "mid_block_additional_residual": mid})
+    both = {"down_block_additional_residuals": down, "down_intrablock_additional_residuals": []}
+    with pytest.warns(UserWarning, match="down_block_additional_residuals alone changes nothing"):
+        assert_same(theirs, ours, {**given, **both})
     with pytest.raises(ValueError, match=f"must be {len(down)} tensors, got {len(down) - 1}"):
         ours(**{**with_both, "down_block_additional_residuals": down[1:]})
 
@@ -413,8 +414,29 @@ def test_t2i_adapter_residuals(name, shapes):
     assert_same(theirs, ours, given)
     assert len(extras) == len(shapes)  # the caller's list stays as it is
     assert_counts(ours, given, "down_intrablock_additional_residuals")
-    with pytest.raises(ValueError, match="left over"):
-        ours(**{**given, "down_intrablock_additional_residuals": [*extras, *extras]})
+    assert_same(theirs, ours, {**given, "down_intrablock_additional_residuals": [*extras, *extras]})
+    del given["down_intrablock_additional_residuals"]  # as older programs call it
+    assert_same(theirs, ours, {**given, "down_block_additional_residuals": extras})
+
+
+def test_needless_class_labels():
+    theirs, ours = pair("sd1")
+    assert_same(theirs, ours, {**inputs("sd1"), "class_labels": torch.tensor([3, 5])})
+    theirs, ours = pair("unconditional")
+    for model in (theirs, ours):
+        with pytest.raises(ValueError, match="class"):
+            model(**inputs("unconditional"), class_labels=torch.tensor([3, 5]))
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_masks_with_rows(rows):
+    """A mask for all queries, or with a row for each (at one resolution)."""
+    theirs, ours = pair("one size")
+    random = torch.Generator().manual_seed(2)
+    for name, keys in (("encoder_attention_mask", TOKENS), ("attention_mask", 64)):
+        given = {**inputs("one size"), name: torch.rand(2, rows, keys, generator=random) < 0.7}
+        assert_same(theirs, ours, given)
+        assert_counts(ours, given, name)
 
 
 def load_ip_adapters(model: nn.Module, scales: list, image_width: int = 6, tokens: int = 3) -> None:

@@ -218,7 +218,6 @@ def test_every_parameter_and_input_counts(name):
             {"encoder_hidden_states": torch.zeros(2, 5, 24).double()},
             "encoder_hidden_states must be torch.float32 as the weights are, got torch.float64",
         ),
-        ("cross-attention", {"class_labels": torch.zeros(2, dtype=torch.int64)}, "does not take class_labels"),
         ("cross-attention", {"encoder_attention_mask": torch.ones(2, 4, dtype=torch.bool)}, r"must be \(2, 5\), got"),
         ("self-attention", {"class_labels": None}, "needs class_labels"),
         ("self-attention", {"class_labels": torch.zeros(2)}, "class_labels must be int64, got torch.float32"),

@@ -36,9 +36,9 @@ from ldm_fast.models.unet_inputs import (
     check_context,
     check_dtypes,
     check_labels,
-    check_residuals,
     check_sample,
     given,
+    residuals_as_meant,
     sample_channels,
 )
 from ldm_fast.ops.op import autocast_dtype
@@ -140,10 +140,11 @@ class UNet(Pretrained):
             ValueError: an input is missing, has the wrong shape or dtype, or is not for this UNet.
         """
         context, images = text_and_images(encoder_hidden_states)
-        added, extras = added_cond_kwargs or {}, list(down_intrablock_additional_residuals or ())
-        residuals, residual = down_block_additional_residuals, mid_block_additional_residual
+        added = added_cond_kwargs or {}
+        residuals, residual, extras = residuals_as_meant(
+            down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals
+        )
         self._check(sample, timestep, context, class_labels, timestep_cond)
-        check_residuals(residuals, residual)
         temb = self._embed_time(sample, timestep, timestep_cond)  # (B, 4 C)
         temb, hint = self._embed_conditions(temb, context, class_labels, added)
         context, images = self._project_context(context, images, added)
@@ -158,8 +159,7 @@ class UNet(Pretrained):
         h = self.conv_in(self._whole_input(sample, hint))  # (B, C, H, W)
         h, skips = self._down(h, temb, conditions, extras)  # (B, C', H/8, W/8)
         if self.mid_block is not None:
-            h = self.mid_block(h, temb, **_for(self.mid_block, conditions))
-        h = add_extras(h, extras)
+            h = add_extras(self.mid_block(h, temb, **_for(self.mid_block, conditions)), extras)
         if residual is not None and residuals is not None:
             h, skips = h + residual, add_residuals(skips, residuals)
         h = self._up(h, skips, temb, conditions)  # (B, C, H, W)

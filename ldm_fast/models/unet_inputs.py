@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,13 +64,14 @@ def check_context(context: Tensor | None, batch: int, width: int | None, needed:
 
 
 def check_labels(config: UNetConfig, class_labels: Tensor | None, batch: int, embedding: Any) -> None:
-    """ValueError if class labels are missing, needless, or not what `embedding` takes."""
+    """ValueError if class labels are missing, or not what `embedding` takes; or needless, without a context."""
+    if embedding is None and (class_labels is None or config.is_conditional):
+        return  # a conditional UNet of diffusers does not look at needless labels, the other one refuses them
     if (class_labels is None) != (embedding is None):
         needs = "needs" if class_labels is None else "does not take"
         kind = f"class_embed_type is {config.class_embed_type}, num_class_embeds is {config.num_class_embeds}"
         raise ValueError(f"UNet: this UNet {needs} class_labels ({kind})")
-    if class_labels is None:
-        return
+    assert class_labels is not None
     shape = class_label_shape(config, batch)
     if tuple(class_labels.shape) != shape:
         raise ValueError(f"UNet: class_labels must be {shape}, got {tuple(class_labels.shape)}")
@@ -77,13 +79,21 @@ def check_labels(config: UNetConfig, class_labels: Tensor | None, batch: int, em
         raise ValueError(f"UNet: class_labels must be int64, got {class_labels.dtype}")
 
 
-def check_residuals(down: Sequence[Tensor] | None, mid: Tensor | None) -> None:
-    """ValueError if a ControlNet's residuals are given for one of the way down and the middle alone."""
-    if (down is None) != (mid is None):
-        raise ValueError(
-            "UNet: down_block_additional_residuals and mid_block_additional_residual go together (a ControlNet gives "
-            "both); a T2I-Adapter's residuals are down_intrablock_additional_residuals"
-        )
+def residuals_as_meant(
+    down: Sequence[Tensor] | None, mid: Tensor | None, extras: Sequence[Tensor] | None
+) -> tuple[Sequence[Tensor] | None, Tensor | None, list[Tensor]]:
+    """Return a ControlNet's residuals, both or neither, and a T2I-Adapter's, as diffusers understands them.
+
+    Residuals of the way down alone are a T2I-Adapter's, as they once were given. One of the middle alone is left out.
+    """
+    if down is not None and mid is not None:
+        return down, mid, list(extras or ())
+    if down is not None and extras is None:
+        return None, None, list(down)
+    if down is not None or mid is not None:
+        name = "mid_block_additional_residual" if down is None else "down_block_additional_residuals"
+        warnings.warn(f"UNet: {name} alone changes nothing: a ControlNet gives both residuals", stacklevel=3)
+    return None, None, list(extras or ())
 
 
 def given(added: Mapping[str, Any], name: str) -> Any:
@@ -96,27 +106,30 @@ def given(added: Mapping[str, Any], name: str) -> Any:
 def biases(
     mask: Tensor | None, context_mask: Tensor | None, sample: Tensor, context: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return masks (B, keys), 1 = attend, as what is added to the scores, (B, 1, keys): 0, and -10000 for a 0."""
+    """Return masks, 1 = attend, as what is added to the scores: 0, and -10000 for a 0.
+
+    (B, keys) → (B, 1, keys), and masks with a row for each query, or one for all, (B, queries, keys) → (B, 1, …).
+    """
     batch, tokens = sample.shape[0], None if context is None else context.shape[1]
-    if mask is not None and (mask.ndim != 2 or mask.shape[0] != batch):
+    if mask is not None and (mask.ndim not in (2, 3) or mask.shape[0] != batch):
         raise ValueError(f"UNet: attention_mask must be ({batch}, keys), got {tuple(mask.shape)}")
-    if context_mask is not None and tuple(context_mask.shape) != (batch, tokens):
-        needed = "None without encoder_hidden_states" if context is None else (batch, tokens)
-        raise ValueError(f"UNet: encoder_attention_mask must be {needed}, got {tuple(context_mask.shape)}")
-    return bias(mask, sample), bias(context_mask, sample)
+    if context_mask is not None:
+        shape = tuple(context_mask.shape)
+        if len(shape) not in (2, 3) or (shape[0], shape[-1]) != (batch, tokens):
+            needed = "None without encoder_hidden_states" if context is None else (batch, tokens)
+            raise ValueError(f"UNet: encoder_attention_mask must be {needed}, got {shape}")
+    return _bias(mask, sample), _bias(context_mask, sample)
+
+
+def _bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    if mask is None or mask.ndim == 2:
+        return bias(mask, like)
+    return ((1 - mask.to(like.dtype)) * -10000.0)[:, None]
 
 
 def add_extras(h: Tensor, extras: Sequence[Tensor]) -> Tensor:
-    """Add what is left of a T2I-Adapter's residuals after the way down: that of the middle, if there is one."""
-    if not extras:
-        return h
-    if len(extras) > 1 or extras[0].shape != h.shape:
-        shapes = ", ".join(str(tuple(extra.shape)) for extra in extras)
-        raise ValueError(
-            "UNet: down_intrablock_additional_residuals must be one for each level and perhaps one of "
-            f"{tuple(h.shape)} for the middle; left over: {shapes}"
-        )
-    return h + extras[0]
+    """Add the residual that a T2I-Adapter gives for the middle; leave out any other that the way down has not used."""
+    return h + extras[0] if extras and extras[0].shape == h.shape else h
 
 
 def add_residuals(skips: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
