@@ -78,7 +78,7 @@ def test_float64_agrees_with_plain_pytorch(name):
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_bfloat16_error(name, impl):
-    """The error is at most twice that of eager PyTorch in bfloat16, against float64 with the same rounded weights.
+    """Against float64 on the same rounded weights and inputs, the error is at most twice that of eager PyTorch.
 
     Decoding skips the quantizer: a single latent that rounds to another code would dominate the comparison.
     """

@@ -87,7 +87,7 @@ def test_bfloat16() -> None:
 
 @torch.no_grad()
 def test_enable_tiling_does_not_give_what_bands_give() -> None:
-    """Its result is far from that of the whole, so the tests above can tell them apart; `tile` takes precedence."""
+    """What it gives is far from the whole, so the tests above can tell the two apart; `tile` takes precedence."""
     model, z = deep(), latent((12, 12))
     whole = decode(model, z)
     model.enable_tiling()

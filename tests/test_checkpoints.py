@@ -425,7 +425,7 @@ def test_what_would_be_sampled_wrongly_is_loaded_and_refused_as_a_whole(argument
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # thousands, from NumPy
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_add_the_noise_that_diffusers_adds(name):
-    """They do so with their defaults, and with those of Stable Diffusion."""
+    """The noise is the same with the schedulers' defaults and with those of Stable Diffusion."""
     scheduler = getattr(pytest.importorskip("diffusers"), name)
     for config in ({}, {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}):
         try:
@@ -604,7 +604,7 @@ MEASURE_SHIPPED = (
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
 def test_peak_memory_of_the_shipped_model(ours):
-    """Loading it takes little more than its weights in float32: the file is never in memory as well."""
+    """Loading it takes little more than its weights in float32: the file is not in memory at the same time."""
     done = subprocess.run([sys.executable, "-c", MEASURE_SHIPPED, str(ours)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0.9 < float(done.stdout) <= 1.2
@@ -649,7 +649,7 @@ PREFIXES = {
 @pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
 @pytest.mark.parametrize("wrapper", PREFIXES)
 def test_prefixes_of_wrappers(wrapper, kind, whole, tmp_path):
-    """The same models, and `found` says so."""
+    """Wrapped names give the same models, and `found` says what was taken off."""
     wrapped = {PREFIXES[wrapper](name): tensor.contiguous() for name, tensor in whole.items()}
     path = tmp_path / f"model.{kind}"
     save_file(wrapped, path) if kind == "safetensors" else torch.save(wrapped, path)
@@ -684,7 +684,7 @@ def test_weights_with_and_without_a_prefix(whole, tmp_path):
 
 
 def test_a_folder_written_by_a_wrapped_model(tmp_path):
-    """In one file and in several."""
+    """The weights are in one file, and then listed in an index."""
     model = UNet(UNET)
     model.save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"

@@ -139,7 +139,7 @@ def test_load_text_encoder(folder, tmp_path):
 
 @torch.no_grad()
 def test_pooled_vector(folder):
-    """It is that of the first end of text; without a projection it is the normalised state, whatever is skipped."""
+    """It is taken at the first end of text. Without a projection it is the normalised state, whatever is skipped."""
     model = encoder(folder, skip=2)
     ends = [len(model.tokenizer(prompt).input_ids) - 1 for prompt in PROMPTS]
     last = encoder(folder)(PROMPTS)

@@ -107,7 +107,7 @@ def test_text_encoder_config_survives_json(text_encoder):
 
 
 def test_transformer_matches_pytorchs_encoder():
-    """It computes the same as nn.TransformerEncoderLayer (norm_first) with the same weights, in float64."""
+    """Ours computes the same as nn.TransformerEncoderLayer (norm_first) with the same weights, in float64."""
     torch.manual_seed(0)
     config = TransformerConfig(vocab_size=11, width=16, depth=1, max_length=7, heads=2, head_dim=8)
     ours = TransformerEmbedder(config).double()

@@ -275,7 +275,7 @@ def test_attention_with_any_scale(isa, scale):
 @pytest.mark.parametrize("shape", [(1, 2, 35, 77, 20), (1, 1, 40, 300, 24)], ids=["few keys", "many keys"])
 @pytest.mark.parametrize("alike", [True, False], ids=["padding", "rows of their own"])
 def test_attention_with_the_lowest_number_in_a_mask(isa, shape, alike):
-    """A row of only this number is uniform, as in PyTorch. Beside other numbers it masks. Only -inf gives zeros."""
+    """A row of only this number is uniform, as in PyTorch; beside other numbers it masks. A row of -inf gives zeros."""
     q, k, v, _, scale = attention_arguments(shape)
     rows, keys = shape[2:4]
     mask = torch.full((1, 1, 1 if alike else rows, keys), torch.finfo(torch.float32).min)

@@ -124,7 +124,7 @@ def rounding_bound(z: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 
 def check_search(case: Case, results: Results) -> None:
-    """The index is the formula's, by the method for these sizes, and only rounding can make another code nearer."""
+    """The method is that for these sizes, the index is the formula's, and no code is nearer by more than rounding."""
     assert results.method == case.method
     index = results.kernel.index
     np.testing.assert_array_equal(index, results.formula.index)

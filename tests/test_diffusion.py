@@ -173,7 +173,7 @@ def test_beta_schedule_errors(name, steps, message):
 
 @pytest.mark.parametrize("t", [[-1], [0, 1000]])
 def test_timestep_out_of_range(t):
-    """It is refused: a negative index would silently read the schedule from its end."""
+    """A timestep out of range is refused: a negative index would silently read the schedule from its end."""
     t = torch.tensor(t)
     z = torch.zeros(len(t), 3, 4, 4)
     for call in (

@@ -81,7 +81,7 @@ def test_writing_a_kernel() -> None:
 
 @ids
 def test_commands(page: Path) -> None:
-    """Their options and arguments are known, and their scripts and tests exist."""
+    """Commands have known options and arguments, and scripts and tests that exist."""
     for line in re.sub(r"\\\n", " ", blocks(page, "bash")).splitlines():
         for command in line.split("#")[0].split("&&"):
             words = shlex.split(command)

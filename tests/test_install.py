@@ -179,7 +179,7 @@ def test_native_modules_of_another_version_are_reported_and_not_used(next_versio
 
 
 def test_a_source_distribution_holds_the_whole_checkout(tmp_path):
-    """It holds everything that is needed to build, run and test the package."""
+    """The archive holds everything that is needed to build, run and test the package."""
     source, folders = tmp_path / "source", ("ldm_fast", "kernels", "csrc", "tests", "benchmarks", "docs", "examples")
     for name in folders:
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns(*BUILT))

@@ -262,7 +262,7 @@ def test_ties_across_groups_and_chunks() -> None:
 @pytest.mark.parametrize("way", cpu.SEARCHES)
 @pytest.mark.parametrize(("width", "kind"), [(3, "kmeans"), (8, "offset 10"), (5, "small ball"), (64, "normal")])
 def test_result_does_not_depend_on_threads_and_split(width: int, kind: str, way: str, threads: Any) -> None:
-    """Nor does it show if a search is given up and tried again (small ball)."""
+    """The result is the same even if a search is given up and tried again (small ball)."""
     z, codebook = data(kind, width, 3000, 1100)
     threads(1)
     expected = search(z, codebook, way)
@@ -361,7 +361,7 @@ def test_stats_by_the_reference() -> None:
 def test_stats(way: str, width: int, dtype: torch.dtype, threads: Any) -> None:
     """The indices are those of the plain op. Sums are taken in float64 in the order of the rows, and rounded once.
 
-    With 40,000 rows several threads count. One of the codes gets no rows, another one thousands.
+    With 40,000 rows several threads count. One of the codes gets no rows, another gets thousands.
     """
     rows = 40_000 if width <= 4 else 3000
     z, codebook = data("normal", width, rows, 70, dtype)

@@ -396,7 +396,7 @@ def test_only_the_gradients_asked_for(op: str) -> None:
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_second_derivatives_raise(op: str) -> None:
-    """The ops have none, and a gradient penalty must not silently get zeros."""
+    """The ops have no second derivatives, and a gradient penalty must not silently get zeros."""
     inputs = make_inputs(op, SOME[op][1], torch.float32)
     key = "q" if op == "attention" else "x"
     inputs[key] = inputs[key].requires_grad_()
@@ -787,7 +787,7 @@ def test_use_impl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(why_not("attention", "torch") is not None, reason=str(why_not("attention", "torch")))
 def test_pytorchs_attention_is_chosen_if_it_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was in bfloat16 on tile units (AMX), where our kernels reach a half to a fifth of PyTorch's speed."""
+    """It was faster in bfloat16 on tile units (AMX), where our kernels reach a half to a fifth of PyTorch's speed."""
 
     def chosen(keys: int, width: int, dtype: torch.dtype = torch.bfloat16, mask: Tensor | None = None) -> str:
         q, k = torch.zeros(1, 2, 16, width, dtype=dtype), torch.zeros(1, 2, keys, width, dtype=dtype)
