@@ -93,9 +93,12 @@ def _check_vector(op: str, name: str, vector: Tensor | None, shape: tuple[int, .
 def _is_dense(x: Tensor) -> bool:
     if x.is_contiguous():
         return True
-    if x.ndim == 4:
-        return x.is_contiguous(memory_format=torch.channels_last)
-    return x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
+    try:
+        if x.ndim == 4:
+            return x.is_contiguous(memory_format=torch.channels_last)
+        return x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
+    except RuntimeError:  # vmap cannot tell
+        return False
 
 
 def _forward(norm: Norm, impl: str | None) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from ldm_fast.ops.torch_private import someone_may_watch, tangents_may_exist
+from ldm_fast.ops.torch_private import someone_may_watch, tangents_may_exist, transform_may_differentiate
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 NO_SECOND_DERIVATIVE = "{}: has no second derivative (for a gradient penalty, write it out in PyTorch's own ops)"
+NO_FORWARD_MODE = "{}: has no forward-mode derivative{}; use reverse mode (torch.func.vjp, grad, jacrev)"
 OPS: dict[str, Op[..., Any]] = {}
 
 _library = torch.library.Library("ldm_fast", "DEF")
@@ -51,6 +52,7 @@ class Op(Generic[P, R]):
         keep: tuple[int, ...] = (),
         ordinary: Callable[[Callable[..., Tensor]], tuple[Any, ...]] | None = None,
     ) -> None:
+        self._name = name
         self._compute: Callable[..., R] = compute
         self._gradients, self._keep, self.ordinary = backward, keep, ordinary
         kinds = get_type_hints(compute)
@@ -73,12 +75,12 @@ class Op(Generic[P, R]):
             _library.impl(name, self._taking_fields(compute), device)
         torch.library.register_fake(f"ldm_fast::{name}", self._taking_fields(fake), lib=_library)
         self._dispatched: Callable[..., R] = getattr(torch.ops.ldm_fast, name)
-        self._recorded = self._dispatched
+        self._recorded = self._transformed = self._dispatched
         if backward is not None:
             torch.library.register_autograd(
                 f"ldm_fast::{name}", self._backward, setup_context=self._set_up, lib=_library
             )
-            self._recorded = self._autograd_function()
+            self._recorded, self._transformed = self._autograd_function(), self._function_for_transforms()
         OPS[name] = self
 
     def __call__(self, *args: P.args, **_: P.kwargs) -> R:
@@ -91,7 +93,8 @@ class Op(Generic[P, R]):
             first = self._record[0]
             flat = (*flat[:first], *flat[first], *flat[first + 1 :])
         if someone_may_watch():
-            return self._dispatched(*flat)
+            transformed = not torch.compiler.is_compiling() and transform_may_differentiate()
+            return (self._transformed if transformed else self._dispatched)(*flat)
         recording, recorded = torch.is_grad_enabled(), False
         for position in self._tensors:
             tensor = flat[position]
@@ -152,6 +155,35 @@ class Op(Generic[P, R]):
 
         return Recorded.apply
 
+    def _function_for_transforms(self) -> Callable[..., R]:
+        """Return the op for the transforms of `torch.func`: what the dispatcher has does not work under them.
+
+        They need `forward` and `setup_context` apart, and that takes longer for a small op than `Recorded` does.
+        """
+        op = self
+
+        class Transformed(torch.autograd.Function):
+            generate_vmap_rule = True
+
+            @staticmethod
+            def forward(*flat: Any) -> Any:
+                return op._dispatched(*flat)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+                op._set_up(ctx, inputs, output)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return op._backward(ctx, *grads)
+
+            @staticmethod
+            def jvp(ctx: Any, *tangents: Any) -> Any:
+                raise NotImplementedError(NO_FORWARD_MODE.format(op._name, ""))
+
+        apply: Callable[..., R] = Transformed.apply
+        return apply
+
 
 # ---- what the ops check ----
 
@@ -186,4 +218,4 @@ def check_no_tangent(op: str, **tensors: Tensor | None) -> None:
         return
     for name, tensor in tensors.items():
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(f"{op}: has no forward-mode derivative, but {name} has a tangent")
+            raise NotImplementedError(NO_FORWARD_MODE.format(op, f", but {name} has a tangent"))

@@ -35,6 +35,7 @@ _is_tracing = _question("_C._is_tracing")
 _count_dispatch_modes = _question("_C._len_torch_dispatch_stack")
 _count_function_modes = _question("_C._len_torch_function_stack")
 _innermost_transform = _question("_C._functorch.peek_interpreter_stack")
+_functionalization = _question("_C._functorch.TransformType.Functionalize")
 _is_profiling = _question("autograd._profiler_enabled")
 _is_any_autocast_on = _question("_C._is_any_autocast_enabled")
 
@@ -68,6 +69,12 @@ def someone_may_watch() -> bool:
         or _innermost_transform() is not None
         or _is_profiling()
     )
+
+
+def transform_may_differentiate() -> bool:
+    """Whether a transform of `torch.func` may be on that differentiates, or under which another one does."""
+    innermost = _innermost_transform()
+    return innermost is not None and (innermost is True or innermost.key() != _functionalization)
 
 
 def graph_may_be_made() -> bool:
