@@ -160,6 +160,32 @@ CONDITIONAL = {
             mid_block_only_cross_attention=True,
         )
     ),
+    "x2 latent upscaler": Case(
+        dict(
+            blocks("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+            block_out_channels=(32, 64, 64),
+            layers_per_block=2,
+            mid_block_type=None,
+            norm_num_groups=None,
+            act_fn="gelu",
+            attention_head_dim=16,
+            conv_in_kernel=1,
+            conv_out_kernel=1,
+            time_cond_proj_dim=12,
+            time_embedding_type="fourier",
+            timestep_post_act="gelu",
+        ),
+        {"timestep_cond": normal(2, 12), "timestep": torch.tensor([0.3, -0.2]), **MASK},
+    ),
+    "K levels of other widths": Case(
+        dict(
+            blocks("KDownBlock2D", "KCrossAttnDownBlock2D", "KDownBlock2D"),
+            block_out_channels=(32, 64, 128),
+            layers_per_block=(1, 3, 2),
+            mid_block_type=None,
+            attention_head_dim=(16, 32, 8),
+        )
+    ),
 }
 UNCONDITIONAL = {
     "gelu, unconditional": Case(dict(act_fn="gelu", class_embed_type="timestep"), LABELS),

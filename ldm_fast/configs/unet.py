@@ -14,6 +14,8 @@ DOWN_BLOCK_TYPES = (
     "CrossAttnDownBlock2D",
     "ResnetDownsampleBlock2D",
     "SimpleCrossAttnDownBlock2D",
+    "KDownBlock2D",
+    "KCrossAttnDownBlock2D",
 )
 # "ResnetMidBlock2D" is one residual block: what a UNet2DConditionModel makes of "UNetMidBlock2D".
 MID_BLOCK_TYPES = (
@@ -97,7 +99,7 @@ class UNetConfig(UNetDetails):
     encoder_hid_dim: int | None = None  # width of a context that is projected to cross_attention_dim first
     # "text_proj"; "ip_image_proj" once IP-Adapters are loaded; Kandinsky's "text_image_proj" and "image_proj"
     encoder_hid_dim_type: str | None = None
-    norm_num_groups: int = 32
+    norm_num_groups: int | None = 32  # None only if all levels are "K…", whose groups are of 32 channels
     norm_eps: float = 1e-5
     dropout: float = 0.0
 
@@ -115,12 +117,15 @@ class UNetConfig(UNetDetails):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
                 raise ValueError(f"UNetConfig: {name} needs one value or {levels}, got {value}")
-        check_positive(self, "norm_num_groups")
+        if self.norm_num_groups is not None:
+            check_positive(self, "norm_num_groups")
+        elif self.mid_block_type is not None or not all(kind.startswith("K") for kind in self.down_block_types):
+            raise ValueError("UNetConfig: norm_num_groups must be a positive number, got None")
         for level in range(levels):
             if not isinstance(self.layers(level), int) or self.layers(level) < 1:
                 raise ValueError(f"UNetConfig: layers_per_block must be a positive number, got {self.layers_per_block}")
         for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
+            if self.norm_num_groups is not None and channels % self.norm_num_groups:
                 raise ValueError(f"UNetConfig: norm_num_groups {self.norm_num_groups} must divide {channels} channels")
 
     def _check_choices(self) -> None:
@@ -193,6 +198,11 @@ class UNetConfig(UNetDetails):
         """The width of the context that the network is called with, before any projection."""
         return self.encoder_hid_dim or self.cross_attention_dim
 
+    @property
+    def groups(self) -> int:
+        """The number of groups of a norm. `norm_num_groups` may be None only if no norm of ours looks at it."""
+        return self.given("norm_num_groups")
+
     def at_level(self, name: str, level: int) -> Any:
         """The value of a field that holds for all levels or is given level by level."""
         value = getattr(self, name)
@@ -232,7 +242,7 @@ class UNetConfig(UNetDetails):
         channels, heads = self.block_out_channels[level], self.at_level("num_attention_heads", level)
         # diffusers does not turn the list of widths round for the way up, and weights are trained like that.
         width = self.at_level("attention_head_dim", -1 - level if "Up" in block_type else level)
-        if width is not None and (block_type.startswith(("Attn", "Simple")) or "SimpleCrossAttn" in block_type):
+        if width is not None and (block_type.startswith(("Attn", "K")) or "SimpleCrossAttn" in block_type):
             if width > channels:
                 raise ValueError(f"UNetConfig: attention_head_dim {width} is more than {channels} channels")
             return channels // width, width

@@ -169,7 +169,7 @@ def _conditional_unet(params: Parameters) -> UNetConfig:
         by_default = everywhere if isinstance(everywhere, bool) else False
         given["mid_block_only_cross_attention"] = by_default if middle_only_cross is None else middle_only_cross
     kinds = (*given["down_block_types"], *(given["up_blocks"] or ()), given["mid_block_type"] or "")
-    if any(kind.startswith("Attn") or "SimpleCrossAttn" in kind for kind in kinds):
+    if any(kind.startswith(("Attn", "K")) or "SimpleCrossAttn" in kind for kind in kinds):
         given["attention_head_dim"] = heads
     return UNetConfig(**given, num_attention_heads=heads)
 

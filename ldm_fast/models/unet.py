@@ -90,12 +90,13 @@ class UNet(Pretrained):
             for i, kind in enumerate(config.up_block_types)
         )
         self.mid_block = middle  # after the way up: optimizers know parameters by diffusers' order
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
-        self.conv_act = activation(config.act_fn if config.is_conditional else "silu")
+        groups = config.norm_num_groups  # None if only levels are there that do not look at it
+        self.conv_norm_out = None if groups is None else GroupNorm(groups, channels[0], config.norm_eps)
+        self.conv_act = None if groups is None else activation(config.act_fn if config.is_conditional else "silu")
         self.conv_out = _convolution(channels[0], config.out_channels, config.conv_out_kernel)
         self.id_predictor: nn.Module | None = None
         if config.n_embed is not None:
-            norm = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+            norm = GroupNorm(config.given("norm_num_groups"), channels[0], config.norm_eps)
             self.id_predictor = nn.Sequential(norm, nn.Conv2d(channels[0], config.n_embed, 1))
         name_attentions(self)
 
@@ -201,6 +202,8 @@ class UNet(Pretrained):
         """Return the prediction, (B, C, H, W) → (B, out_channels, H, W), or that of codes (B, n_embed, H, W)."""
         if self.id_predictor is not None:
             h = self.id_predictor(h)
+        elif self.conv_norm_out is None or self.conv_act is None:
+            h = self.conv_out(h)
         else:
             h = self.conv_out(norm_and_activation(self.conv_norm_out, self.conv_act, h))
         return h

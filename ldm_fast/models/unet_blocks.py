@@ -17,11 +17,12 @@ from ldm_fast.models.attention_processors import NOTHING
 from ldm_fast.models.embeddings import activation
 from ldm_fast.models.freeu import apply_freeu
 from ldm_fast.models.image_prompts import Context
+from ldm_fast.models.k_blocks import KCrossAttnDownBlock2D, KCrossAttnUpBlock2D, KDownBlock2D, KUpBlock2D
 from ldm_fast.models.layers import Downsample2D, GroupNorm, ResnetBlock2D, Transformer2DModel, Upsample2D
 from ldm_fast.models.rare_layers import AddedKVAttention
 from ldm_fast.models.recompute import Recomputed
 
-B = TypeVar("B", bound="Block")
+B = TypeVar("B", bound=Recomputed)
 
 
 def _res_block(
@@ -41,7 +42,7 @@ def _res_block(
         inputs,
         outputs,
         time_channels=time_channels,
-        groups=config.norm_num_groups,
+        groups=config.groups,
         eps=config.norm_eps,
         scale_shift=config.resnet_time_scale_shift == "scale_shift",
         resample=resample,
@@ -55,7 +56,7 @@ def _res_block(
 def _attention(
     config: UNetConfig, level: int, block_type: str, depth: int = 1, only_cross_attention: bool = False
 ) -> nn.Module:
-    channels, groups = config.block_out_channels[level], config.norm_num_groups
+    channels, groups = config.block_out_channels[level], config.groups
     heads, head_dim = config.heads(level, block_type)
     if "SimpleCrossAttn" in block_type:
         return AddedKVAttention(
@@ -263,7 +264,7 @@ def _middle_attention(config: UNetConfig, kind: str) -> nn.Module | None:
     if not config.add_attention:
         return None
     channels = config.block_out_channels[level]
-    groups = config.norm_num_groups if config.attn_norm_num_groups is None else config.attn_norm_num_groups
+    groups = config.groups if config.attn_norm_num_groups is None else config.attn_norm_num_groups
     heads, head_dim = config.heads(level, kind)
     return Attention(
         channels,
@@ -370,9 +371,13 @@ def _by_name(*blocks: type[B]) -> dict[str, type[B]]:
     return {block.__name__: block for block in blocks}
 
 
-DOWN_BLOCKS = _by_name(
-    DownBlock2D, AttnDownBlock2D, CrossAttnDownBlock2D, ResnetDownsampleBlock2D, SimpleCrossAttnDownBlock2D
-)
+DOWN_BLOCKS: dict[str, type[Recomputed]] = {
+    **_by_name(DownBlock2D, AttnDownBlock2D, CrossAttnDownBlock2D, ResnetDownsampleBlock2D, SimpleCrossAttnDownBlock2D),
+    **_by_name(KDownBlock2D, KCrossAttnDownBlock2D),
+}
 MID_BLOCKS = _by_name(UNetMidBlock2D, UNetMidBlock2DCrossAttn, UNetMidBlock2DSimpleCrossAttn)
 MID_BLOCKS["ResnetMidBlock2D"] = UNetMidBlock2D
-UP_BLOCKS = _by_name(UpBlock2D, AttnUpBlock2D, CrossAttnUpBlock2D, ResnetUpsampleBlock2D, SimpleCrossAttnUpBlock2D)
+UP_BLOCKS: dict[str, type[Recomputed]] = {
+    **_by_name(UpBlock2D, AttnUpBlock2D, CrossAttnUpBlock2D, ResnetUpsampleBlock2D, SimpleCrossAttnUpBlock2D),
+    **_by_name(KUpBlock2D, KCrossAttnUpBlock2D),
+}
