@@ -46,7 +46,10 @@ def _ours(cls: type) -> Any:
 @functools.cache
 def _made(base: Any, kind: str) -> Any:
     theirs = getattr(require_diffusers(), kind)
+    from diffusers.models.attention_processor import AttnProcessor
+
     members = {
+        "default_processor": AttnProcessor,
         "__module__": theirs.__module__,
         "__doc__": f"`ldm_fast.{base.__name__}` in the place of diffusers' {kind}.",
         "__init__": _with_signature_of(theirs, base),

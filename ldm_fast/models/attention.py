@@ -215,7 +215,8 @@ class Attention(ProcessorTools):
         kind = type(self.processor)
         if self._runs_processor or kind.__call__ is not self._processor_call:
             return f"processor {kind.__name__} of {kind.__module__} computes attention in a way of its own"
-        return "its forward was replaced" if "forward" in self.__dict__ else None
+        hooked = hasattr(self, "_hf_hook") or hasattr(self, "_diffusers_hook")  # these call ours in the end
+        return "its forward was replaced" if "forward" in self.__dict__ and not hooked else None
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm_fast.configs.first_stage import AutoencoderConfig, VQConfig
-from ldm_fast.models.attention import join_projections, name_attentions
+from ldm_fast.models.attention import name_attentions
+from ldm_fast.models.attention_methods import AttentionMethods
 from ldm_fast.models.bands import BANDS_PER_TILE, decode_in_bands, encode_in_bands
 from ldm_fast.models.coders import Decoder, Encoder
 from ldm_fast.models.outputs import AutoencoderKLOutput, DecoderOutput, VQEncoderOutput
@@ -39,7 +40,7 @@ def _after_offloading(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-class _FirstStage(Pretrained):
+class _FirstStage(AttentionMethods, Pretrained):
     """What the two first stages share: E, D and the 1×1 convolutions on either side of the latent.
 
     With `tile`, `encode` and `decode` work on a large image in the memory of tiles of `tile` latents a side, with the
@@ -101,10 +102,6 @@ class _FirstStage(Pretrained):
         wide = self.dtype == torch.float16 and self.config.force_upcast
         with Float32Arithmetic() if wide else contextlib.nullcontext():
             yield torch.float32 if wide else self.dtype
-
-    def join_projections(self) -> None:
-        """Compute q, k and v of every attention in one product: a layout for inference. See `UNet.join_projections`."""
-        join_projections(self)
 
     def enable_slicing(self) -> None:
         """Encode and decode one image of a batch at a time."""

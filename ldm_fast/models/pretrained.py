@@ -121,11 +121,18 @@ class Pretrained(nn.Module):
         config = cls._read_config(entries_of(type(module), values))
         if any(tensor.is_meta for tensor in module.parameters()):
             raise CheckpointError(f"{theirs}: the module is offloaded; bring its weights back first")
-        model: Any = assemble(stand_in(cls, kind), config, module.state_dict(), None, theirs, mixed=True)
+        weights, shared = _without_adapters(module)
+        model: Any = assemble(stand_in(cls, kind), config, weights, None, theirs, mixed=True)
         trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
         model.describe_as(dict(values))
+        for name, part in shared.items():
+            setattr(model, name, part)
+            model.config.encoder_hid_dim_type = "ip_image_proj"  # which loaders set as an attribute alone
+        for name, layer in model.named_modules():
+            if hasattr(layer, "set_processor"):  # those of others go on computing their layers
+                layer.set_processor(module.get_submodule(name).get_processor())  # type: ignore[operator]
         return model.train(module.training)
 
     def save_pretrained(
@@ -230,6 +237,18 @@ class Pretrained(nn.Module):
 
     def _own_config(self) -> ModelConfig:
         return self._read_config(self.config) if isinstance(self.config, Mapping) else self._own(self.config)
+
+
+def _without_adapters(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
+    """Return the weights of a diffusers module but those in processors, and the modules that IP-Adapters added."""
+    shared: dict[str, nn.Module] = {}
+    if getattr(module.config, "encoder_hid_dim_type", None) == "ip_image_proj":
+        names = ("encoder_hid_proj", "text_encoder_hid_proj")
+        shared = {name: part for name, part in module.named_children() if name in names}
+    left = tuple(f"{name}." for name in shared)
+    state = module.state_dict()
+    weights = {name: t for name, t in state.items() if ".processor." not in name and not name.startswith(left)}
+    return weights, shared
 
 
 def read_folder(folder: Path, variant: str | None) -> tuple[dict[str, Any], str, dict[str, Tensor]]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ldm_fast.configs.unet import UNetConfig
 from ldm_fast.interop.names import UNET_PREFIX
-from ldm_fast.models.attention import Attention, attention_layers, join_projections, name_attentions
-from ldm_fast.models.attention_processors import AttnProcessor
+from ldm_fast.models.attention import Attention, name_attentions
+from ldm_fast.models.attention_methods import AttentionMethods
 from ldm_fast.models.embeddings import (
     Timesteps,
     activation,
@@ -27,7 +27,7 @@ from ldm_fast.models.layers import GroupNorm, ResnetBlock2D, Transformer2DModel,
 from ldm_fast.models.memory import recall
 from ldm_fast.models.outputs import UNetOutput
 from ldm_fast.models.pretrained import Pretrained
-from ldm_fast.models.unet_blocks import DOWN_BLOCKS, MID_BLOCKS, UP_BLOCKS
+from ldm_fast.models.unet_blocks import DOWN_BLOCKS, MID_BLOCKS, UP_BLOCKS, UpBlock2D
 from ldm_fast.models.unet_inputs import (
     add_extras,
     add_residuals,
@@ -44,7 +44,7 @@ from ldm_fast.models.unet_inputs import (
 from ldm_fast.ops.op import autocast_dtype
 
 
-class UNet(Pretrained):
+class UNet(AttentionMethods, Pretrained):
     """UNet(config)(sample, timestep, encoder_hidden_states) → prediction in the parameterisation it was trained in.
 
     Takes what diffusers' UNet2DConditionModel takes, including the residuals of ControlNets and T2I-Adapters, and
@@ -306,46 +306,15 @@ class UNet(Pretrained):
         t = torch.as_tensor(timesteps, device=self.device).reshape(-1)
         self.time_embedding.remember(t, self.time_proj(t).to(self.dtype))
 
-    def join_projections(self) -> None:
-        """Compute q, k and v (k and v of a context) of every attention in one product: a layout for inference.
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Weigh skips (s) and backbone (b) of the first two levels on the way up: see `models.freeu`."""
+        for block in cast("list[UpBlock2D]", self.up_blocks):
+            block.s1, block.s2, block.b1, block.b2 = s1, s2, b1, b2
 
-        Moves weights in memory, layer by layer; changes no value and exchanges no parameter. Copies, other devices and
-        dtypes keep the layout, `train()` ends it. Call it again after `load_state_dict(assign=True)`.
-
-        Joined weights share memory. Programs that look at storages (accelerate, `safetensors.torch.save_model`) take
-        them for tied ones and leave some of them out: let them store models that are not joined.
-        """
-        join_projections(self)
-
-    @property
-    def attn_processors(self) -> dict[str, Any]:
-        """{"….attn1.processor": processor} of all attentions in diffusers' order: way down, way up, middle."""
-        return {f"{name}.processor": layer.get_processor() for name, layer in self._attention_layers().items()}
-
-    def set_attn_processor(self, processor: Any | dict[str, Any]) -> None:
-        """Set one processor for all attentions, or one for each as in `attn_processors`.
-
-        See `Attention.set_processor`. ValueError if a dictionary does not have exactly the names of the attentions.
-        """
-        layers = self._attention_layers()
-        if not isinstance(processor, dict):
-            processor = {f"{name}.processor": processor for name in layers}
-        wanted = {f"{name}.processor" for name in layers}
-        if processor.keys() != wanted:
-            wrong = sorted(processor.keys() ^ wanted)
-            raise ValueError(f"set_attn_processor: needs one processor for each attention; missing or unknown: {wrong}")
-        for name, layer in layers.items():
-            layer.set_processor(processor[f"{name}.processor"])
-
-    def set_default_attn_processor(self) -> None:
-        """Go back to attention without IP-Adapters."""
-        self.set_attn_processor(AttnProcessor())
-
-    def _attention_layers(self) -> dict[str, Attention]:
-        parts: dict[str, nn.Module] = {"down_blocks": self.down_blocks, "up_blocks": self.up_blocks}
-        if self.mid_block is not None:
-            parts["mid_block"] = self.mid_block
-        return {f"{part}.{name}": layer for part in parts for name, layer in attention_layers(parts[part]).items()}
+    def disable_freeu(self) -> None:
+        """End what `enable_freeu` began."""
+        for block in cast("list[UpBlock2D]", self.up_blocks):
+            block.s1 = block.s2 = block.b1 = block.b2 = None
 
     @torch.no_grad()
     def zero_residuals(self) -> None:
