@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm_fast.ops.arguments import Norm
 from ldm_fast.ops.native import extension, load_module
+from ldm_fast.ops.threads import usable_threads
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
@@ -93,7 +94,7 @@ def _attention(
         out.stride(),
         (0, 0, 0, 0) if mask is None else mask.stride(),
         scale,
-        torch.get_num_threads(),
+        usable_threads(),
     )
 
 
@@ -129,7 +130,7 @@ def _norm(norm: Norm) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
         0 if scale is None else scale.data_ptr(),
         0 if shift is None else shift.data_ptr(),
         eps,
-        torch.get_num_threads(),
+        usable_threads(),
     )
     return record, vectors
 
@@ -261,6 +262,6 @@ def _search_codebook(
             index.data_ptr(),
             _address(counts),
             _address(sums),
-            torch.get_num_threads(),
+            usable_threads(),
         )
     )
