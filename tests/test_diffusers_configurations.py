@@ -96,6 +96,9 @@ CONDITIONAL = {
             reverse_transformer_layers_per_block=(1, (2, 1, 1)),
         )
     ),
+    "more depths than transformers": Case(
+        dict(transformer_layers_per_block=[[3, 2], 1], reverse_transformer_layers_per_block=[[3, 4], [1, 2, 5]])
+    ),
     "unequal ways": Case(dict(up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))),
     "self attention": Case(dict(blocks(SELF, CROSS, SELF), attention_head_dim=(4, 2, 8))),
     "self attention up": Case(
@@ -189,6 +192,7 @@ CONDITIONAL = {
 }
 UNCONDITIONAL = {
     "gelu, unconditional": Case(dict(act_fn="gelu", class_embed_type="timestep"), LABELS),
+    "heads that do not divide": Case(dict(blocks(DOWN, SELF, SELF), attention_head_dim=3)),
     "published DDPM, all of it": Case(
         dict(blocks(DOWN, SELF, DOWN), flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, layers_per_block=2)
     ),

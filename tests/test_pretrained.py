@@ -175,8 +175,11 @@ def test_from_config_ignores_private_keys_and_knows_both_unets():
     unconditional |= {"up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
     config = UNet.from_config(unconditional).config
     assert config.heads(1) == (4, 16) and config.cross_attention_dim is None and config.in_channels == 3
-    with pytest.raises(ValueError, match="attention_head_dim 24 does not divide 64"):
-        UNet.from_config({**unconditional, "attention_head_dim": 24})
+    assert UNet.from_config({**unconditional, "attention_head_dim": 24}).config.heads(1, "AttnUpBlock2D") == (2, 24)
+    with pytest.raises(ValueError, match="attention_head_dim 80 is more than 64 channels"):
+        UNet.from_config({**unconditional, "attention_head_dim": 80})
+    averaged = {**unconditional, "decay": 0.999, "optimization_step": 7, "use_ema_warmup": False}
+    assert UNet.from_config(averaged).config == config  # as EMAModel.save_pretrained writes it
     unequal = {"downsample_type": "resnet", "upsample_type": "resnet", "up_block_types": ["AttnUpBlock2D"] * 2}
     with pytest.raises(ValueError, match="downsample_type 'resnet' needs up_block_types that mirror"):
         UNet.from_config({**unconditional, **unequal})

@@ -242,7 +242,8 @@ class UNetConfig(UNetDetails):
         channels, heads = self.block_out_channels[level], self.at_level("num_attention_heads", level)
         # diffusers does not turn the list of widths round for the way up, and weights are trained like that.
         width = self.at_level("attention_head_dim", -1 - level if "Up" in block_type else level)
-        if width is not None and (block_type.startswith(("Attn", "K")) or "SimpleCrossAttn" in block_type):
+        by_width = block_type.startswith(("Attn", "K")) or "SimpleCrossAttn" in block_type
+        if width is not None and (by_width or block_type == "UNetMidBlock2D"):
             if width > channels:
                 raise ValueError(f"UNetConfig: attention_head_dim {width} is more than {channels} channels")
             return channels // width, width

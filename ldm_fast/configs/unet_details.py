@@ -31,7 +31,8 @@ class UNetDetails:
     )
     # Heads on the way up, if others; only where pixels attend to themselves alone (the original's num_heads_upsample).
     num_attention_heads_up: int | None = None
-    # Width of a head in levels whose kind goes by it if it is given: "Attn…" and "SimpleCrossAttn…".
+    # Width of a head in levels whose kind goes by it if it is given: "Attn…", "K…", "SimpleCrossAttn…" and the$
+    # middle of a UNet without a context. It need not divide the channels.
     attention_head_dim: int | tuple[int, ...] | None = None
     attn_norm_num_groups: int | None = None  # of the norm of the middle's attention; 0: there is none
     add_attention: bool = True  # in the middle, "UNetMidBlock2D"

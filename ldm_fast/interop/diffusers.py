@@ -12,6 +12,9 @@ from ldm_fast.configs.from_dict import as_tuple
 from ldm_fast.configs.unet import DOWN_BLOCK_TYPES, UNetConfig
 from ldm_fast.interop.parameters import Parameters, one_value
 
+# What diffusers' EMAModel writes into the configuration of a model whose moving average it saves.
+EMA_KEYS = frozenset("decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup".split())
+
 ModelConfig = UNetConfig | AutoencoderConfig | VQConfig
 
 # Schedulers whose z_t has the distribution q(z_t | z_0) of ours, with the β_1 and β_T that their classes default to.
@@ -49,7 +52,8 @@ def config_from_diffusers(config: Mapping[str, Any]) -> ModelConfig:
     name = config.get("_class_name")
     if name not in READERS:
         raise ValueError(f"config: _class_name must be one of {', '.join(READERS)}, got {name!r}")
-    return READERS[name](Parameters(name, {key: v for key, v in config.items() if not key.startswith("_")}))
+    ours = {key: v for key, v in config.items() if not key.startswith("_") and key not in EMA_KEYS}
+    return READERS[name](Parameters(name, ours))
 
 
 def described_class(config: Mapping[str, Any], candidates: tuple[str, ...]) -> str:
@@ -162,6 +166,7 @@ def _conditional_unet(params: Parameters) -> UNetConfig:
     params.finish()
     if given.get("encoder_hid_dim") is not None and given.get("encoder_hid_dim_type") is None:
         given["encoder_hid_dim_type"] = "text_proj"
+    _keep_depths_in_use(given)
     if given["mid_block_type"] == "UNetMidBlock2D":
         given["mid_block_type"] = "ResnetMidBlock2D"
     if given["mid_block_type"] == "UNetMidBlock2DSimpleCrossAttn":
@@ -172,6 +177,28 @@ def _conditional_unet(params: Parameters) -> UNetConfig:
     if any(kind.startswith(("Attn", "K")) or "SimpleCrossAttn" in kind for kind in kinds):
         given["attention_head_dim"] = heads
     return UNetConfig(**given, num_attention_heads=heads)
+
+
+def _keep_depths_in_use(given: dict[str, Any]) -> None:
+    """Shorten lists of depths to what diffusers looks at: one for each transformer that a level has."""
+    down = given["down_block_types"]
+    layers = given.get("layers_per_block", UNetConfig.layers_per_block)
+    layers = layers if isinstance(layers, tuple) else (layers,) * len(down)
+    ways = (
+        ("transformer_layers_per_block", down, layers),
+        (
+            "reverse_transformer_layers_per_block",
+            given["up_blocks"] or _mirrored(down),
+            [count + 1 for count in reversed(layers)],
+        ),
+    )
+    for name, kinds, counts in ways:
+        depths = given.get(name)
+        if isinstance(depths, tuple) and len(depths) == len(kinds) == len(counts):
+            given[name] = tuple(
+                depth if isinstance(depth, int) else depth[:count] if kind.startswith("CrossAttn") else depth[0]
+                for depth, kind, count in zip(depths, kinds, counts, strict=True)
+            )
 
 
 def _as_conditional_unet(config: UNetConfig) -> dict[str, Any]:
@@ -210,9 +237,8 @@ def _unconditional_unet(params: Parameters) -> UNetConfig:
             raise ValueError(f"{params.owner}: downsample_type 'resnet' needs up_block_types that mirror {down}")
         resample = tuple("resnet" if kind.startswith("Attn") else "conv" for kind in down)
     levels = zip(given["block_out_channels"], (*down[:-1], "AttnMiddle"), strict=True)
-    for channels, block in levels:
-        if width and block.startswith("Attn") and channels % width:
-            raise ValueError(f"{params.owner}: attention_head_dim {width} does not divide {channels} channels")
+    if width and any(kind.startswith("Attn") and channels % width for channels, kind in levels):
+        given["attention_head_dim"] = width
     heads = tuple(max(1, channels // width) if width else 1 for channels in given["block_out_channels"])
     return UNetConfig(**given, num_attention_heads=heads, cross_attention_dim=None, resample_type=resample)
 
@@ -225,7 +251,7 @@ def _as_unconditional_unet(config: UNetConfig) -> dict[str, Any]:
         "_class_name": "UNet2DModel",
         **{name: value for name, value in asdict(config).items() if name in UNCONDITIONAL_FIELDS},
         "up_block_types": config.up_block_types,
-        "attention_head_dim": config.heads(level)[1],
+        "attention_head_dim": config.heads(level, "UNetMidBlock2D")[1],
         "attn_norm_num_groups": groups or None,
         "downsample_type": "resnet" if resnet else "conv",
         "upsample_type": "resnet" if resnet else "conv",
