@@ -17,6 +17,7 @@ from ldm_fast.files.model_folder import remove_weights, weight_files, write_weig
 from ldm_fast.files.tensors import CheckpointError, read_json, read_shards, read_tensors, write_tensors
 from ldm_fast.interop import compvis, diffusers
 from ldm_fast.interop.diffusers import ModelConfig
+from ldm_fast.interop.layer_stand_ins import stand_in_layers
 from ldm_fast.interop.names import (
     UNET_PREFIX,
     Config,
@@ -130,6 +131,7 @@ class Pretrained(nn.Module):
         for name, part in shared.items():
             setattr(model, name, part)
             model.config.encoder_hid_dim_type = "ip_image_proj"  # which loaders set as an attribute alone
+        stand_in_layers(model)
         for name, layer in model.named_modules():
             if hasattr(layer, "set_processor"):  # those of others go on computing their layers
                 layer.set_processor(module.get_submodule(name).get_processor())  # type: ignore[operator]
