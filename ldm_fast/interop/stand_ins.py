@@ -266,12 +266,6 @@ class _Described:
         text: str = self.to_json_string()
         return text
 
-    def fuse_qkv_projections(self) -> None:
-        """Do nothing: attention here is as fast with separate projections; see `join_projections`."""
-
-    def unfuse_qkv_projections(self) -> None:
-        """Do nothing, as `fuse_qkv_projections`."""
-
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickle and copy by our class and the name of the class it stands for: no module holds the class by name."""
         cls: Any = type(self)

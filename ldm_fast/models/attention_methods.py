@@ -31,7 +31,10 @@ class AttentionMethods(nn.Module):
         wanted = {f"{name}.processor" for name in layers}
         if processor.keys() != wanted:
             wrong = sorted(processor.keys() ^ wanted)
-            raise ValueError(f"set_attn_processor: needs one processor for each attention; missing or unknown: {wrong}")
+            raise ValueError(
+                f"set_attn_processor: needs one processor for each attention; the number of processors is "
+                f"{len(processor)} of {len(layers)}; missing or unknown: {wrong}"
+            )
         for name, layer in layers.items():
             layer.set_processor(processor[f"{name}.processor"])
 

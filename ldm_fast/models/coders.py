@@ -45,7 +45,7 @@ class Encoder(_Coder):
         h = self.conv_in(sample)  # (B, C, H, W)
         for block in self.down_blocks:
             h = self._run(block, h)  # (B, C', H/2, W/2)
-        return self._end(self._run(self.mid_block, h))  # (B, outputs, H/f, W/f)
+        return self._end(self.mid_block(h))  # (B, outputs, H/f, W/f)
 
 
 class Decoder(_Coder):
@@ -65,7 +65,7 @@ class Decoder(_Coder):
     def forward(self, sample: Tensor, latent_embeds: None = None) -> Tensor:
         if latent_embeds is not None:
             raise ValueError("Decoder: latent_embeds must be None, since no norm of this decoder looks at them")
-        h = self._run(self.mid_block, self.conv_in(sample))  # (B, C, H/f, W/f)
+        h = self.mid_block(self.conv_in(sample))  # (B, C, H/f, W/f)
         for block in self.up_blocks:
             h = self._run(block, h)  # (B, C', 2H, 2W)
         return self._end(h)  # (B, out, H, W)
@@ -157,7 +157,7 @@ def decoder_block(config: AutoencoderConfig, level: int) -> UpDecoderBlock2D:
     return (AttnUpDecoderBlock2D if level in config.attention_levels else UpDecoderBlock2D)(config, level)
 
 
-class UNetMidBlock2D(nn.Module):
+class UNetMidBlock2D(Recomputed):
     """Residual block, perhaps attention, residual block at the lowest resolution."""
 
     def __init__(self, config: AutoencoderConfig):
@@ -168,8 +168,8 @@ class UNetMidBlock2D(nn.Module):
         self.resnets = resnets
 
     def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.resnets[0](hidden_states, temb)
+        h = self._run(self.resnets[0], hidden_states, temb)
         if self.attentions is not None:
-            h = self.attentions[0](h, temb=temb)
-        out: Tensor = self.resnets[1](h, temb)
+            h = self._run(self.attentions[0], h, temb=temb)
+        out: Tensor = self._run(self.resnets[1], h, temb)
         return out
