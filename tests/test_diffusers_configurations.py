@@ -192,6 +192,27 @@ CONDITIONAL = {
 }
 UNCONDITIONAL = {
     "gelu, unconditional": Case(dict(act_fn="gelu", class_embed_type="timestep"), LABELS),
+    "NCSN++": Case(
+        dict(
+            blocks("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"),
+            block_out_channels=(32, 64, 64),
+            layers_per_block=2,
+            norm_num_groups=None,
+            time_embedding_type="fourier",
+            mid_block_scale_factor=1.414,
+            attention_head_dim=None,
+        ),
+        {"timestep": torch.tensor([3.5, 0.2])},
+    ),
+    "NCSN++ with attention at first": Case(
+        dict(
+            blocks("AttnSkipDownBlock2D", "SkipDownBlock2D"),
+            block_out_channels=(64, 32),
+            norm_num_groups=32,
+            resnet_time_scale_shift="scale_shift",
+            act_fn="gelu",
+        )
+    ),
     "heads that do not divide": Case(dict(blocks(DOWN, SELF, SELF), attention_head_dim=3)),
     "published DDPM, all of it": Case(
         dict(blocks(DOWN, SELF, DOWN), flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, layers_per_block=2)
@@ -336,6 +357,7 @@ def test_what_a_configuration_changes_counts(name):
         ({"layers_per_block": (1, 0)}, r"layers_per_block must be a positive number, got \(1, 0\)"),
         ({"up_block_types": ("UpBlock2D",)}, "up_block_types needs 2 entries, got"),
         ({"up_block_types": ("UpBlock2D", "CrossUpBlock2D")}, "up_block_types must be of .*, got 'CrossUpBlock2D'"),
+        (blocks("SkipDownBlock2D", "SkipDownBlock2D"), "down_block_types must be of .*, got 'SkipDownBlock2D'"),
         ({"mid_block_type": "UNetMidBlock"}, "mid_block_type must be UNetMidBlock2DCrossAttn, .*, got 'UNetMidBlock'"),
         ({"timestep_post_act": "tanh"}, "timestep_post_act must be one of silu, swish, mish, gelu, relu, got 'tanh'"),
         ({"freq_shfit": 1}, "not supported: freq_shfit=1; did you mean 'freq_shift'"),

@@ -30,13 +30,13 @@ from diffusers.models import attention_processor
 from torch import Tensor, nn
 
 import ldm_fast
-from ldm_fast.models import k_blocks, rare_layers
+from ldm_fast.models import k_blocks, rare_layers, skip_blocks
 
 PAGE = Path(__file__).resolve().parents[1] / "compatibility.md"
 TOLERANCE = 1e-4
 RARE = tuple(
     cls
-    for module in (rare_layers, k_blocks)
+    for module in (rare_layers, k_blocks, skip_blocks)
     for cls in vars(module).values()
     if inspect.isclass(cls) and cls.__module__ == module.__name__
 )
@@ -90,7 +90,7 @@ K_BLOCKS = down(
     act_fn="gelu",
     norm_num_groups=None,
 )
-SKIP = dict(block_out_channels=(32, 128), time_embedding_type="fourier")
+SKIP = dict(block_out_channels=(32, 64), time_embedding_type="fourier", norm_num_groups=None)
 IMAGES = dict(encoder_hid_dim=16, encoder_hid_dim_type="image_proj")
 NUMBERS = dict(
     addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 10
@@ -126,7 +126,7 @@ VALUES: dict[str, list[dict[str, Any]]] = {
     "downsample_padding": [{"downsample_padding": 0}],
     "downsample_type": [{"downsample_type": "resnet", "upsample_type": "resnet"}, {"downsample_type": "resnet"}],
     "upsample_type": [{"downsample_type": "resnet", "upsample_type": "resnet"}, {"upsample_type": "resnet"}],
-    "norm_num_groups": [{"norm_num_groups": 16}, K_BLOCKS],
+    "norm_num_groups": [{"norm_num_groups": 16}, K_BLOCKS, down("SkipDownBlock2D", "SkipDownBlock2D", **SKIP)],
     "attn_norm_num_groups": [{"attn_norm_num_groups": 16}],
     "cross_attention_dim": [{"cross_attention_dim": 16}, {"cross_attention_dim": (CONTEXT, CONTEXT)}],
     "transformer_layers_per_block": [{"transformer_layers_per_block": (1, 2)}],

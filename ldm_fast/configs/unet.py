@@ -16,6 +16,8 @@ DOWN_BLOCK_TYPES = (
     "SimpleCrossAttnDownBlock2D",
     "KDownBlock2D",
     "KCrossAttnDownBlock2D",
+    "SkipDownBlock2D",
+    "AttnSkipDownBlock2D",
 )
 # "ResnetMidBlock2D" is one residual block: what a UNet2DConditionModel makes of "UNetMidBlock2D".
 MID_BLOCK_TYPES = (
@@ -99,7 +101,7 @@ class UNetConfig(UNetDetails):
     encoder_hid_dim: int | None = None  # width of a context that is projected to cross_attention_dim first
     # "text_proj"; "ip_image_proj" once IP-Adapters are loaded; Kandinsky's "text_image_proj" and "image_proj"
     encoder_hid_dim_type: str | None = None
-    norm_num_groups: int | None = 32  # None only if all levels are "K…", whose groups are of 32 channels
+    norm_num_groups: int | None = 32  # None only if all levels are "K…" or all are "…Skip…"
     norm_eps: float = 1e-5
     dropout: float = 0.0
 
@@ -117,10 +119,13 @@ class UNetConfig(UNetDetails):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
                 raise ValueError(f"UNetConfig: {name} needs one value or {levels}, got {value}")
+        kinds = self.down_block_types
         if self.norm_num_groups is not None:
             check_positive(self, "norm_num_groups")
-        elif self.mid_block_type is not None or not all(kind.startswith("K") for kind in self.down_block_types):
+        elif not (all("Skip" in kind for kind in kinds) or (self.is_conditional and all(k[0] == "K" for k in kinds))):
             raise ValueError("UNetConfig: norm_num_groups must be a positive number, got None")
+        if any("Skip" in kind for kind in kinds) and not self.in_channels == self.out_channels == 3:
+            raise ValueError("UNetConfig: Skip blocks need in_channels and out_channels 3")
         for level in range(levels):
             if not isinstance(self.layers(level), int) or self.layers(level) < 1:
                 raise ValueError(f"UNetConfig: layers_per_block must be a positive number, got {self.layers_per_block}")
@@ -198,10 +203,9 @@ class UNetConfig(UNetDetails):
         """The width of the context that the network is called with, before any projection."""
         return self.encoder_hid_dim or self.cross_attention_dim
 
-    @property
-    def groups(self) -> int:
-        """The number of groups of a norm. `norm_num_groups` may be None only if no norm of ours looks at it."""
-        return self.given("norm_num_groups")
+    def groups(self, channels: int) -> int:
+        """The number of groups of a norm over so many channels."""
+        return min(channels // 4, 32) if self.norm_num_groups is None else self.norm_num_groups
 
     def at_level(self, name: str, level: int) -> Any:
         """The value of a field that holds for all levels or is given level by level."""

@@ -130,7 +130,8 @@ SPELT_BY_LEVEL = ("layers_per_block", "transformer_layers_per_block", "only_cros
 
 # ---- diffusers' UNets: one with cross attention, one without ----
 
-UNCONDITIONAL_LEVELS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+UNCONDITIONAL_LEVELS = tuple(kind for kind in DOWN_BLOCK_TYPES if "Cross" not in kind and kind[0] != "K")
+CONDITIONAL_LEVELS = tuple(kind for kind in DOWN_BLOCK_TYPES if "Skip" not in kind)
 CONDITIONAL_MIDDLES = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2D", None)
 UNCONDITIONAL_MIDDLES = ("UNetMidBlock2D", None)
 UNCONDITIONAL_KEYS = frozenset(
@@ -157,7 +158,7 @@ def _conditional_unet(params: Parameters) -> UNetConfig:
     default = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     given: dict[str, Any] = {
         "cross_attention_dim": 1280,
-        **_levels(params, default, DOWN_BLOCK_TYPES),
+        **_levels(params, default, CONDITIONAL_LEVELS),
         "mid_block_type": _middle(params, "UNetMidBlock2DCrossAttn", CONDITIONAL_MIDDLES),
     }
     middle_only_cross = params.take("mid_block_only_cross_attention", None)

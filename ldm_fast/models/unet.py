@@ -90,13 +90,14 @@ class UNet(AttentionMethods, Pretrained):
             for i, kind in enumerate(config.up_block_types)
         )
         self.mid_block = middle  # after the way up: optimizers know parameters by diffusers' order
-        groups = config.norm_num_groups  # None if only levels are there that do not look at it
-        self.conv_norm_out = None if groups is None else GroupNorm(groups, channels[0], config.norm_eps)
-        self.conv_act = None if groups is None else activation(config.act_fn if config.is_conditional else "silu")
+        has_norm = config.norm_num_groups is not None or not config.is_conditional
+        norm = GroupNorm(config.groups(channels[0]), channels[0], config.norm_eps) if has_norm else None
+        self.conv_norm_out = norm
+        self.conv_act = activation(config.act_fn if config.is_conditional else "silu") if has_norm else None
         self.conv_out = _convolution(channels[0], config.out_channels, config.conv_out_kernel)
         self.id_predictor: nn.Module | None = None
         if config.n_embed is not None:
-            norm = GroupNorm(config.given("norm_num_groups"), channels[0], config.norm_eps)
+            norm = GroupNorm(config.groups(channels[0]), channels[0], config.norm_eps)
             self.id_predictor = nn.Sequential(norm, nn.Conv2d(channels[0], config.n_embed, 1))
         name_attentions(self)
 
@@ -157,14 +158,14 @@ class UNet(AttentionMethods, Pretrained):
             "encoder_attention_mask": masks[1],
         }
 
-        h = self.conv_in(self._whole_input(sample, hint))  # (B, C, H, W)
-        h, skips = self._down(h, temb, conditions, extras)  # (B, C', H/8, W/8)
+        x = self._whole_input(sample, hint)  # (B, in, H, W)
+        h, skips = self._down(x, temb, conditions, extras)  # (B, C', H/8, W/8)
         if self.mid_block is not None:
             h = add_extras(self.mid_block(h, temb, **_for(self.mid_block, conditions)), extras)
         if residual is not None and residuals is not None:
             h, skips = h + residual, add_residuals(skips, residuals)
-        h = self._up(h, skips, temb, conditions)  # (B, C, H, W)
-        h = self._head(h)  # (B, out, H, W)
+        h, picture = self._up(h, skips, temb, conditions)  # (B, C, H, W)
+        h = self._head(h) if picture is None else self._head(h) + picture  # (B, out, H, W)
         if self.config.predicts_over_level:
             h = h / as_batch(timestep, h)[:, None, None, None]
         if not return_dict:
@@ -173,11 +174,16 @@ class UNet(AttentionMethods, Pretrained):
         return output
 
     def _down(
-        self, h: Tensor, temb: Tensor, conditions: Mapping[str, Any], extras: list[Tensor]
+        self, x: Tensor, temb: Tensor, conditions: Mapping[str, Any], extras: list[Tensor]
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Return (h, all skips) of the way down. Takes one of the extras, a T2I-Adapter's residuals, for each level."""
+        h: Tensor = self.conv_in(x)  # (B, C, H, W)
         skips = (h,)
         for block in self.down_blocks:
+            if hasattr(block, "skip_conv"):  # NCSN++
+                h, skips_of_block, x = block(hidden_states=h, temb=temb, skip_sample=x)
+                skips += tuple(skips_of_block)
+                continue
             given, extra = _for(block, conditions), extras.pop(0) if extras else None
             crosses = getattr(block, "has_cross_attention", False)
             if extra is not None and crosses:
@@ -189,14 +195,21 @@ class UNet(AttentionMethods, Pretrained):
             skips += tuple(skips_of_block)
         return h, skips
 
-    def _up(self, h: Tensor, skips: Sequence[Tensor], temb: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+    def _up(
+        self, h: Tensor, skips: Sequence[Tensor], temb: Tensor, conditions: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return (h, what blocks of NCSN++ add to the prediction)."""
+        picture: Tensor | None = None
         for block in self.up_blocks:
             count = len(cast("nn.ModuleList", block.resnets))
             skips, own = skips[:-count], tuple(skips[-count:])
+            if hasattr(block, "skip_conv"):
+                h, picture = block(h, own, temb, picture)
+                continue
             size = tuple(skips[-1].shape[2:]) if skips else None  # skips may be of odd sizes
             given = _for(block, conditions)
             h = block(hidden_states=h, temb=temb, res_hidden_states_tuple=own, upsample_size=size, **given)
-        return h
+        return h, picture
 
     def _head(self, h: Tensor) -> Tensor:
         """Return the prediction, (B, C, H, W) → (B, out_channels, H, W), or that of codes (B, n_embed, H, W)."""

@@ -21,8 +21,9 @@ from ldm_fast.models.k_blocks import KCrossAttnDownBlock2D, KCrossAttnUpBlock2D,
 from ldm_fast.models.layers import Downsample2D, GroupNorm, ResnetBlock2D, Transformer2DModel, Upsample2D
 from ldm_fast.models.rare_layers import AddedKVAttention
 from ldm_fast.models.recompute import Recomputed
+from ldm_fast.models.skip_blocks import AttnSkipDownBlock2D, AttnSkipUpBlock2D, SkipDownBlock2D, SkipUpBlock2D
 
-B = TypeVar("B", bound=Recomputed)
+B = TypeVar("B", bound=nn.Module)
 
 
 def _res_block(
@@ -42,7 +43,7 @@ def _res_block(
         inputs,
         outputs,
         time_channels=time_channels,
-        groups=config.groups,
+        groups=config.groups(inputs),
         eps=config.norm_eps,
         scale_shift=config.resnet_time_scale_shift == "scale_shift",
         resample=resample,
@@ -56,7 +57,8 @@ def _res_block(
 def _attention(
     config: UNetConfig, level: int, block_type: str, depth: int = 1, only_cross_attention: bool = False
 ) -> nn.Module:
-    channels, groups = config.block_out_channels[level], config.groups
+    channels = config.block_out_channels[level]
+    groups = config.groups(channels)
     heads, head_dim = config.heads(level, block_type)
     if "SimpleCrossAttn" in block_type:
         return AddedKVAttention(
@@ -264,7 +266,7 @@ def _middle_attention(config: UNetConfig, kind: str) -> nn.Module | None:
     if not config.add_attention:
         return None
     channels = config.block_out_channels[level]
-    groups = config.groups if config.attn_norm_num_groups is None else config.attn_norm_num_groups
+    groups = config.groups(channels) if config.attn_norm_num_groups is None else config.attn_norm_num_groups
     heads, head_dim = config.heads(level, kind)
     return Attention(
         channels,
@@ -371,13 +373,13 @@ def _by_name(*blocks: type[B]) -> dict[str, type[B]]:
     return {block.__name__: block for block in blocks}
 
 
-DOWN_BLOCKS: dict[str, type[Recomputed]] = {
+DOWN_BLOCKS: dict[str, type[nn.Module]] = {
     **_by_name(DownBlock2D, AttnDownBlock2D, CrossAttnDownBlock2D, ResnetDownsampleBlock2D, SimpleCrossAttnDownBlock2D),
-    **_by_name(KDownBlock2D, KCrossAttnDownBlock2D),
+    **_by_name(KDownBlock2D, KCrossAttnDownBlock2D, SkipDownBlock2D, AttnSkipDownBlock2D),
 }
 MID_BLOCKS = _by_name(UNetMidBlock2D, UNetMidBlock2DCrossAttn, UNetMidBlock2DSimpleCrossAttn)
 MID_BLOCKS["ResnetMidBlock2D"] = UNetMidBlock2D
-UP_BLOCKS: dict[str, type[Recomputed]] = {
+UP_BLOCKS: dict[str, type[nn.Module]] = {
     **_by_name(UpBlock2D, AttnUpBlock2D, CrossAttnUpBlock2D, ResnetUpsampleBlock2D, SimpleCrossAttnUpBlock2D),
-    **_by_name(KUpBlock2D, KCrossAttnUpBlock2D),
+    **_by_name(KUpBlock2D, KCrossAttnUpBlock2D, SkipUpBlock2D, AttnSkipUpBlock2D),
 }
