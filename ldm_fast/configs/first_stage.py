@@ -15,8 +15,9 @@ class AutoencoderConfig:
 
     `latent_channels` is the width of z (embed_dim in LDM, vq_embed_dim in diffusers). `z_channels` is the width of the
     encoder's last convolution, by default the same. `attention_levels` are the levels (0 = full resolution) with
-    attention after every block. The fields from `sample_size` on say how the model is to be used, mainly by diffusers'
-    pipelines; `LatentDiffusion` has its own scaling factor.
+    attention after every block; `decoder_attention_levels` are those of the decoder, if others. The fields from
+    `sample_size` on say how the model is to be used, mainly by diffusers' pipelines; `LatentDiffusion` has its own
+    scaling factor.
     """
 
     in_channels: int = 3
@@ -26,6 +27,7 @@ class AutoencoderConfig:
     latent_channels: int = 4
     z_channels: int | None = None
     attention_levels: tuple[int, ...] = ()
+    decoder_attention_levels: tuple[int, ...] | None = None
     mid_block_add_attention: bool = True
     norm_num_groups: int = 32
     use_quant_conv: bool = True
@@ -46,7 +48,7 @@ class AutoencoderConfig:
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"{name}: norm_num_groups {self.norm_num_groups} must divide {channels} channels")
-        for level in self.attention_levels:
+        for level in (*self.attention_levels, *self.decoder_levels):
             if not 0 <= level < len(self.block_out_channels):
                 raise ValueError(f"{name}: attention_levels has no level {level}")
         if not (self.use_quant_conv and self.use_post_quant_conv) and self.encoder_channels != self.latent_channels:
@@ -68,15 +70,19 @@ class AutoencoderConfig:
     @property
     def down_block_types(self) -> tuple[str, ...]:
         """Names of the encoder's levels in diffusers."""
-        return tuple(f"{self._attention(i)}DownEncoderBlock2D" for i in range(len(self.block_out_channels)))
+        kinds = {True: "AttnDownEncoderBlock2D", False: "DownEncoderBlock2D"}
+        return tuple(kinds[level in self.attention_levels] for level in range(len(self.block_out_channels)))
 
     @property
     def up_block_types(self) -> tuple[str, ...]:
         """Names of the decoder's levels in diffusers, the lowest resolution first."""
-        return tuple(f"{self._attention(i)}UpDecoderBlock2D" for i in reversed(range(len(self.block_out_channels))))
+        kinds = {True: "AttnUpDecoderBlock2D", False: "UpDecoderBlock2D"}
+        return tuple(kinds[level in self.decoder_levels] for level in reversed(range(len(self.block_out_channels))))
 
-    def _attention(self, level: int) -> str:
-        return "Attn" if level in self.attention_levels else ""
+    @property
+    def decoder_levels(self) -> tuple[int, ...]:
+        """The levels of the decoder with attention after every block."""
+        return self.attention_levels if self.decoder_attention_levels is None else self.decoder_attention_levels
 
 
 @dataclass(frozen=True)

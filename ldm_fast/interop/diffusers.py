@@ -113,7 +113,8 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
 def spelt_out(config: ModelConfig) -> ModelConfig:
     """Return the same configuration in one form: everything that can be said in two ways is spelt out."""
     if not isinstance(config, UNetConfig):
-        return replace(config, z_channels=config.encoder_channels)
+        decoder = config.decoder_levels
+        return replace(config, z_channels=config.encoder_channels, decoder_attention_levels=decoder)
     levels = range(len(config.block_out_channels))
     by_level: dict[str, Any] = {
         name: tuple(config.at_level(name, level) for level in levels) for name in SPELT_BY_LEVEL
@@ -287,12 +288,6 @@ def _insist_on_silu(params: Parameters) -> None:
         raise ValueError(f"{params.owner}: act_fn must be 'silu', got {activation!r}")
 
 
-def _insist_on_mirror(params: Parameters, down: tuple[str, ...]) -> None:
-    up, wanted = list(params.take("up_block_types", _mirrored(down))), _mirrored(down)
-    if up != wanted:
-        raise ValueError(f"{params.owner}: up_block_types must mirror down_block_types ({wanted}), got {up}")
-
-
 def _mirrored(down: tuple[str, ...]) -> list[str]:
     return [block.replace("Down", "Up").replace("Encoder", "Decoder") for block in reversed(down)]
 
@@ -305,7 +300,7 @@ def _autoencoder_kl(params: Parameters) -> AutoencoderConfig:
 
 
 def _as_autoencoder_kl(config: AutoencoderConfig) -> dict[str, Any]:
-    hidden = ("attention_levels", "z_channels")
+    hidden = ("attention_levels", "decoder_attention_levels", "z_channels")
     values = {name: value for name, value in asdict(config).items() if name not in hidden}
     return {"_class_name": "AutoencoderKL", **values, **_coder_blocks(config)}
 
@@ -325,8 +320,8 @@ def _vq_model(params: Parameters) -> VQConfig:
 
 
 NOT_IN_VQ_MODEL = frozenset(
-    "attention_levels z_channels use_quant_conv use_post_quant_conv shift_factor latents_mean latents_std "
-    "codebook_ema_decay".split()
+    "attention_levels decoder_attention_levels z_channels use_quant_conv use_post_quant_conv shift_factor "
+    "latents_mean latents_std codebook_ema_decay".split()
 )
 
 
@@ -342,12 +337,16 @@ def _coder(params: Parameters, config: type) -> dict[str, Any]:
     """Return the fields that both first stages share."""
     _insist_on_silu(params)
     down = tuple(params.take("down_block_types", ("DownEncoderBlock2D",)))
-    _insist_on_mirror(params, down)
-    wrong = [block for block in down if block not in ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")]
-    if wrong:
-        raise ValueError(
-            f"{params.owner}: down_block_types must be DownEncoderBlock2D or AttnDownEncoderBlock2D, got {wrong[0]!r}"
-        )
+    up = tuple(params.take("up_block_types", _mirrored(down)))
+    for name, kinds, plain in (
+        ("down_block_types", down, "DownEncoderBlock2D"),
+        ("up_block_types", up, "UpDecoderBlock2D"),
+    ):
+        wrong = [kind for kind in kinds if kind not in (plain, f"Attn{plain}")]
+        if wrong:
+            raise ValueError(f"{params.owner}: {name} must be {plain} or Attn{plain}, got {wrong[0]!r}")
+    if len(up) != len(down):
+        raise ValueError(f"{params.owner}: up_block_types needs {len(down)} entries, got {list(up)}")
     given = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32, **params.take_fields(config)}
     params.finish()
     levels = tuple(level for level, block in enumerate(down) if block.startswith("Attn"))
@@ -355,6 +354,8 @@ def _coder(params: Parameters, config: type) -> dict[str, Any]:
         raise ValueError(
             f"{params.owner}: down_block_types needs {len(given['block_out_channels'])} entries, got {len(down)}"
         )
+    if list(up) != _mirrored(down):
+        given["decoder_attention_levels"] = tuple(i for i, kind in enumerate(reversed(up)) if kind.startswith("Attn"))
     return {**given, "attention_levels": levels}
 
 

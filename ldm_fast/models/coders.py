@@ -154,7 +154,7 @@ def encoder_block(config: AutoencoderConfig, level: int) -> DownEncoderBlock2D:
 
 def decoder_block(config: AutoencoderConfig, level: int) -> UpDecoderBlock2D:
     """Return a level of the decoder."""
-    return (AttnUpDecoderBlock2D if level in config.attention_levels else UpDecoderBlock2D)(config, level)
+    return (AttnUpDecoderBlock2D if level in config.decoder_levels else UpDecoderBlock2D)(config, level)
 
 
 class UNetMidBlock2D(Recomputed):
