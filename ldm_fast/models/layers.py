@@ -18,6 +18,7 @@ from ldm_fast import ops
 from ldm_fast.models.attention import Attention, to_map, to_tokens
 from ldm_fast.models.attention_processors import NOTHING
 from ldm_fast.models.image_prompts import Context, text_and_images
+from ldm_fast.models.recompute import Recomputed
 
 
 class GroupNorm(nn.GroupNorm):
@@ -246,7 +247,7 @@ class TransformerOutput(NamedTuple):
     sample: Tensor  # (B, C, H, W)
 
 
-class Transformer2DModel(nn.Module):
+class Transformer2DModel(Recomputed):
     """Transformer blocks over the pixels of a map (LDM's SpatialTransformer)."""
 
     is_input_continuous = True
@@ -300,21 +301,24 @@ class Transformer2DModel(nn.Module):
 
         Masks (B, keys) hold 1 for keys that count and 0 for others; masks of more dimensions are added to the scores.
         """
-        x, h = hidden_states, self.norm(hidden_states)  # (B, C, H, W)
+        given = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": bias(attention_mask, hidden_states),
+            "encoder_attention_mask": bias(encoder_attention_mask, hidden_states),
+            "timestep": timestep,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "class_labels": class_labels,
+        }
+        out: Tensor = self._run(self._transform, hidden_states, given)
+        return TransformerOutput(out) if return_dict else (out,)
+
+    def _transform(self, x: Tensor, given: Mapping[str, Any]) -> Tensor:
+        h: Tensor = self.norm(x)  # (B, C, H, W)
         h = self.proj_in(to_tokens(h)) if self.use_linear_projection else to_tokens(self.proj_in(h))  # (B, H·W, C)
-        attention_mask, encoder_attention_mask = bias(attention_mask, x), bias(encoder_attention_mask, x)
         for block in self.transformer_blocks:
-            h = block(
-                h,
-                attention_mask=attention_mask,
-                encoder_hidden_states=encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask,
-                timestep=timestep,
-                cross_attention_kwargs=cross_attention_kwargs,
-                class_labels=class_labels,
-            )
+            h = block(h, **given)
         h = to_map(self.proj_out(h), x) if self.use_linear_projection else self.proj_out(to_map(h, x))
-        return TransformerOutput(x + h) if return_dict else (x + h,)
+        return x + h
 
 
 def bias(mask: Tensor | None, like: Tensor) -> Tensor | None:

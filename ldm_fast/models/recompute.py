@@ -22,7 +22,7 @@ class Recomputed(nn.Module):
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Any] = staticmethod(recompute)
 
-    def _run(self, module: nn.Module, *inputs: Any, **keywords: Any) -> Any:
+    def _run(self, module: Callable[..., Any], *inputs: Any, **keywords: Any) -> Any:
         """Return module(*inputs, **keywords)."""
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return module(*inputs, **keywords)

@@ -127,7 +127,7 @@ class Block(Recomputed):
             return h
         mask, more = conditions["attention_mask"], conditions["cross_attention_kwargs"] or NOTHING
         if self.attention == "cross":
-            return self._run(attention, h, **conditions, return_dict=False)[0]  # type: ignore[no-any-return]
+            return attention(h, **conditions, return_dict=False)[0]  # type: ignore[no-any-return]
         if self.attention == "added":
             context = conditions["encoder_hidden_states"]
             if mask is None and context is not None:
