@@ -125,7 +125,7 @@ def dying(function, counts=lambda *args: True, last_act=lambda *args: None):
     return wrapped
 
 def is_checkpoint(handle):
-    return os.fstat(handle).st_ino in [p.stat().st_ino for p in run_dir.rglob("step_*.safetensors*")]
+    return os.fstat(handle).st_ino in [p.stat().st_ino for p in run_dir.glob("*/checkpoints/.*.tmp")]
 
 def cut_in_half(handle):
     os.ftruncate(handle, os.fstat(handle).st_size // 2)

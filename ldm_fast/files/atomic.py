@@ -19,9 +19,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     with the path.
     """
     target = Path(os.path.realpath(path))
-    unfinished = target.with_name(
-        f".{secrets.token_hex(4)}.tmp"
-    )  # short: the target's name may be as long as names can be
+    unfinished = target.with_name(f".{secrets.token_hex(4)}.tmp")  # short: the target's name may be as long as any
     try:
         yield unfinished
         with unfinished.open("rb+") as file:
