@@ -1,6 +1,6 @@
 """The package called kernels on PyPI, beside ours, which is imported as ldm_fast.kernels, changes nothing.
 
-Tried with the real one (0.17.2) before and behind ours on the path: the same `explain()`, the same picture, and the
+Tried with the real one (0.17.2) before ours on the path: the same `explain()`, the same picture, and the
 tests of CLIP's encoders pass, whose package transformers looks for it. If it is installed, it is what is tested here.
 """
 
