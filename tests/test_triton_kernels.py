@@ -446,12 +446,12 @@ def test_a_compiler_that_aborts_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
 def test_the_kernels_in_the_interpreter() -> None:
-    """In three processes at the same time."""
+    """In three processes at the same time, each on one thread: the matrices are small, and threads would wait."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKernels", "-k"]
     started = [
         subprocess.Popen(
             [*command, which],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             cwd=Path(__file__).parents[1],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
