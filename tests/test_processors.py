@@ -305,6 +305,23 @@ def test_ip_adapters_loaded_before_we_come():
     assert_same(theirs, ours, {**inputs("sd1"), "added_cond_kwargs": {"image_embeds": embeds}})
 
 
+@torch.no_grad()
+def test_an_ip_adapter_given_a_context_alone():
+    """Its last tokens are then those of the image, as in diffusers."""
+    from test_diffusers_unet import load_ip_adapters
+
+    theirs, _ = pair("sd1")
+    load_ip_adapters(theirs, [0.7])
+    ours = ldm_fast.UNet.from_diffusers(theirs)
+    name, layer = next((n, m) for n, m in attention_layers(ours).items() if m.is_cross_attention)
+    tokens = torch.randn(2, 9, layer.query_dim)
+    context = torch.randn(2, 5 + layer.processor.num_tokens[0], layer.cross_attention_dim)
+    got, wanted = (layer(tokens, encoder_hidden_states=context) for layer in (layer, theirs.get_submodule(name)))
+    assert relative_error(got, wanted) <= TOLERANCE
+    layer.processor.scale = [0.0]
+    assert relative_error(layer(tokens, encoder_hidden_states=context), wanted) > 1e-3
+
+
 @pytest.mark.parametrize("name", ["kl", "kl attention"])
 @torch.no_grad()
 def test_first_stages_have_processors(name):

@@ -17,7 +17,7 @@ from ldm_fast.models.attention_processors import (
     run_processor,
     warn_unused,
 )
-from ldm_fast.models.image_prompts import Context, image_parts, text_and_images
+from ldm_fast.models.image_prompts import Context, image_parts, split_last_tokens, text_and_images
 from ldm_fast.models.joined import join, linears, separate
 from ldm_fast.models.memory import recall
 
@@ -103,6 +103,8 @@ class Attention(ProcessorTools):
         """Compute what `forward` does if the processor is a plain one or an IP-Adapter."""
         x = self._tokens(hidden_states)  # (B, N, C)
         context, images = text_and_images(encoder_hidden_states)
+        if self._takes_images and images is None and context is not None:
+            context, images = split_last_tokens(self.processor, context)
         if context is None:
             q, k, v = linears(x, (self.to_q, self.to_k, self.to_v))
         else:

@@ -18,6 +18,15 @@ def text_and_images(context: Context) -> tuple[Tensor | None, Sequence[Tensor] |
     return context if isinstance(context, tuple) else (context, None)
 
 
+def split_last_tokens(adapters: Any, context: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return the context of text and one IP-Adapter's image, whose tokens are the context's last ones.
+
+    That is how diffusers reads a context without images if an IP-Adapter is set.
+    """
+    count = adapters.num_tokens[0]
+    return context[:, :-count], (context[:, None, -count:],)
+
+
 def image_parts(
     adapters: Any, images: Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None, queries: Tensor
 ) -> list[tuple[Tensor, float, Tensor | None, Any]]:
