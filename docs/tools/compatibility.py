@@ -531,7 +531,7 @@ HEAD = """# Compatibility with diffusers
 
 What diffusers' UNets and first stages have, and what becomes of it in our models in their place
 (`from_diffusers`, `accelerate`). `docs/tools/compatibility.py` made this page by trying everything on small models
-with the same weights, and a test keeps it true.
+with the same weights, and CI checks that it is true.
 
 - *works*: the output is that of diffusers, to rounding.
 - *reference speed*: so it is, but layers of that kind are plain PyTorch here.
